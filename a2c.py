@@ -1,0 +1,280 @@
+"""A2C on gridworlds, with any optimizer:
+
+    python a2c.py --env-name small_dense_long --optimizer adam --learning-rate 3e-2 --total-steps 3e6 --num-seeds 4
+
+One agent acts in B copies of the environment and learns from the mean gradient over them. Above main(), nothing of the
+project is imported: an environment is `reset(key) -> state, obs` and `step(key, state, action) -> state, obs, reward, done`,
+an optimizer is optax's.
+
+Legend: T steps of a rollout, B environments, A actions.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Callable, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@dataclass(frozen=True)
+class Args:
+    env_name: str = "small_dense_long"
+    """one of the eight gridworlds, {small,big}_{sparse,dense}_{short,long}, or catch"""
+    optimizer: str = "adam"
+    """adam, rmsprop, sgd, sign_sgd, untrained (Optim4RL before meta-training), or the path of a meta-trained .npz"""
+    learning_rate: float = 3e-3
+    """step size; for the gridworlds try 3e-2 to 1e-4 in half decades"""
+    total_steps: float = 3e6
+    """environment steps in all, over all environments"""
+    num_envs: int = 512
+    """environments that the agent acts in at once"""
+    num_seeds: int = 1
+    """agents trained side by side, each from its own seed"""
+    seed: int = 0
+    """seed of the first agent; the same seed gives the same result"""
+    # --- The agent ---
+    rollout_steps: int = 20
+    """steps in each environment between two updates"""
+    discount: float = 0.995
+    """discount factor of future rewards"""
+    td_lambda: float = 0.95
+    """lambda of TD(lambda): 0 bootstraps after one step, 1 at the end of the rollout"""
+    critic_weight: float = 0.5
+    """weight of the critic's loss"""
+    entropy_weight: float = 0.01
+    """weight of the entropy bonus"""
+    reward_scale: float = 1.0
+    """rewards are multiplied by this before learning; the logged returns are not"""
+    runs_dir: str = "runs"
+    """the run's folder is made in here"""
+
+
+# --- Network: [Conv 16 2x2 ->] Dense -> actor and critic ---
+
+# The critic starts at 0 and the actor's weights three times as large as usual, so that the layers below learn for the
+# policy first. Without this, big_dense_long learns less than half as fast (README.md).
+HEAD_SCALES = {"critic": 0.0, "actor": 3.0}
+
+
+def network_size(env_name: str) -> dict:
+    """The paper's network for an environment: convolution filters (0 for none) and hidden units."""
+    return {"filters": 16 if env_name.startswith("big") else 0, "hidden": 256 if env_name == "catch" else 32}
+
+
+def init_network(key: jax.Array, obs_shape: tuple, num_actions: int, filters: int, hidden: int) -> dict:
+    """LeCun normal weights, those of the heads times HEAD_SCALES, and zero biases."""
+    height, width, planes = obs_shape
+    sizes = {"conv": (4 * planes, filters)} if filters else {}
+    sizes |= {"dense": (height * width * (filters or planes), hidden), "actor": (hidden, num_actions), "critic": (hidden, 1)}
+    params = {}
+    for k, (name, size) in zip(jax.random.split(key, len(sizes)), sizes.items(), strict=True):
+        weights = HEAD_SCALES.get(name, 1.0) * jax.nn.initializers.lecun_normal()(k, size)
+        params[name] = {"w": weights, "b": jnp.zeros(size[1])}
+    return params
+
+
+def conv2x2(layer: dict, x: jax.Array) -> jax.Array:
+    """2x2 convolution, SAME padding. x: [..., height, width, planes] -> [..., height, width, filters]
+
+    Four shifted slices and one matrix product: on a CPU many times faster than lax.conv, above all with weights per unit.
+    """
+    height, width = x.shape[-3:-1]
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, 1), (0, 1), (0, 0)])
+    patches = jnp.concatenate([x[..., i : i + height, j : j + width, :] for i in (0, 1) for j in (0, 1)], axis=-1)
+    return patches @ layer["w"] + layer["b"]
+
+
+def network(params: dict, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """obs: [..., height, width, planes] -> logits [..., A], value [...]"""
+    x = obs.astype(jnp.float32)
+    if "conv" in params:
+        x = jax.nn.relu(conv2x2(params["conv"], x))
+    x = x.reshape(*x.shape[:-3], -1)
+    x = jax.nn.relu(x @ params["dense"]["w"] + params["dense"]["b"])
+    logits, value = (x @ params[head]["w"] + params[head]["b"] for head in ("actor", "critic"))
+    return logits, value[..., 0]
+
+
+# --- Rollout ---
+
+
+class Stream(NamedTuple):
+    """One environment, and how its episodes go."""
+
+    env_state: Any
+    obs: jax.Array  # [height, width, planes]
+    episode_return: jax.Array  # [] of the episode under way
+    last_return: jax.Array  # [] of the last episode that ended, NaN before
+
+
+class Batch(NamedTuple):
+    """One environment's rollout."""
+
+    obs: jax.Array  # [T + 1, height, width, planes], the last one to bootstrap from
+    action: jax.Array  # [T] int32
+    reward: jax.Array  # [T]
+    done: jax.Array  # [T] bool
+
+
+def start_stream(key: jax.Array, env: Any) -> Stream:
+    return Stream(*env.reset(key), jnp.zeros(()), jnp.full((), jnp.nan, jnp.float32))
+
+
+def rollout(key: jax.Array, params: dict, stream: Stream, env: Any, num_steps: int) -> tuple[Batch, Stream]:
+    """Act for num_steps in one environment."""
+
+    def step(stream, key):
+        key_action, key_step = jax.random.split(key)
+        action = jax.random.categorical(key_action, network(params, stream.obs)[0])
+        env_state, obs, reward, done = env.step(key_step, stream.env_state, action)
+        so_far = stream.episode_return + reward
+        last_return = jnp.where(done, so_far, stream.last_return)
+        return Stream(env_state, obs, jnp.where(done, 0, so_far), last_return), (stream.obs, action, reward, done)
+
+    stream, (obs, action, reward, done) = jax.lax.scan(step, stream, jax.random.split(key, num_steps))
+    return Batch(jnp.concatenate([obs, stream.obs[None]]), action, reward, done), stream
+
+
+# --- Loss ---
+
+
+def td_lambda_errors(values: jax.Array, rewards: jax.Array, discounts: jax.Array, td_lambda: float) -> jax.Array:
+    """G_t - V_t with the lambda-return G_t = r_t + gamma_t ((1 - lambda) V_{t+1} + lambda G_{t+1}), G_T = V_T.
+
+    values: [T + 1]; rewards, discounts (0 where an episode ended): [T] -> [T]
+    """
+    chex.assert_equal_shape((values[1:], rewards, discounts))
+    deltas = rewards + discounts * values[1:] - values[:-1]
+
+    def backward(error, step):
+        delta, discount = step
+        error = delta + discount * td_lambda * error
+        return error, error
+
+    return jax.lax.scan(backward, jnp.zeros_like(deltas[0]), (deltas, discounts), reverse=True)[1]
+
+
+def a2c_loss(params: dict, batch: Batch, args: Args) -> jax.Array:
+    """Policy gradient with TD(lambda) advantages, squared critic error, entropy bonus; the mean over one rollout."""
+    logits, values = network(params, batch.obs)
+    discounts = args.discount * (1.0 - batch.done)
+    rewards = args.reward_scale * batch.reward
+    errors = jax.lax.stop_gradient(td_lambda_errors(values, rewards, discounts, args.td_lambda))
+    targets = errors + jax.lax.stop_gradient(values[:-1])
+
+    log_pi = jax.nn.log_softmax(logits[:-1])
+    log_pi_action = jnp.take_along_axis(log_pi, batch.action[:, None], axis=-1)[:, 0]
+    entropy = -jnp.sum(jnp.exp(log_pi) * log_pi, axis=-1)
+    losses = -log_pi_action * errors + args.critic_weight * (targets - values[:-1]) ** 2 - args.entropy_weight * entropy
+    return jnp.mean(losses)
+
+
+# --- Agent ---
+
+
+class Agent(NamedTuple):
+    """What meta-training needs of an agent; ppo.py gives the same."""
+
+    init: Callable  # key, optimizer -> state
+    learn: Callable  # key, state, optimizer -> state, grads seen [gradient steps, ...], metrics
+    loss: Callable  # key, state -> loss on a fresh rollout, state
+    num_steps: int  # environment steps of one rollout, over all the agent's environments
+
+
+class AgentState(NamedTuple):
+    params: dict
+    opt_state: Any
+    streams: Stream  # [B]
+
+
+def make_agent(env: Any, args: Args) -> Agent:
+    """A2C in args.num_envs copies of `env`."""
+
+    def init(key, optimizer):
+        key_params, key_envs = jax.random.split(key)
+        params = init_network(key_params, env.obs_shape, env.num_actions, **network_size(args.env_name))
+        streams = jax.vmap(partial(start_stream, env=env))(jax.random.split(key_envs, args.num_envs))
+        return AgentState(params, optimizer.init(params), streams)
+
+    def fresh_batch(key, state):
+        act = partial(rollout, env=env, num_steps=args.rollout_steps)
+        batches, streams = jax.vmap(act, (0, None, 0))(jax.random.split(key, args.num_envs), state.params, state.streams)
+        return jax.lax.stop_gradient(batches), state._replace(streams=streams)
+
+    def mean_loss(params, batches):
+        return jnp.mean(jax.vmap(a2c_loss, (None, 0, None))(params, batches, args))
+
+    def learn(key, state, optimizer):
+        batches, state = fresh_batch(key, state)
+        loss, grads = jax.value_and_grad(mean_loss)(state.params, batches)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        state = state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+        metrics = {"return": jnp.nanmean(state.streams.last_return), "loss": loss}
+        return state, jax.tree.map(lambda g: g[None], grads), metrics
+
+    def loss(key, state):
+        batches, state = fresh_batch(key, jax.lax.stop_gradient(state)._replace(params=state.params))
+        return mean_loss(state.params, batches), state
+
+    return Agent(init, learn, loss, args.rollout_steps * args.num_envs)
+
+
+def train(args: Args, env: Any, optimizer: optax.GradientTransformation, on_update: Callable) -> dict:
+    """Train args.num_seeds agents side by side. on_update(number of updates done, metrics) is called after each update.
+
+    -> {"return": [num_seeds, updates], "loss": [num_seeds, updates]}, the return that of the last episodes to end
+    """
+    agent = make_agent(env, args)
+    seeds = args.seed + jnp.arange(args.num_seeds)
+    keys_init, keys = jnp.moveaxis(jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds), 1, 0)
+
+    def update(key, number, state):
+        state, _, metrics = agent.learn(jax.random.fold_in(key, number), state, optimizer)
+        return state, metrics
+
+    update = jax.jit(jax.vmap(update, (0, None, 0)), donate_argnums=2)
+    states = jax.jit(jax.vmap(lambda key: agent.init(key, optimizer)))(keys_init)
+    history = []
+    for number in range(num_updates(args)):
+        states, metrics = update(keys, number, states)
+        history.append(metrics)
+        on_update(number + 1, metrics)
+    return jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *history)
+
+
+def num_updates(args: Args) -> int:
+    return int(args.total_steps) // (args.rollout_steps * args.num_envs)
+
+
+def main() -> None:
+    import gridworld
+    import optimizers
+    import runs
+
+    args = runs.parse(Args, __doc__)
+    with runs.bad_input():
+        runs.check_positive(args, "learning_rate", "total_steps", "num_envs", "num_seeds", "rollout_steps")
+        env = gridworld.make(args.env_name)
+        optimizer = optimizers.make_optimizer(args.optimizer, args.learning_rate)
+        if not num_updates(args):
+            raise ValueError(f"--total-steps {args.total_steps:g} is less than one rollout of all environments")
+        folder = runs.make_folder(args.runs_dir, args.env_name, "a2c", args.seed, args)
+
+    with runs.Log(folder, num_updates(args)) as log:
+
+        def on_update(number, metrics):
+            per_seed = {f"return_seed_{args.seed + i}": value for i, value in enumerate(metrics["return"])}
+            means = {name: value.mean() for name, value in metrics.items()}
+            log.write(number, {"env_steps": number * args.rollout_steps * args.num_envs, **means, **per_seed})
+
+        history = train(args, env, optimizer, on_update)
+    final = history["return"][:, -20:].mean(axis=1)
+    print(f"return over the last 20 updates: {final.mean():.3f} (by seed: {', '.join(f'{x:.3f}' for x in final)})")
+    print(f"written: {folder}/config.json, metrics.csv, TensorBoard events (tensorboard --logdir {args.runs_dir})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Eight gridworlds and Catch, as pure functions: `env = make("big_dense_long")`.
+
+    state, obs = env.reset(key)
+    state, obs, reward, done = env.step(key, state, action)
+
+One environment each; `vmap` them for more. Everything is traceable and every shape is fixed by the name. An environment
+whose episode ends resets itself: `done` is of the step just taken, `obs` is already the next episode's first.
+
+The gridworlds are those of Oh et al. 2020, "Discovering Reinforcement Learning Algorithms", as used by Lan et al. 2024,
+"Learning to Optimize for Reinforcement Learning", with the agent's position in the observation.
+
+Legend: R, C interior rows and columns, n objects, cells are numbered row by row, 0 .. R*C - 1.
+"""
+
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Env(NamedTuple):
+    """An environment: two pure functions and the sizes that a network needs."""
+
+    reset: Callable  # key -> state, obs
+    step: Callable  # key, state, action -> state, obs, reward, done
+    obs_shape: tuple[int, int, int]  # height, width, planes; uint8, 0 or 1
+    num_actions: int
+
+
+# --- Gridworlds ---
+
+
+class Grid(NamedTuple):
+    """What a gridworld's name stands for. Good objects give +1; bad ones -1, and end the episode with probability 0.5."""
+
+    rows: int
+    cols: int
+    num_each: int  # good objects, and as many bad ones
+    respawn: float  # probability per step that an absent object comes back
+    horizon: int
+
+
+GRIDS = {
+    "small_sparse_short": Grid(3, 8, 1, 0.05, 50),
+    "small_sparse_long": Grid(8, 3, 1, 0.05, 500),
+    "small_dense_short": Grid(4, 6, 1, 0.5, 50),
+    "small_dense_long": Grid(6, 4, 1, 0.5, 500),
+    "big_sparse_short": Grid(10, 12, 2, 0.05, 50),
+    "big_sparse_long": Grid(12, 10, 2, 0.05, 500),
+    "big_dense_short": Grid(9, 13, 2, 0.5, 50),
+    "big_dense_long": Grid(13, 9, 2, 0.5, 500),
+}
+END_PROBABILITY = 0.5  # that collecting a bad object ends the episode
+MOVES = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1))  # stay, 4 straight, 4 diagonal
+
+
+class GridState(NamedTuple):
+    agent: jax.Array  # [] int32, the agent's cell
+    objects: jax.Array  # [n] int32, each object's cell, the good ones first; where it last was, if absent
+    present: jax.Array  # [n] bool
+    time: jax.Array  # [] int32, steps taken in this episode
+
+
+def free_cell(u: jax.Array, occupied: jax.Array, num_cells: int) -> jax.Array:
+    """A uniformly random free cell. u: [] uniform in [0, 1). occupied: [k] distinct cells, or num_cells for "none". -> []"""
+    num_free = num_cells - jnp.sum(occupied < num_cells)
+    rank = jnp.minimum((u * num_free).astype(jnp.int32), num_free - 1)
+    # The free cell of that rank has `rank` free cells before it: cell = rank + (occupied cells up to it). Iterating from
+    # below, each round that is not yet right passes at least one more occupied cell, so k rounds suffice.
+    cell = rank
+    for _ in range(occupied.shape[0]):
+        cell = rank + jnp.sum(occupied <= cell)
+    return cell
+
+
+def grid_reset_state(u: jax.Array, grid: Grid) -> GridState:
+    """Agent and objects at distinct uniformly random cells. u: [1 + n] uniform in [0, 1)."""
+    cells = jnp.zeros(0, jnp.int32)
+    for i in range(u.shape[0]):
+        cells = jnp.append(cells, free_cell(u[i], cells, grid.rows * grid.cols))
+    return GridState(cells[0], cells[1:], jnp.ones(u.shape[0] - 1, bool), jnp.int32(0))
+
+
+def grid_observe(state: GridState, grid: Grid) -> jax.Array:
+    """-> [R + 2, C + 2, n + 1] uint8: a plane for the agent, then one for each object; the border is the wall."""
+    height, width = grid.rows + 2, grid.cols + 2
+    cells = jnp.append(state.agent, state.objects)
+    seen = jnp.where(jnp.append(True, state.present), (cells // grid.cols + 1) * width + cells % grid.cols + 1, -1)
+    return (jnp.arange(height * width)[:, None] == seen).astype(jnp.uint8).reshape(height, width, -1)
+
+
+def grid_step(key: jax.Array, state: GridState, action: jax.Array, grid: Grid):
+    """Move, collect, respawn, and start anew where the episode ended. action: [] int in 0 .. 8.
+
+    -> state, obs [R + 2, C + 2, n + 1], reward [] float32, done [] bool
+    """
+    num_cells, n = grid.rows * grid.cols, 2 * grid.num_each
+    u_end, u_respawn, u_cell, u_reset = jnp.split(jax.random.uniform(key, (2 + 3 * n,)), [1, 1 + n, 1 + 2 * n])
+
+    move = jnp.array(MOVES)[action]
+    row, col = state.agent // grid.cols + move[0], state.agent % grid.cols + move[1]
+    inside = (0 <= row) & (row < grid.rows) & (0 <= col) & (col < grid.cols)
+    agent = jnp.where(inside, row * grid.cols + col, state.agent)
+
+    collected = state.present & (state.objects == agent)  # [n], at most one is true
+    reward = jnp.sum(collected[: grid.num_each], dtype=jnp.float32) - jnp.sum(collected[grid.num_each :])
+    ended = jnp.any(collected[grid.num_each :]) & (u_end[0] < END_PROBABILITY)
+    present = state.present & ~collected
+
+    # One after the other, so that two objects that come back in the same step find different cells. An object may come
+    # back in the step in which it was collected.
+    respawn = ~present & (u_respawn < grid.respawn)
+    objects = jnp.where(present, state.objects, num_cells)
+    for i in range(n):
+        cell = free_cell(u_cell[i], jnp.append(jnp.delete(objects, i), agent), num_cells)
+        objects = objects.at[i].set(jnp.where(respawn[i], cell, objects[i]))
+    present = present | respawn
+    objects = jnp.where(present, objects, state.objects)
+
+    done = ended | (state.time + 1 >= grid.horizon)
+    state = GridState(agent, objects, present, state.time + 1)
+    state = jax.tree.map(lambda new, old: jnp.where(done, new, old), grid_reset_state(u_reset, grid), state)
+    return state, grid_observe(state, grid), reward, done
+
+
+def make_grid(grid: Grid) -> Env:
+    n = 2 * grid.num_each
+
+    def reset(key):
+        state = grid_reset_state(jax.random.uniform(key, (1 + n,)), grid)
+        return state, grid_observe(state, grid)
+
+    def step(key, state, action):
+        return grid_step(key, state, action, grid)
+
+    return Env(reset, step, (grid.rows + 2, grid.cols + 2, n + 1), len(MOVES))
+
+
+# --- Catch ---
+
+CATCH_ROWS, CATCH_COLS = 10, 5
+
+
+class CatchState(NamedTuple):
+    ball_row: jax.Array  # [] int32
+    ball_col: jax.Array  # [] int32
+    paddle: jax.Array  # [] int32, column; the paddle is in the bottom row
+
+
+def catch_reset_state(key: jax.Array) -> CatchState:
+    return CatchState(jnp.int32(0), jax.random.randint(key, (), 0, CATCH_COLS), jnp.int32(CATCH_COLS // 2))
+
+
+def catch_observe(state: CatchState) -> jax.Array:
+    """-> [10, 5, 1] uint8: one plane with the ball and the paddle in it."""
+    cells = jnp.arange(CATCH_ROWS * CATCH_COLS).reshape(CATCH_ROWS, CATCH_COLS, 1)
+    ball = cells == state.ball_row * CATCH_COLS + state.ball_col
+    paddle = cells == (CATCH_ROWS - 1) * CATCH_COLS + state.paddle
+    return (ball | paddle).astype(jnp.uint8)
+
+
+def catch_step(key: jax.Array, state: CatchState, action: jax.Array):
+    """action: [] int, 0 left, 1 stay, 2 right. -> state, obs [10, 5, 1], reward [] float32, done [] bool"""
+    paddle = jnp.clip(state.paddle + action - 1, 0, CATCH_COLS - 1)
+    ball_row = state.ball_row + 1
+    done = ball_row == CATCH_ROWS - 1
+    reward = jnp.where(done, jnp.where(state.ball_col == paddle, 1.0, -1.0), 0.0)
+    state = CatchState(ball_row, state.ball_col, paddle)
+    state = jax.tree.map(lambda new, old: jnp.where(done, new, old), catch_reset_state(key), state)
+    return state, catch_observe(state), reward, done
+
+
+def make_catch() -> Env:
+    def reset(key):
+        state = catch_reset_state(key)
+        return state, catch_observe(state)
+
+    return Env(reset, catch_step, (CATCH_ROWS, CATCH_COLS, 1), 3)
+
+
+NAMES = (*GRIDS, "catch")
+
+
+def make(name: str) -> Env:
+    """The environment of that name. Raises ValueError for a name that is not in NAMES."""
+    if name not in NAMES:
+        raise ValueError(f"unknown environment {name!r}; choose from {', '.join(NAMES)}")
+    return make_catch() if name == "catch" else make_grid(GRIDS[name])

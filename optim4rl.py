@@ -1,0 +1,289 @@
+"""Optim4RL: an optimizer for reinforcement learning that is itself learned (Lan et al. 2024, arXiv 2302.01470).
+
+The same tiny network is applied to every scalar parameter ("coordinate"), with a state of its own for each:
+
+    h1 <- RNN1(h1, g)      o1 = readout1(h1)      m = sign(g) exp(o1)
+    h2 <- RNN2(h2, g^2)    o2 = readout2(h2)      v = exp(o2)
+    update = -learning_rate * m / sqrt(v + 1e-8)
+
+with g the gradient, clipped elementwise to [-1, 1]. theta, the weights of the two networks, is what meta-training learns
+(pipeline_train.py). This file imports nothing of the project: copy it into your own and use it with optax:
+
+    theta, header = load_theta("theta.npz")
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optim4rl(theta, learning_rate=1e-3))
+    opt_state = optimizer.init(params)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+
+Legend: P coordinates in all, C coordinates in a block, M blocks, H hidden units, D inputs of a network (1 raw, 2 log).
+"""
+
+import json
+import os
+import tempfile
+import zipfile
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.custom_batching import custom_vmap
+
+BLOCK = 512  # coordinates worked on at once; on a CPU a block and all it needs then stay in the core's cache
+EPS = 1e-8
+FORMAT = 1  # version of the file that save_theta writes
+
+
+class LearnedOptimizer(NamedTuple):
+    """A family of optimizers, one for each theta. theta is an argument everywhere and never part of the state."""
+
+    init_theta: Callable  # key -> theta
+    init_state: Callable  # params -> state
+    update: Callable  # theta, grads, state, params, learning_rate -> updates, state
+    rule: Callable | None  # theta, g [C], state of a block -> step [C], state; None if it is not coordinate-wise
+
+
+# --- The network: two LSTMs (or GRUs), hidden units first, so that a block of coordinates is the last axis ---
+
+
+def lstm(weights: dict, state: tuple, x: jax.Array) -> tuple:
+    """Long short-term memory (Hochreiter & Schmidhuber 1997, with forget gate). state: (h, c), each [H, C]; x: [D, C]."""
+    h, c = state
+    z = weights["w_h"] @ h + weights["w_x"] @ x + weights["b"][:, None]
+    i, f, u, o = jnp.split(z, 4)
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(u)
+    return jax.nn.sigmoid(o) * jnp.tanh(c), c
+
+
+def gru(weights: dict, state: tuple, x: jax.Array) -> tuple:
+    """Gated recurrent unit (Cho et al. 2014), as in the authors' code. state: (h,), [H, C]; x: [D, C]."""
+    (h,) = state
+    r, z, n = jnp.split(weights["w_x"] @ x + weights["b"][:, None], 3)
+    h_r, h_z, h_n = jnp.split(weights["w_h"] @ h, 3)
+    r, z = jax.nn.sigmoid(r + h_r), jax.nn.sigmoid(z + h_z)
+    n = jnp.tanh(n + r * (h_n + weights["b_n"][:, None]))
+    return ((1 - z) * n + z * h,)
+
+
+CELLS = {"lstm": lstm, "gru": gru}
+GATES = {"lstm": 4, "gru": 3}
+INPUTS = {"raw": 1, "log": 2}  # D of the first network; the second has one input either way
+
+
+def readout(layers: dict, h: jax.Array) -> jax.Array:
+    """Dense layers, ReLU between them. h: [H, C] -> [C]"""
+    for i in range(len(layers)):
+        h = layers[str(i)]["w"] @ (jax.nn.relu(h) if i else h) + layers[str(i)]["b"][:, None]
+    return h[0]
+
+
+def describe(theta: dict) -> dict:
+    """What theta's shapes say of it: cell, inputs, hidden_size, readout_layers."""
+    gates, hidden = np.shape(theta["rnn1"]["w_h"])
+    return {
+        "cell": {GATES[cell] * hidden: cell for cell in CELLS}[gates],
+        "inputs": {INPUTS[name]: name for name in INPUTS}[np.shape(theta["rnn1"]["w_x"])[1]],
+        "hidden_size": hidden,
+        "readout_layers": [np.shape(theta["readout1"][str(i)]["w"])[0] for i in range(len(theta["readout1"]) - 1)],
+    }
+
+
+def init_theta(key: jax.Array, cell="lstm", inputs="raw", hidden_size=8, readout_layers=()) -> dict:
+    """Initial meta-parameters: nested dicts of arrays. Input and dense weights are LeCun normal, recurrent ones orthogonal."""
+    lecun, orthogonal = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0), jax.nn.initializers.orthogonal()
+
+    def init_rnn(key, num_inputs):
+        key_x, key_h = jax.random.split(key)
+        rows = GATES[cell] * hidden_size
+        w_h = [orthogonal(k, (hidden_size, hidden_size)) for k in jax.random.split(key_h, GATES[cell])]
+        rnn = {"w_x": lecun(key_x, (rows, num_inputs)), "w_h": jnp.concatenate(w_h), "b": jnp.zeros(rows)}
+        return rnn if cell == "lstm" else rnn | {"b_n": jnp.zeros(hidden_size)}
+
+    def init_readout(key):
+        sizes = (hidden_size, *readout_layers, 1)
+        keys = jax.random.split(key, len(sizes) - 1)
+        layers = zip(keys, sizes[:-1], sizes[1:], strict=True)
+        return {str(i): {"w": lecun(k, (n, m)), "b": jnp.zeros(n)} for i, (k, m, n) in enumerate(layers)}
+
+    key_1, key_2, key_out_1, key_out_2 = jax.random.split(key, 4)
+    return {
+        "rnn1": init_rnn(key_1, INPUTS[inputs]),
+        "rnn2": init_rnn(key_2, 1),
+        "readout1": init_readout(key_out_1),
+        "readout2": init_readout(key_out_2),
+    }
+
+
+def optim4rl_rule(theta: dict, g: jax.Array, state: tuple, grad_clip: float | None = 1.0) -> tuple:
+    """One step for a block of coordinates. g: [C]; state: (rnn1's, rnn2's) -> m / sqrt(v + eps) [C], state
+
+    No derivative flows through g: to the meta-gradient, agent-gradients are constants.
+    """
+    config = describe(theta)
+    g = jax.lax.stop_gradient(g)
+    g = g if grad_clip is None else jnp.clip(g, -grad_clip, grad_clip)
+    if config["inputs"] == "raw":
+        x1, x2 = g[None], jnp.square(g)[None]
+    else:  # the gradient processing of the paper's earlier version
+        log_g = jnp.log(jnp.abs(g) + EPS)
+        x1, x2 = jnp.stack([jnp.sign(g), log_g]), 2 * log_g[None]
+    rnn = CELLS[config["cell"]]
+    state1, state2 = rnn(theta["rnn1"], state[0], x1), rnn(theta["rnn2"], state[1], x2)
+    m = jnp.sign(g) * jnp.exp(readout(theta["readout1"], state1[0]))
+    v = jnp.exp(readout(theta["readout2"], state2[0]))
+    return m / jnp.sqrt(v + EPS), (state1, state2)
+
+
+# --- From a rule for a block to an optimizer for any pytree ---
+
+
+def to_blocks(tree: Any) -> jax.Array:
+    """All the coordinates of a pytree in blocks, zeros at the end. -> [M, BLOCK], float32 (float64 under jax_enable_x64)"""
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    for leaf in leaves:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(f"parameters and gradients must be floating point, got a leaf of {leaf.dtype}")
+    flat = jnp.concatenate([jnp.zeros(0), *(leaf.ravel().astype(float) for leaf in leaves)])
+    return jnp.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
+
+
+def from_blocks(blocks: jax.Array, like: Any) -> Any:
+    """The inverse of to_blocks: shapes and dtypes are those of `like`."""
+    leaves, treedef = jax.tree.flatten(like)
+    ends = np.cumsum([np.size(leaf) for leaf in leaves])
+    parts = jnp.split(blocks.ravel()[: ends[-1] if leaves else 0], ends[:-1])
+    parts = [part.reshape(np.shape(leaf)).astype(jnp.result_type(leaf)) for part, leaf in zip(parts, leaves, strict=False)]
+    return jax.tree.unflatten(treedef, parts)
+
+
+def map_blocks(rule: Callable) -> Callable:
+    """Apply rule(theta, g, state) to every block. g: [M, C]; state: [M, ...] -> steps [M, C], state
+
+    Under `vmap` with one theta (units, seeds), the new axis is only more blocks. Without this, `vmap` would move it behind
+    the axis that is mapped over, and copy the whole state back and forth. Derivatives are those of the plain map.
+    """
+
+    def plain(theta, g, state):
+        def one(block):
+            return rule(theta, *block)
+
+        # A CPU core works block by block in its cache; an accelerator wants all of them at once.
+        return jax.lax.map(one, (g, state)) if jax.default_backend() == "cpu" else jax.vmap(one)((g, state))
+
+    @custom_vmap
+    def mapped(theta, g, state):
+        return plain(theta, g, state)
+
+    @mapped.def_vmap
+    def _(axis_size, in_batched, theta, g, state):
+        theta_batched, *rest = in_batched
+        out_batched = jax.tree.map(lambda _: True, (g, state))
+        if any(jax.tree.leaves(theta_batched)) or not all(jax.tree.leaves(rest)):
+            in_axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
+            return jax.vmap(plain, in_axes=tuple(in_axes), axis_size=axis_size)(theta, g, state), out_batched
+        merged = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (g, state))
+        out = mapped(theta, *merged)
+        return jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), out), out_batched
+
+    differentiable = jax.custom_jvp(mapped)
+    differentiable.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    return differentiable
+
+
+def coordinatewise(init_theta: Callable, init_block: Callable, rule: Callable) -> LearnedOptimizer:
+    """The LearnedOptimizer that applies `rule` to every coordinate of a pytree. init_block: -> state of one block."""
+    apply = map_blocks(rule)
+
+    def init_state(params):
+        num_blocks = -(-sum(np.size(leaf) for leaf in jax.tree.leaves(params)) // BLOCK)
+        return jax.tree.map(lambda x: jnp.zeros((num_blocks, *x.shape), x.dtype), init_block())
+
+    def update(theta, grads, state, params, learning_rate):
+        del params
+        steps, state = apply(theta, to_blocks(grads), state)
+        return from_blocks(-learning_rate * steps, grads), state
+
+    return LearnedOptimizer(init_theta, init_state, update, rule)
+
+
+def make_optim4rl(cell="lstm", inputs="raw", hidden_size=8, readout_layers=(), grad_clip: float | None = 1.0):
+    """Optim4RL as a LearnedOptimizer, for meta-training. grad_clip: bound on |g|, or None."""
+
+    def new_theta(key):
+        return init_theta(key, cell, inputs, hidden_size, readout_layers)
+
+    def init_block():
+        rnn = (jnp.zeros((hidden_size, BLOCK)),) * {"lstm": 2, "gru": 1}[cell]
+        return rnn, rnn
+
+    def rule(theta, g, state):
+        return optim4rl_rule(theta, g, state, grad_clip)
+
+    return coordinatewise(new_theta, init_block, rule)
+
+
+def to_optax(learned: LearnedOptimizer, theta: Any, learning_rate: float) -> optax.GradientTransformation:
+    """A learned optimizer with its theta, as optax knows optimizers."""
+
+    def update(grads, state, params=None):
+        return learned.update(theta, grads, state, params, learning_rate)
+
+    return optax.GradientTransformation(learned.init_state, update)
+
+
+def optim4rl(theta: dict, learning_rate: float, grad_clip: float | None = 1.0) -> optax.GradientTransformation:
+    """Optim4RL with these meta-parameters, for any pytree of parameters; theta's shapes say which cell and inputs."""
+    return to_optax(make_optim4rl(**describe(theta), grad_clip=grad_clip), theta, learning_rate)
+
+
+# --- Keeping theta: one .npz, arrays and a JSON header ---
+
+
+def write_whole(path: str | os.PathLike, write: Callable) -> None:
+    """Call write(file) on a temporary file beside `path`, then rename it: a reader never finds half a file."""
+    fd, temporary = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)), prefix=".writing-")
+    try:
+        with os.fdopen(fd, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def save_theta(path: str | os.PathLike, theta: Any, optimizer: str, config: dict, trained: dict) -> None:
+    """Write theta (nested dicts of arrays) and a header to an .npz.
+
+    optimizer: the kind ("optim4rl"). config: the arguments that make it. trained: how it was trained, anything JSON can hold.
+    """
+    header = {"format": FORMAT, "optimizer": optimizer, "config": config, "trained": trained}
+    paths_and_leaves = jax.tree_util.tree_flatten_with_path(theta)[0]
+    arrays = {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in paths_and_leaves}
+    write_whole(path, lambda file: np.savez(file, header=np.array(json.dumps(header)), **arrays))
+
+
+def load_theta(path: str | os.PathLike) -> tuple[dict, dict]:
+    """-> theta, header, as save_theta wrote them. Raises ValueError, in one line, for a file that is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        header = json.loads(str(arrays.pop("header")))
+        if header["format"] != FORMAT:
+            raise ValueError(f"format {header['format']}, this code reads format {FORMAT}")
+        if not isinstance(header["optimizer"], str) or not isinstance(header["config"], dict):
+            raise ValueError("its header does not say which optimizer it is")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except KeyError as error:
+        raise ValueError(f"{path}: not a theta file of this project: no {error.args[0]!r} in it") from None
+    except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a whole theta file ({str(error).splitlines()[0]})") from None
+    theta: dict = {}
+    for name, array in arrays.items():
+        *parents, last = name.split("/")
+        node = theta
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = jnp.asarray(array)
+    return theta, header

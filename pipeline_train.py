@@ -1,0 +1,429 @@
+"""Pipeline training: meta-train an optimizer on many agents that are reset at staggered times (Lan et al. 2024):
+
+    python pipeline_train.py --env-name big_dense_long
+    python pipeline_train.py --env-name catch
+
+One meta-iteration: every unit (an agent in its own environments) that is due starts anew; every unit learns for K updates
+with the optimizer as it stands; the agent loss on one more fresh rollout is the meta-loss, and its gradient with respect
+to theta, averaged over units and tasks, goes to Adam. Because the agent-gradients are constants to that gradient, it
+needs no derivative of rollouts or of agent-gradients: it is the derivative of replaying the K recorded updates.
+
+Flags left unset take the paper's value for the environment; what was taken is printed.
+
+Legend: N units, K inner updates, S gradient steps of one update, M blocks of C coordinates (optim4rl.py), m reset interval.
+"""
+
+import dataclasses
+import inspect
+import os
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Callable, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import a2c
+import gridworld
+import optimizers
+import runs
+from optim4rl import LearnedOptimizer, save_theta, to_blocks, to_optax
+
+GROUP = 8  # units whose inner updates run side by side; bounds the memory that a device needs beside the units themselves
+
+
+SHORTER = "--num-units 64 with --total-steps 1e6, or fewer --num-iterations, make it short; Ctrl-C keeps what was trained"
+
+
+@dataclass(frozen=True)
+class Args:
+    env_name: tuple[str, ...] = ("big_dense_long",)
+    """one or several of the eight gridworlds and catch; meta-gradients are averaged over them"""
+    seed: int = 0
+    """the same seed gives the same theta"""
+    # --- The optimizer to train ---
+    optimizer: str = "optim4rl"
+    """the kind of learned optimizer"""
+    cell: Literal["lstm", "gru"] = "lstm"
+    """recurrent cell; the authors' code has gru"""
+    inputs: Literal["raw", "log"] = "raw"
+    """what the cells read: g and g^2, or (sign g, log|g|) and 2 log|g|"""
+    hidden_size: int = 8
+    """hidden units of each of the two cells"""
+    readout_layers: tuple[int, ...] = ()
+    """hidden layers of the read-outs, e.g. 16 16; none in the paper"""
+    grad_clip: float | None = None
+    """agent-gradients are clipped elementwise to this (paper: 1; on catch inf, that is, not)"""
+    # --- Pipeline training ---
+    num_units: int | None = None
+    """agents trained in parallel, for each environment (paper: 512; catch 64)"""
+    envs_per_unit: int = 1
+    """environments that each unit acts in"""
+    inner_updates: int = 4
+    """agent updates in a meta-iteration"""
+    reset_interval: int | None = None
+    """meta-iterations in a unit's life (paper: 72 to 576; catch 32 or 64)"""
+    pipeline: bool = True
+    """with --no-pipeline units are never reset"""
+    total_steps: float | None = None
+    """environment steps in all, for each environment (paper: 3e7; catch 5e5)"""
+    num_iterations: int | None = None
+    """meta-iterations, instead of --total-steps"""
+    # --- The agents ---
+    learning_rate: tuple[float, ...] | None = None
+    """the agents' step size: one, or one for each environment"""
+    reward_scale: tuple[float, ...] | None = None
+    """rewards are multiplied by this: one, or one for each environment"""
+    # --- The meta-gradient ---
+    meta_learning_rate: float | None = None
+    """step size of Adam on theta (paper: 1e-5 to 1e-3; catch to 1e-2)"""
+    meta_clip: Literal["global_norm", "elementwise", "none"] = "global_norm"
+    """how each environment's meta-gradient is clipped: to norm 0.5, each element to 1, or not"""
+    # --- The run ---
+    num_devices: int | None = None
+    """devices that the units are spread over (all of them; on a CPU each core is one)"""
+    checkpoint_every: int = 20
+    """iterations between two writings of theta.npz"""
+    runs_dir: str = "runs"
+    """the run's folder is made in here"""
+
+
+class Setting(NamedTuple):
+    """A task's setting in the paper; where the paper swept, a value from inside the sweep."""
+
+    num_units: int
+    total_steps: float
+    reset_interval: int
+    meta_learning_rate: float
+    learning_rate: float  # trained on alone
+    many_learning_rate: float  # trained on together with others
+    many_reward_scale: float
+
+
+SETTINGS = {
+    "catch": Setting(64, 5e5, 32, 1e-3, 1e-3, 1e-3, 1.0),
+    "small_sparse_short": Setting(512, 3e7, 144, 3e-4, 3e-3, 3e-3, 1e2),  # not in the paper: as its other small ones
+    "small_sparse_long": Setting(512, 3e7, 144, 3e-4, 3e-3, 3e-3, 1e2),  # likewise
+    "small_dense_short": Setting(512, 3e7, 144, 3e-4, 3e-3, 3e-3, 1e2),
+    "small_dense_long": Setting(512, 3e7, 144, 3e-4, 3e-2, 1e-3, 1e3),
+    "big_sparse_short": Setting(512, 3e7, 144, 3e-4, 3e-3, 3e-3, 1e2),
+    "big_sparse_long": Setting(512, 3e7, 144, 3e-4, 1e-3, 1e-3, 1e1),
+    "big_dense_short": Setting(512, 3e7, 144, 3e-4, 3e-3, 3e-3, 1e1),
+    "big_dense_long": Setting(512, 3e7, 144, 3e-4, 3e-3, 3e-3, 1.0),
+}
+
+
+class Task(NamedTuple):
+    agent: a2c.Agent
+    learning_rate: float
+
+
+class MetaState(NamedTuple):
+    theta: Any
+    meta_opt_state: Any
+    units: tuple  # for each task the agents' states, [N, ...]
+    iteration: jax.Array  # [] int32
+
+
+# --- The meta-gradient ---
+
+
+def replay_gradient(learned: LearnedOptimizer, theta, start, grads, cotangent, learning_rate) -> Any:
+    """d <cotangent, params after the K recorded updates> / d theta, by replaying them.
+
+    start: (params, opt_state) before the updates; grads: [K, ...] like params; cotangent: like params. One agent.
+    """
+
+    def replayed(theta):
+        def step(carry, grad):
+            params, opt_state = carry
+            updates, opt_state = learned.update(theta, grad, opt_state, params, learning_rate)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        params, _ = jax.lax.scan(step, start, grads)[0]
+        return optax.tree.vdot(cotangent, params)
+
+    return jax.grad(replayed)(theta)
+
+
+def streamed_replay_gradient(rule: Callable, theta, opt_state, grads, cotangent, learning_rate) -> Any:
+    """The sum of replay_gradient over units, for a coordinate-wise optimizer, in the memory of one block.
+
+    Updates add up and no coordinate sees another, so the replay falls apart into blocks: forward and backward through the
+    K updates of one block, then the next. opt_state: [N, M, ...]; grads: [N, K, ...] like params; cotangent: [N, ...].
+    """
+    blocks = (
+        jnp.moveaxis(jax.vmap(jax.vmap(to_blocks))(grads), 1, 2),  # [N, M, K, C]
+        opt_state,
+        jax.vmap(to_blocks)(cotangent),  # [N, M, C]
+    )
+    blocks = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)
+
+    def moved(theta, block):
+        """<cotangent, sum of the updates>: how far along the cotangent the block is moved."""
+        grads, state, cotangent = block
+
+        def step(state, g):
+            step, state = rule(theta, g, state)
+            return state, step
+
+        steps = jax.lax.scan(step, state, grads, unroll=4)[1]
+        return -learning_rate * jnp.vdot(cotangent, jnp.sum(steps, axis=0))
+
+    if jax.default_backend() != "cpu":  # an accelerator wants all the blocks at once
+        return jax.grad(lambda theta: jnp.sum(jax.vmap(moved, (None, 0))(theta, blocks)))(theta)
+
+    def add_block(total, block):
+        return jax.tree.map(jnp.add, total, jax.grad(moved)(theta, block)), None
+
+    return jax.lax.scan(add_block, jax.tree.map(jnp.zeros_like, theta), blocks)[0]
+
+
+# --- Units ---
+
+
+def reset_slots(num_units: int, reset_interval: int) -> np.ndarray:
+    """[N] int: unit i starts anew at every meta-iteration t with t mod m equal to its slot."""
+    return np.floor(np.linspace(0, reset_interval - 1, num_units)).astype(np.int32)
+
+
+def reset_due(keys, units, due, agent, optimizer):
+    """Whole new agents (parameters, optimizer state, environments) where due; the others as they were. due: [N] bool."""
+
+    def reset(units):
+        def choose(new, old):
+            return jnp.where(due.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+        return jax.tree.map(choose, jax.vmap(agent.init, (0, None))(keys, optimizer), units)
+
+    return jax.lax.cond(jnp.any(due), reset, lambda units: units, units)
+
+
+def train_unit(key, unit, agent, optimizer, inner_updates):
+    """K updates of one agent, then the meta-loss on a fresh rollout.
+
+    -> unit, grads seen [K * S, ...], cotangent d meta-loss / d params, metrics
+    """
+    key_inner, key_meta = jax.random.split(key)
+
+    def inner_update(unit, key):
+        unit, grads, metrics = agent.learn(key, unit, optimizer)
+        return unit, (grads, metrics)
+
+    unit, (grads, metrics) = jax.lax.scan(inner_update, unit, jax.random.split(key_inner, inner_updates))
+
+    def meta_loss(params):
+        return agent.loss(key_meta, unit._replace(params=params))
+
+    (loss, unit), cotangent = jax.value_and_grad(meta_loss, has_aux=True)(unit.params)
+    grads = jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), grads)
+    return unit, grads, cotangent, {"meta_loss": loss, "return": metrics["return"][-1]}
+
+
+def train_group(theta, keys, units, due, task, learned, inner_updates):
+    """Reset and train some units side by side. -> sum of their meta-gradients, units, metrics [N]"""
+    optimizer = to_optax(learned, theta, task.learning_rate)
+    key_reset, key_train = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    units = reset_due(key_reset, units, due, task.agent, optimizer)
+    start = (units.params, units.opt_state)
+    train = partial(train_unit, agent=task.agent, optimizer=optimizer, inner_updates=inner_updates)
+    units, grads, cotangent, metrics = jax.vmap(train)(key_train, units)
+    if learned.rule:
+        gradient = streamed_replay_gradient(learned.rule, theta, start[1], grads, cotangent, task.learning_rate)
+    else:
+        replay = partial(replay_gradient, learned, theta, learning_rate=task.learning_rate)
+        gradient = jax.tree.map(lambda g: jnp.sum(g, axis=0), jax.vmap(replay)(start, grads, cotangent))
+    return gradient, units, metrics
+
+
+def train_units(theta, keys, units, due, train: Callable, mesh):
+    """All of a task's units: spread over the devices, on each device group by group. -> mean meta-gradient, units, metrics"""
+    per_device = due.size // mesh.size
+    group = max(size for size in range(1, GROUP + 1) if per_device % size == 0)
+
+    def on_device(theta, keys, units, due):
+        def on_group(total, some):
+            gradient, units, metrics = train(theta, *some)
+            return jax.tree.map(jnp.add, total, gradient), (units, metrics)
+
+        grouped = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), (keys, units, due))
+        total, done = jax.lax.scan(on_group, jax.tree.map(jnp.zeros_like, theta), grouped)
+        units, metrics = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), done)
+        return jax.lax.psum(total, "units"), units, metrics
+
+    split, whole = PartitionSpec("units"), PartitionSpec()
+    on_devices = jax.shard_map(
+        on_device, mesh=mesh, in_specs=(whole, split, split, split), out_specs=(whole, split, split), check_vma=False
+    )
+    total, units, metrics = on_devices(theta, keys, units, due)
+    return jax.tree.map(lambda g: g / due.size, total), units, metrics
+
+
+# --- Meta-training ---
+
+
+def clipping(meta_clip: str) -> optax.GradientTransformation:
+    return {"global_norm": optax.clip_by_global_norm(0.5), "elementwise": optax.clip(1.0), "none": optax.identity()}[meta_clip]
+
+
+def make_meta_step(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh) -> tuple[Callable, Callable]:
+    """-> init(key) -> MetaState, step(key, MetaState) -> MetaState, metrics: one meta-iteration. Both jitted.
+
+    theta is on every device of the mesh, the units are spread over them; step takes over the buffers of its MetaState.
+    """
+    meta_optimizer = optax.adam(args.meta_learning_rate)
+    clip = clipping(args.meta_clip)
+    slots = jnp.asarray(reset_slots(args.num_units, args.reset_interval))
+
+    def init(key):
+        key_theta, key_units = jax.random.split(key)
+        theta = learned.init_theta(key_theta)
+        optimizer = to_optax(learned, theta, 1.0)
+        units = []
+        for i, task in enumerate(tasks):
+            keys = jax.random.split(jax.random.fold_in(key_units, i), args.num_units)
+            units.append(jax.vmap(task.agent.init, (0, None))(keys, optimizer))
+        return MetaState(theta, meta_optimizer.init(theta), tuple(units), jnp.int32(0))
+
+    def step(key, state):
+        due = (state.iteration % args.reset_interval == slots) & args.pipeline
+        gradients, all_units, all_metrics = [], [], []
+        for i, (task, units) in enumerate(zip(tasks, state.units, strict=True)):
+            key_task = jax.random.fold_in(jax.random.fold_in(key, state.iteration), i)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key_task, jnp.arange(args.num_units))
+            train = partial(train_group, task=task, learned=learned, inner_updates=args.inner_updates)
+            gradient, units, metrics = train_units(state.theta, keys, units, due, train, mesh)
+            gradients.append(gradient)
+            all_units.append(units)
+            all_metrics.append(jax.tree.map(jnp.nanmean, metrics) | {"meta_grad_norm": optax.tree.norm(gradient)})
+        clipped = [clip.update(gradient, clip.init(gradient))[0] for gradient in gradients]
+        gradient = jax.tree.map(lambda *gs: sum(gs) / len(gs), *clipped)
+        updates, meta_opt_state = meta_optimizer.update(gradient, state.meta_opt_state)
+        theta = optax.apply_updates(state.theta, updates)
+        return MetaState(theta, meta_opt_state, tuple(all_units), state.iteration + 1), all_metrics
+
+    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("units"))
+    shardings = MetaState(whole, whole, split, whole)
+    return jax.jit(init, out_shardings=shardings), jax.jit(step, donate_argnums=1, out_shardings=(shardings, whole))
+
+
+def set_up(args: Args) -> tuple[list[Task], LearnedOptimizer, dict]:
+    """-> the tasks, the optimizer, and the config that its theta file will carry."""
+    factory = optimizers.LEARNED[args.optimizer]
+    config = {name: getattr(args, name) for name in inspect.signature(factory).parameters}
+    config |= {"grad_clip": None if np.isinf(args.grad_clip) else args.grad_clip} if "grad_clip" in config else {}
+    tasks = []
+    for name, learning_rate, reward_scale in zip(args.env_name, args.learning_rate, args.reward_scale, strict=True):
+        agent_args = a2c.Args(env_name=name, num_envs=args.envs_per_unit, reward_scale=reward_scale)
+        tasks.append(Task(a2c.make_agent(gridworld.make(name), agent_args), learning_rate))
+    return tasks, factory(**config), config
+
+
+# --- The command line ---
+
+
+def fill_in(args: Args) -> Args:
+    """The arguments with the paper's values where they were left unset. Raises ValueError, in one line, for what cannot be."""
+    for name in args.env_name:
+        gridworld.make(name)
+    if not args.env_name or len(set(args.env_name)) < len(args.env_name):
+        raise ValueError("--env-name must name at least one environment, and each once")
+    if args.optimizer not in optimizers.LEARNED:
+        raise ValueError(f"unknown learned optimizer {args.optimizer!r}; choose from {', '.join(optimizers.LEARNED)}")
+    if args.total_steps is not None and args.num_iterations is not None:
+        raise ValueError("give --total-steps or --num-iterations, not both")
+    settings = [SETTINGS[name] for name in args.env_name]
+    many = len(settings) > 1
+    paper = {
+        "num_units": settings[0].num_units,
+        "reset_interval": settings[0].reset_interval,
+        "meta_learning_rate": settings[0].meta_learning_rate,
+        "learning_rate": tuple(s.many_learning_rate if many else s.learning_rate for s in settings),
+        "reward_scale": tuple(s.many_reward_scale if many else 1.0 for s in settings),
+        "grad_clip": float("inf") if args.env_name == ("catch",) else 1.0,
+        "total_steps": settings[0].total_steps,
+    }
+    args = dataclasses.replace(args, **{name: value for name, value in paper.items() if getattr(args, name) is None})
+    for name in ("learning_rate", "reward_scale"):
+        values = getattr(args, name)
+        if len(values) not in (1, len(settings)):
+            raise ValueError(f"--{name.replace('_', '-')} takes 1 value or {len(settings)}, got {len(values)}")
+        args = dataclasses.replace(args, **{name: values * len(settings) if len(values) == 1 else values})
+    numbers = ("num_units", "envs_per_unit", "inner_updates", "reset_interval", "total_steps", "num_iterations", "hidden_size")
+    numbers += ("readout_layers", "learning_rate", "reward_scale", "meta_learning_rate", "num_devices", "checkpoint_every")
+    runs.check_positive(args, *numbers)
+    if not args.grad_clip > 0:
+        raise ValueError(f"--grad-clip must be above 0, or inf for no clipping, got {args.grad_clip:g}")
+    num_iterations = args.num_iterations or int(args.total_steps) // steps_per_iteration(args)
+    if not num_iterations:
+        raise ValueError(f"--total-steps {args.total_steps:g} is less than one iteration ({steps_per_iteration(args)} steps)")
+    total_steps = float(num_iterations * steps_per_iteration(args))
+    return dataclasses.replace(args, num_iterations=num_iterations, total_steps=total_steps)
+
+
+def steps_per_iteration(args: Args) -> int:
+    """Environment steps of one meta-iteration in each environment: K rollouts and the meta-loss's, of every unit."""
+    return args.num_units * args.envs_per_unit * (args.inner_updates + 1) * a2c.Args.rollout_steps
+
+
+def choose_devices(args: Args) -> Args:
+    """The arguments with num_devices set. Makes each core of a CPU a device; must come before anything runs on one."""
+    jax.config.update("jax_num_cpu_devices", args.num_devices or len(os.sched_getaffinity(0)))
+    if args.num_devices and args.num_devices > jax.device_count():
+        raise ValueError(f"--num-devices {args.num_devices}: there are {jax.device_count()}")
+    if args.num_devices and args.num_units % args.num_devices:
+        raise ValueError(f"--num-units {args.num_units} must be a multiple of --num-devices {args.num_devices}")
+    most = max(n for n in range(1, jax.device_count() + 1) if args.num_units % n == 0)
+    return dataclasses.replace(args, num_devices=args.num_devices or most)
+
+
+def main() -> None:
+    args = runs.parse(Args, __doc__)
+    with runs.bad_input():
+        args = choose_devices(fill_in(args))
+        tasks, learned, config = set_up(args)
+        folder = runs.make_folder(args.runs_dir, "+".join(args.env_name), "pipeline_train", args.seed, args)
+    print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
+
+    mesh = Mesh(jax.devices()[: args.num_devices], "units")
+    init, step = make_meta_step(args, tasks, learned, mesh)
+    key_init, key_train = jax.random.split(jax.random.key(args.seed))
+    state = init(key_init)
+    began = time.perf_counter()
+    step = step.lower(key_train, state).compile()
+    print(f"compiled in {time.perf_counter() - began:.1f} s")
+
+    theta_path = folder / "theta.npz"
+    trained = dataclasses.asdict(args)
+
+    def save(state):
+        done = {"iterations": int(state.iteration), "env_steps": int(state.iteration) * steps_per_iteration(args)}
+        save_theta(theta_path, state.theta, args.optimizer, config, trained | done)
+
+    try:
+        with runs.Log(folder, args.num_iterations) as log:
+            for iteration in range(1, args.num_iterations + 1):
+                began = time.perf_counter()
+                state, metrics = step(key_train, state)
+                if iteration == 1:
+                    jax.block_until_ready(metrics)
+                    runs.warn_if_long((time.perf_counter() - began) * args.num_iterations, SHORTER)
+                row = {"env_steps": iteration * steps_per_iteration(args)}
+                for task_name, values in zip(args.env_name, metrics, strict=True):
+                    row |= {f"{name}_{task_name}" if len(tasks) > 1 else name: value for name, value in values.items()}
+                log.write(iteration, row)
+                if iteration % args.checkpoint_every == 0:
+                    save(state)
+    except KeyboardInterrupt:
+        print("interrupted; what was trained so far is kept")
+    save(state)
+    print(f"written: {theta_path}, and metrics.csv, config.json and TensorBoard events beside it")
+    print(f"next: python evaluate.py --env-name {args.env_name[0]} --optimizers {theta_path} untrained sign_sgd adam rmsprop")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""What every script does around its work: read the command line, make the run's folder, log, and refuse bad input."""
+
+import contextlib
+import csv
+import dataclasses
+import importlib.metadata
+import io
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+PACKAGES = ("jax", "jaxlib", "optax", "numpy", "chex", "brax")
+
+
+def fail(message: str) -> None:
+    """One line on stderr, exit code 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def bad_input():
+    """Around everything that looks at what the user gave, before any long work: its errors are the user's to read."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+def parse(args_class: type, description: str) -> Any:
+    """The command line as an args_class; tyro's framed error text becomes one line."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(args_class, description=description)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]|Parsing error|Unrecognized options|For full helptext.*", " ", stderr.getvalue())
+        fail(text)
+
+
+def check_positive(args: Any, *names: str) -> None:
+    """Raises ValueError unless each of these arguments, None aside, is above 0."""
+    for name in names:
+        value = getattr(args, name)
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if number is not None and not 0 < number < float("inf"):
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {number:g}")
+
+
+def make_folder(runs_dir: str, env_name: str, script: str, seed: int, args: Any) -> Path:
+    """Make <runs_dir>/<env>__<script>__<seed>__<time> with config.json: every argument, the packages' versions, the machine."""
+    name = f"{env_name}__{script}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(runs_dir) / name
+    for count in range(2, 100):
+        if not folder.exists():
+            break
+        folder = Path(runs_dir) / f"{name}-{count}"
+    folder.mkdir(parents=True)
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    machine = {"backend": jax.default_backend(), "devices": jax.device_count(), "cores": os.cpu_count()}
+    config = {"args": dataclasses.asdict(args), "versions": versions, "machine": machine}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def progress(total: int, title: str = "") -> tqdm:
+    """A progress bar with the time left."""
+    return tqdm(total=total, desc=title, dynamic_ncols=True)
+
+
+def warn_if_long(seconds: float, advice: str) -> None:
+    """Say so if a job will take over ten minutes on a machine with no accelerator."""
+    if jax.default_backend() == "cpu" and seconds > 600:
+        tqdm.write(f"there is no accelerator: this will take about {seconds / 60:.0f} minutes; {advice}")
+
+
+class Log:
+    """metrics.csv, TensorBoard events and a progress bar, all from write(). Numbers are fetched from the device now and
+    then, not at every call, so that the device is never kept waiting."""
+
+    def __init__(self, folder: Path, total: int, seconds: float = 0.5):
+        self.file = open(folder / "metrics.csv", "w", newline="")  # noqa: SIM115, closed in __exit__
+        self.events = SummaryWriter(str(folder))
+        self.bar = progress(total)
+        self.waiting: list[tuple[int, dict]] = []
+        self.seconds, self.last_flush = seconds, time.monotonic()
+        self.rows: csv.DictWriter | None = None
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.flush()
+        self.bar.close()
+        self.file.close()
+        self.events.close()
+
+    def write(self, number: int, metrics: dict) -> None:
+        """Log a row; `number` is the count of updates or iterations done. metrics: scalars, on the device or not."""
+        self.waiting.append((number, metrics))
+        if time.monotonic() - self.last_flush > self.seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.waiting:
+            return
+        for number, metrics in jax.device_get(self.waiting):
+            row = {name: float(value) for name, value in metrics.items()}
+            if self.rows is None:
+                self.rows = csv.DictWriter(self.file, ["number", *row])
+                self.rows.writeheader()
+            self.rows.writerow({"number": number, **{name: f"{value:.6g}" for name, value in row.items()}})
+            for name, value in row.items():
+                self.events.add_scalar(name, value, number)
+        self.bar.update(number - self.bar.n)
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in row.items() if "seed" not in name})
+        self.file.flush()
+        self.waiting, self.last_flush = [], time.monotonic()

@@ -1,0 +1,143 @@
+"""A2C against naive loops, a case worked out by hand, and probe environments."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import a2c
+import gridworld
+import optimizers
+from a2c import Args, Batch, td_lambda_errors
+
+
+@pytest.mark.parametrize("td_lambda", [0.0, 0.7, 1.0])
+def test_td_lambda_errors_are_a_mixture_of_n_step_returns(td_lambda):
+    rng, num_steps = np.random.default_rng(0), 7
+    values, rewards = rng.normal(size=num_steps + 1), rng.normal(size=num_steps)
+    discounts = 0.9 * (rng.random(num_steps) > 0.3)
+    errors = []
+    for t in range(num_steps):
+        n_step = []  # n-step returns from t, n = 1 .. T - t
+        for n in range(1, num_steps - t + 1):
+            rewards_part = sum(np.prod(discounts[t : t + i]) * rewards[t + i] for i in range(n))
+            n_step.append(rewards_part + np.prod(discounts[t : t + n]) * values[t + n])
+        weights = [(1 - td_lambda) * td_lambda**i for i in range(len(n_step) - 1)] + [td_lambda ** (len(n_step) - 1)]
+        errors.append(np.dot(weights, n_step) - values[t])
+    np.testing.assert_allclose(td_lambda_errors(jnp.array(values), jnp.array(rewards), jnp.array(discounts), td_lambda), errors, atol=1e-5)
+
+
+def test_gradient_of_the_loss_of_two_steps_worked_out_by_hand():
+    """With the dense layer at zero the policy is softmax(b) and the value is c everywhere, for any observation."""
+    args = Args(discount=0.9, td_lambda=0.5, critic_weight=0.7, entropy_weight=0.2, reward_scale=10.0)
+    b, c = np.array([0.3, -0.2, 0.5]), 2.0
+    params = {
+        "dense": {"w": jnp.zeros((4, 2)), "b": jnp.zeros(2)},
+        "actor": {"w": jnp.ones((2, 3)), "b": jnp.array(b)},
+        "critic": {"w": jnp.ones((2, 1)), "b": jnp.array([c])},
+    }
+    batch = Batch(jnp.ones((3, 2, 2, 1)), jnp.array([2, 0]), jnp.array([0.1, -0.3]), jnp.array([False, True]))
+    errors_1 = -3.0 - c  # the episode ends: no bootstrap
+    errors_0 = 1.0 + 0.9 * c - c + 0.9 * 0.5 * errors_1
+    pi = np.exp(b) / np.exp(b).sum()
+    entropy = -np.sum(pi * np.log(pi))
+    actor = -(errors_0 * (np.eye(3)[2] - pi) + errors_1 * (np.eye(3)[0] - pi)) / 2
+    actor += args.entropy_weight * pi * (np.log(pi) + entropy)  # d entropy / d b = -pi (log pi + entropy)
+    critic = -2 * args.critic_weight * (errors_0 + errors_1) / 2
+    loss = -(errors_0 * np.log(pi[2]) + errors_1 * np.log(pi[0])) / 2
+    loss += args.critic_weight * (errors_0**2 + errors_1**2) / 2 - args.entropy_weight * entropy
+
+    got, grads = jax.value_and_grad(a2c.a2c_loss)(params, batch, args)
+    np.testing.assert_allclose(got, loss, rtol=1e-5)
+    np.testing.assert_allclose(grads["actor"]["b"], actor, rtol=1e-4)
+    np.testing.assert_allclose(grads["critic"]["b"], [critic], rtol=1e-5)
+
+
+def test_conv2x2_is_a_same_convolution():
+    key_x, key_w = jax.random.split(jax.random.key(0))
+    x, w = jax.random.normal(key_x, (3, 6, 5, 4)), jax.random.normal(key_w, (2, 2, 4, 7))
+    expected = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    np.testing.assert_allclose(a2c.conv2x2({"w": w.reshape(16, 7), "b": jnp.zeros(7)}, x), expected, atol=1e-5)
+
+
+def counting_env(length=3):
+    """The observation counts the steps of the episode; the reward is the action."""
+
+    def reset(key):
+        return jnp.int32(0), jnp.zeros((1, 1, 1), jnp.uint8)
+
+    def step(key, state, action):
+        state = jnp.where(state + 1 == length, 0, state + 1)
+        return state, state.astype(jnp.uint8).reshape(1, 1, 1), action.astype(jnp.float32), state == 0
+
+    return gridworld.Env(reset, step, (1, 1, 1), 4)
+
+
+def test_rollout_lines_up_and_keeps_returns():
+    env = counting_env()
+    params = a2c.init_network(jax.random.key(0), env.obs_shape, env.num_actions, filters=0, hidden=3)
+    stream = a2c.start_stream(jax.random.key(1), env)
+    assert np.isnan(stream.last_return)
+    first, stream = a2c.rollout(jax.random.key(2), params, stream, env, 4)
+    second, stream = a2c.rollout(jax.random.key(3), params, stream, env, 4)
+    np.testing.assert_array_equal(first.obs.ravel(), [0, 1, 2, 0, 1])
+    np.testing.assert_array_equal(second.obs.ravel(), [1, 2, 0, 1, 2])
+    np.testing.assert_array_equal(first.done, [False, False, True, False])
+    actions = np.concatenate([first.action, second.action])
+    np.testing.assert_array_equal(np.concatenate([first.reward, second.reward]), actions)
+    assert stream.last_return == actions[3:6].sum() and stream.episode_return == actions[6:].sum()
+
+
+def test_grads_seen_are_those_of_the_mean_loss_over_environments():
+    args = Args(env_name="small_dense_short", num_envs=3, rollout_steps=5)
+    env, optimizer = gridworld.make(args.env_name), optax.sgd(1.0)
+    agent = a2c.make_agent(env, args)
+    state = agent.init(jax.random.key(0), optimizer)
+    key = jax.random.key(1)
+    after, grads, _ = agent.learn(key, state, optimizer)
+    per_env = []
+    for i, k in enumerate(jax.random.split(key, 3)):
+        batch, _ = a2c.rollout(k, state.params, jax.tree.map(lambda x, i=i: x[i], state.streams), env, 5)
+        per_env.append(jax.grad(a2c.a2c_loss)(state.params, batch, args))
+    expected = jax.tree.map(lambda *gs: sum(gs) / 3, *per_env)
+    jax.tree.map(lambda g, e: np.testing.assert_allclose(g[0], e, atol=1e-6), grads, expected)
+    jax.tree.map(lambda p, q, g: np.testing.assert_allclose(q, p - g[0], atol=1e-6), state.params, after.params, grads)
+
+
+def run(**changes):
+    args = Args(**{"env_name": "catch", "learning_rate": 1e-3, "num_envs": 64, "total_steps": 5e4, **changes})
+    optimizer = optimizers.make_optimizer(args.optimizer, args.learning_rate)
+    return a2c.train(args, gridworld.make(args.env_name), optimizer, lambda *_: None)
+
+
+def test_same_seed_same_result_and_seeds_do_not_depend_on_each_other():
+    one, again, three = run(), run(), run(num_seeds=3)
+    np.testing.assert_array_equal(one["return"], again["return"])
+    np.testing.assert_array_equal(one["loss"], again["loss"])
+    np.testing.assert_allclose(three["return"][0], one["return"][0], atol=0.1)
+    assert np.abs(three["loss"][1] - three["loss"][0]).max() > 1e-3
+    np.testing.assert_allclose(run(seed=2)["loss"][0, :5], three["loss"][2, :5], rtol=1e-3)
+
+
+def test_one_trace_for_all_updates(monkeypatch):
+    chex.clear_trace_counter()
+    monkeypatch.setattr(a2c, "a2c_loss", chex.assert_max_traces(a2c.a2c_loss, n=1))
+    run(total_steps=1e4)
+
+
+def test_learns_catch():
+    assert run(total_steps=3e5)["return"][0, -20:].mean() > 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "env_name, optimizer, learning_rate, total_steps, at_least",
+    [("small_dense_long", "adam", 3e-2, 3e6, 22.0), ("big_dense_long", "rmsprop", 3e-3, 4e6, 4.0)],
+)
+def test_reaches_the_return_of_the_authors_code(env_name, optimizer, learning_rate, total_steps, at_least):
+    history = run(
+        env_name=env_name, optimizer=optimizer, learning_rate=learning_rate, total_steps=total_steps, num_envs=512
+    )
+    assert history["return"][0, -20:].mean() >= at_least

@@ -1,0 +1,313 @@
+"""The optimizer against its equations written as a loop over scalars, and as a citizen of optax."""
+
+import json
+import math
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optim4rl
+import optimizers
+from optim4rl import BLOCK, load_theta, make_optim4rl, save_theta, to_optax
+
+ROOT = Path(__file__).parent.parent
+KINDS = [(cell, inputs, layers) for cell in ("lstm", "gru") for inputs in ("raw", "log") for layers in ((), (5,))]
+
+
+def make_theta(cell="lstm", inputs="raw", layers=(), hidden=3, seed=0):
+    """A theta with nothing left at zero, so that no term of the equations can hide."""
+    theta = make_optim4rl(cell, inputs, hidden, layers).init_theta(jax.random.key(seed))
+    leaves, treedef = jax.tree.flatten(theta)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    leaves = [leaf + 0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, leaves)
+
+
+# --- The equations, a scalar at a time ---
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def scalar_cell(weights, state, x, cell):
+    w_x, w_h, b = (np.asarray(weights[name], float) for name in ("w_x", "w_h", "b"))
+    h, size = state[0], len(state[0])
+    from_x = [sum(w_x[r, d] * x[d] for d in range(len(x))) + b[r] for r in range(len(b))]
+    from_h = [sum(w_h[r, k] * h[k] for k in range(size)) for r in range(len(b))]
+    new_h, new_c = [], []
+    for k in range(size):
+        a = [(from_x[gate * size + k], from_h[gate * size + k]) for gate in range(len(b) // size)]
+        if cell == "lstm":
+            i, f, u, o = (p + q for p, q in a)
+            new_c.append(sigmoid(f) * state[1][k] + sigmoid(i) * math.tanh(u))
+            new_h.append(sigmoid(o) * math.tanh(new_c[k]))
+        else:
+            r, z = sigmoid(sum(a[0])), sigmoid(sum(a[1]))
+            n = math.tanh(a[2][0] + r * (a[2][1] + float(weights["b_n"][k])))
+            new_h.append((1 - z) * n + z * h[k])
+    return [new_h, new_c]
+
+
+def scalar_readout(layers, h):
+    for i in range(len(layers)):
+        w, b = np.asarray(layers[str(i)]["w"], float), np.asarray(layers[str(i)]["b"], float)
+        h = [max(x, 0.0) for x in h] if i else h
+        h = [sum(w[r, k] * h[k] for k in range(len(h))) + b[r] for r in range(len(b))]
+    return h[0]
+
+
+def scalar_optimizer(theta, gradients, cell, inputs, hidden, learning_rate, clip=1.0):
+    """The updates of one coordinate that sees these gradients one after the other."""
+    states, updates = [[[0.0] * hidden, [0.0] * hidden] for _ in range(2)], []
+    for g in gradients:
+        g = min(max(g, -clip), clip)
+        log_g = math.log(abs(g) + 1e-8)
+        sign = math.copysign(1.0, g) if g else 0.0
+        x = ([g], [g * g]) if inputs == "raw" else ([sign, log_g], [2 * log_g])
+        states = [scalar_cell(theta[f"rnn{i + 1}"], states[i], x[i], cell) for i in range(2)]
+        m = sign * math.exp(scalar_readout(theta["readout1"], states[0][0]))
+        v = math.exp(scalar_readout(theta["readout2"], states[1][0]))
+        updates.append(-learning_rate * m / math.sqrt(v + 1e-8))
+    return updates
+
+
+@pytest.mark.parametrize("cell, inputs, layers", KINDS)
+def test_update_is_the_equations_coordinate_by_coordinate(cell, inputs, layers):
+    theta = make_theta(cell, inputs, layers)
+    gradients = np.array([[0.3, -2.5, 0.0, 1e-6], [-0.7, 0.9, 1e-3, -1e-6], [0.2, 4.0, 0.0, 1e-4]])
+    optimizer = optim4rl.optim4rl(theta, 0.01)
+    params = jnp.zeros(4)
+    state = optimizer.init(params)
+    for k in range(3):
+        updates, state = optimizer.update(jnp.asarray(gradients[k], jnp.float32), state, params)
+        expected = [scalar_optimizer(theta, gradients[: k + 1, p], cell, inputs, 3, 0.01)[k] for p in range(4)]
+        np.testing.assert_allclose(updates, expected, rtol=2e-5)
+
+
+def test_untrained_with_raw_inputs_is_nearly_sign_descent_on_small_gradients():
+    grads = jnp.array([1e-4, -1e-3, 1e-5])
+    optimizer = optimizers.make_optimizer("untrained", 0.1)
+    updates, _ = optimizer.update(grads, optimizer.init(grads))
+    np.testing.assert_allclose(updates, -0.1 * jnp.sign(grads), rtol=1e-3)
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.25, None])
+def test_gradient_clipping(clip):
+    optimizer = optim4rl.optim4rl(make_theta(), 0.01, grad_clip=clip)
+    grads, limit = jnp.array([3.0, -0.5]), clip or np.inf
+    updates, _ = optimizer.update(grads, optimizer.init(grads))
+    np.testing.assert_array_equal(updates, optimizer.update(jnp.clip(grads, -limit, limit), optimizer.init(grads))[0])
+    unclipped, _ = optim4rl.optim4rl(make_theta(), 0.01, grad_clip=None).update(grads, optimizer.init(grads))
+    assert (np.asarray(updates) == np.asarray(unclipped)).all() == (clip is None)
+
+
+# --- As an optax optimizer ---
+
+
+def odd_params():
+    return {
+        "a": jnp.ones((3, 5)),
+        "list": [jnp.float32(2.0), None, jnp.zeros((0, 4)), {"deep": jnp.ones(BLOCK + 7, jnp.bfloat16)}],
+        "none": None,
+    }
+
+
+@pytest.mark.parametrize("cell, inputs, layers", KINDS)
+def test_any_pytree_under_chain_and_jit(cell, inputs, layers):
+    params = odd_params()
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optim4rl.optim4rl(make_theta(cell, inputs, layers), 0.1))
+    state = optimizer.init(params)
+    updates, after = jax.jit(optimizer.update)(params, state, params)
+    spec = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    assert spec(updates) == spec(params)
+    assert spec(after) == spec(state)
+    new = optax.apply_updates(params, updates)
+    assert spec(new) == spec(params) and float(new["a"][0, 0]) < 1.0
+
+
+def test_each_coordinate_is_on_its_own_wherever_it_lies():
+    theta, key = make_theta(), jax.random.key(3)
+    grads = jax.random.normal(key, (2 * BLOCK + 11,))
+    optimizer = optim4rl.optim4rl(theta, 0.1)
+    whole, _ = optimizer.update(grads, optimizer.init(grads))
+    order = jax.random.permutation(key, grads.size)
+    shuffled, _ = optimizer.update(grads[order], optimizer.init(grads))
+    np.testing.assert_allclose(shuffled, whole[order], rtol=1e-5)
+    parts = {"a": grads[:5].reshape(5, 1), "b": [grads[5:]]}
+    split, _ = optimizer.update(parts, optimizer.init(parts))
+    np.testing.assert_array_equal(np.concatenate([split["a"].ravel(), split["b"][0]]), whole)
+
+
+def test_empty_pytree():
+    optimizer = optim4rl.optim4rl(make_theta(), 0.1)
+    assert optimizer.update({"x": None}, optimizer.init({"x": None}))[0] == {"x": None}
+
+
+def test_integer_leaves_are_refused():
+    optimizer = optim4rl.optim4rl(make_theta(), 0.1)
+    with pytest.raises(TypeError, match="floating point"):
+        optimizer.update(jnp.arange(3), optimizer.init(jnp.arange(3)))
+
+
+@pytest.mark.parametrize("theta_batched", [False, True])
+def test_vmap_is_a_loop(theta_batched):
+    thetas = jax.tree.map(lambda *xs: jnp.stack(xs), *[make_theta(seed=seed) for seed in (range(3) if theta_batched else [0] * 3)])
+    learned = make_optim4rl(hidden_size=3)
+    grads = jax.random.normal(jax.random.key(0), (2, 3, BLOCK + 5))
+
+    def two_steps(theta, grads):
+        optimizer = to_optax(learned, theta, 0.1)
+        state = optimizer.init(grads[0])
+        first, state = optimizer.update(grads[0], state)
+        return first, optimizer.update(grads[1], state)
+
+    pick = lambda tree, i: jax.tree.map(lambda x: x[i], tree)  # noqa: E731
+    theta_axis, theta = (0, thetas) if theta_batched else (None, pick(thetas, 0))
+    got = jax.jit(jax.vmap(two_steps, (theta_axis, 1)))(theta, grads)
+    for i in range(3):
+        expected = two_steps(pick(thetas, i), grads[:, i])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), pick(got, i), expected)
+
+
+def test_derivative_with_respect_to_theta_in_both_modes():
+    theta, grads = make_theta(), jnp.linspace(-1, 1, 9)
+
+    def moved(theta):
+        optimizer = optim4rl.optim4rl(theta, 0.1)
+        return jnp.sum(optimizer.update(grads, optimizer.init(grads))[0] * jnp.arange(9))
+
+    direction = make_theta(seed=5)
+    forward = jax.jvp(moved, (theta,), (direction,))[1]
+    backward = optax.tree.vdot(jax.grad(moved)(theta), direction)
+    shifted = [moved(optax.tree.add_scale(theta, step, direction)) for step in (1e-3, -1e-3)]
+    np.testing.assert_allclose(forward, backward, rtol=1e-4)
+    np.testing.assert_allclose(forward, (shifted[0] - shifted[1]) / 2e-3, rtol=1e-2)
+
+
+def test_no_second_trace():
+    optimizer, count = optim4rl.optim4rl(make_theta(), 0.1), []
+
+    @jax.jit
+    def update(grads, state):
+        count.append(1)
+        return optimizer.update(grads, state)
+
+    state = optimizer.init(jnp.zeros(3))
+    for _ in range(3):
+        _, state = update(jnp.ones(3), state)
+    assert len(count) == 1
+
+
+# --- Files ---
+
+
+@pytest.fixture
+def saved(tmp_path):
+    config = {"cell": "gru", "inputs": "log", "hidden_size": 3, "readout_layers": [5], "grad_clip": None}
+    theta = make_theta("gru", "log", (5,))
+    save_theta(tmp_path / "theta.npz", theta, "optim4rl", config, {"env_name": ["catch"], "iterations": 3})
+    return tmp_path / "theta.npz", theta, config
+
+
+def test_save_and_load(saved):
+    path, theta, config = saved
+    loaded, header = load_theta(path)
+    jax.tree.map(np.testing.assert_array_equal, loaded, theta)
+    assert header["optimizer"] == "optim4rl" and header["config"] == config and header["trained"]["iterations"] == 3
+    assert os.listdir(path.parent) == ["theta.npz"]
+    grads = jnp.linspace(-3, 3, 7)
+    by_path, by_hand = optimizers.make_optimizer(str(path), 0.1), optim4rl.optim4rl(theta, 0.1, grad_clip=None)
+    np.testing.assert_array_equal(by_path.update(grads, by_path.init(grads))[0], by_hand.update(grads, by_hand.init(grads))[0])
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def spoil(path, how):
+    whole = path.read_bytes()
+    arrays = dict(np.load(path))
+    header = json.loads(str(arrays["header"]))
+    if how == "missing":
+        path.unlink()
+    elif how == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "flipped":
+        path.write_bytes(whole[:600] + bytes([whole[600] ^ 255]) + whole[601:])
+    elif how == "text":
+        path.write_text("not an archive")
+    elif how == "pickle":
+        path.write_bytes(pickle.dumps(Payload()))
+    elif how == "pickle inside":
+        np.savez(path, **arrays | {"rnn1/b": np.array([Payload()], object)})
+    elif how == "foreign":
+        np.savez(path, weights=np.zeros(3))
+    elif how == "header":
+        np.savez(path, **arrays | {"header": np.array("{")})
+    elif how == "version":
+        np.savez(path, **arrays | {"header": np.array(json.dumps(header | {"format": 99}))})
+    elif how == "other optimizer":
+        np.savez(path, **arrays | {"header": np.array(json.dumps(header | {"optimizer": "nosuch"}))})
+    elif how == "other config":
+        np.savez(path, **arrays | {"header": np.array(json.dumps(header | {"config": {"hidden_size": 4}}))})
+    elif how == "array missing":
+        np.savez(path, **{name: array for name, array in arrays.items() if name != "rnn2/w_h"})
+    elif how == "nan":
+        np.savez(path, **arrays | {"rnn1/b": np.full_like(arrays["rnn1/b"], np.nan)})
+
+
+@pytest.mark.parametrize(
+    "how",
+    "missing truncated empty flipped text pickle foreign header version nan".split()
+    + ["pickle inside", "other optimizer", "other config", "array missing"],
+)
+def test_unfit_files_are_refused_in_one_line(saved, how, monkeypatch):
+    path, _, _ = saved
+    spoil(path, how)
+    monkeypatch.chdir(path.parent)
+    with pytest.raises(ValueError) as error:
+        optimizers.make_optimizer(str(path), 0.1)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert not Path("executed").exists()
+
+
+def test_a_failed_save_leaves_the_old_file(saved):
+    path, theta, config = saved
+    with pytest.raises(TypeError):
+        save_theta(path, theta, "optim4rl", config, {"unwritable": object()})
+    load_theta(path)
+    assert os.listdir(path.parent) == ["theta.npz"]
+
+
+# --- By name, and alone ---
+
+
+@pytest.mark.parametrize("name", ["adam", "rmsprop", "sgd", "sign_sgd"])
+def test_classical_optimizers_are_those_of_optax(name):
+    grads = {"w": jnp.array([0.5, -2.0, 0.0])}
+    ours, theirs = optimizers.make_optimizer(name, 0.1), getattr(optax, name)(0.1)
+    np.testing.assert_array_equal(ours.update(grads, ours.init(grads))[0]["w"], theirs.update(grads, theirs.init(grads))[0]["w"])
+
+
+def test_unknown_optimizer():
+    with pytest.raises(ValueError, match="adam, rmsprop"):
+        optimizers.make_optimizer("adamw", 0.1)
+
+
+@pytest.mark.parametrize("module", ["gridworld", "optim4rl", "a2c"])
+def test_module_imports_alone_from_an_empty_folder(module, tmp_path):
+    shutil.copy(ROOT / f"{module}.py", tmp_path)
+    subprocess.run([sys.executable, "-c", f"import {module}"], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})

@@ -1,0 +1,241 @@
+"""Meta-gradients against jax.grad through everything and finite differences; resets, devices, determinism."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+
+import a2c
+import gridworld
+import pipeline_train
+from optim4rl import BLOCK, make_optim4rl, to_optax
+from pipeline_train import Args, Task, fill_in, make_meta_step, replay_gradient, reset_slots, set_up, train_group, train_unit
+
+KINDS = [(cell, inputs) for cell in ("lstm", "gru") for inputs in ("raw", "log")]
+
+
+def make_task(envs_per_unit=1, env_name="small_dense_short", **changes):
+    args = a2c.Args(env_name=env_name, num_envs=envs_per_unit, rollout_steps=5, reward_scale=100.0, **changes)
+    return Task(a2c.make_agent(gridworld.make(env_name), args), 0.01)
+
+
+def make_units(task, learned, num_units, seed=0):
+    """Units whose optimizer states are not all zero, and a theta with every part at work."""
+    theta = jax.tree.map(lambda x: x + 0.1, learned.init_theta(jax.random.key(seed)))
+    optimizer = to_optax(learned, theta, task.learning_rate)
+    units = jax.vmap(task.agent.init, (0, None))(jax.random.split(jax.random.key(seed + 1), num_units), optimizer)
+    learn = jax.jit(jax.vmap(lambda key, unit: task.agent.learn(key, unit, optimizer)[0]))
+    return theta, learn(jax.random.split(jax.random.key(seed + 2), num_units), units)
+
+
+def relative(a, b):
+    return float(optax.tree.norm(optax.tree.sub(a, b)) / optax.tree.norm(b))
+
+
+def pick(tree, i):
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+# --- The meta-gradient ---
+
+
+@pytest.mark.parametrize("envs_per_unit", [1, 4])
+@pytest.mark.parametrize("cell, inputs", KINDS)
+def test_streamed_meta_gradient_is_jax_grad_through_everything(cell, inputs, envs_per_unit):
+    num_units, inner_updates = 3, 4
+    task, learned = make_task(envs_per_unit), make_optim4rl(cell, inputs)
+    theta, units = make_units(task, learned, num_units)
+    keys = jax.random.split(jax.random.key(7), num_units)
+    num_params = sum(x.size for x in jax.tree.leaves(pick(units.params, 0)))
+    assert num_params > BLOCK and num_params % BLOCK
+
+    def meta_loss(theta):
+        """Rollouts and all: nothing is recorded, nothing replayed."""
+        optimizer, total = to_optax(learned, theta, task.learning_rate), 0.0
+        for i in range(num_units):
+            key_inner, key_meta = jax.random.split(jax.random.split(keys[i])[1])
+            unit = pick(units, i)
+            for key in jax.random.split(key_inner, inner_updates):
+                unit = task.agent.learn(key, unit, optimizer)[0]
+            total += task.agent.loss(key_meta, unit)[0]
+        return total
+
+    expected = jax.jit(jax.grad(meta_loss))(theta)
+    group = jax.jit(lambda *a: train_group(*a, task=task, learned=learned, inner_updates=inner_updates))
+    gradient, _, metrics = group(theta, keys, units, jnp.zeros(num_units, bool))
+    assert relative(gradient, expected) < 1e-5
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
+    np.testing.assert_allclose(jnp.sum(metrics["meta_loss"]), jax.jit(meta_loss)(theta), rtol=1e-5)
+
+
+@pytest.mark.parametrize("cell, inputs", KINDS)
+def test_unstreamed_replay_gives_the_same(cell, inputs):
+    task, learned = make_task(), make_optim4rl(cell, inputs)
+    theta, units = make_units(task, learned, 2)
+    keys, due = jax.random.split(jax.random.key(7), 2), jnp.zeros(2, bool)
+    group = lambda learned: jax.jit(lambda *a: train_group(*a, task=task, learned=learned, inner_updates=3))  # noqa: E731
+    streamed = group(learned)(theta, keys, units, due)[0]
+    assert relative(streamed, group(learned._replace(rule=None))(theta, keys, units, due)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("cell, inputs", KINDS)
+def test_meta_gradient_against_finite_differences_in_float64(cell, inputs):
+    """The loss on a fixed batch after replaying recorded gradients, with theta moved a little both ways."""
+    with jax.enable_x64(True):
+        learned = make_optim4rl(cell, inputs, hidden_size=4)
+        theta = jax.tree.map(lambda x: x.astype(float) + 0.1, learned.init_theta(jax.random.key(0)))
+        params = {"w": jnp.linspace(-1.0, 1.0, 6), "b": jnp.float64(0.5)}
+        grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), (5, *p.shape), float), params)
+        start = (params, jax.tree.map(lambda x: x + 0.05, learned.init_state(params)))
+
+        def loss_of(params):
+            return jnp.sum(jnp.sin(3 * params["w"]) * params["b"]) + params["b"] ** 3
+
+        def replayed(theta):
+            params, state = start
+            for k in range(5):
+                updates, state = learned.update(theta, pick(grads, k), state, params, 0.1)
+                params = optax.apply_updates(params, updates)
+            return params
+
+        cotangent = jax.grad(loss_of)(replayed(theta))
+        one_unit = jax.tree.map(lambda x: x[None], (start[1], grads, cotangent))
+        streamed = pipeline_train.streamed_replay_gradient(learned.rule, theta, *one_unit, 0.1)
+        unstreamed = replay_gradient(learned, theta, start, grads, cotangent, 0.1)
+        loss = jax.jit(lambda theta: loss_of(replayed(theta)))
+        for seed in range(5):
+            leaves, treedef = jax.tree.flatten(theta)
+            noise = [jax.random.normal(jax.random.key(seed), leaf.shape, float) for leaf in leaves]
+            direction = jax.tree.unflatten(treedef, noise)
+            forth, back = (loss(optax.tree.add_scale(theta, step, direction)) for step in (1e-5, -1e-5))
+            for gradient in (streamed, unstreamed):
+                np.testing.assert_allclose(optax.tree.vdot(gradient, direction), (forth - back) / 2e-5, rtol=1e-6)
+
+
+# --- Resets ---
+
+
+@pytest.mark.parametrize(
+    "num_units, reset_interval, slots",
+    [(4, 8, [0, 2, 4, 7]), (3, 2, [0, 0, 1]), (5, 1, [0, 0, 0, 0, 0]), (1, 10, [0]), (6, 4, [0, 0, 1, 1, 2, 3]), (2, 72, [0, 71])],
+)
+def test_reset_slots_by_hand(num_units, reset_interval, slots):
+    np.testing.assert_array_equal(reset_slots(num_units, reset_interval), slots)
+
+
+def test_a_due_unit_is_reset_whole_and_the_others_not_at_all():
+    task, learned = make_task(2), make_optim4rl()
+    theta, units = make_units(task, learned, 4)
+    optimizer, keys = to_optax(learned, theta, task.learning_rate), jax.random.split(jax.random.key(3), 4)
+    due = jnp.array([False, True, False, True])
+    after = jax.jit(lambda *a: pipeline_train.reset_due(*a, task.agent, optimizer))(keys, units, due)
+    for i in range(4):
+        expected = task.agent.init(keys[i], optimizer) if due[i] else pick(units, i)
+        jax.tree.map(np.testing.assert_array_equal, pick(after, i), expected)
+    assert np.abs(units.opt_state[0][0]).max() > 0 and np.abs(after.opt_state[0][0][1]).max() == 0
+
+
+def small_args(**changes):
+    defaults = {"env_name": ("small_dense_short",), "num_units": 4, "reset_interval": 3, "num_iterations": 4}
+    return fill_in(Args(**{**defaults, "inner_updates": 2, **changes}))
+
+
+def iterate(args, iterations=4, num_devices=1):
+    """-> the MetaState before every iteration and after the last, on the host."""
+    tasks, learned, _ = set_up(args)
+    init, step = make_meta_step(args, tasks, learned, Mesh(jax.devices()[:num_devices], "units"))
+    state = init(jax.random.key(args.seed))
+    states = [jax.device_get(state)]
+    for _ in range(iterations):
+        state, _ = step(jax.random.key(args.seed + 1), state)
+        states.append(jax.device_get(state))
+    return states
+
+
+@pytest.mark.parametrize("pipeline", [True, False])
+def test_units_are_reset_when_the_schedule_says(pipeline):
+    args = small_args(pipeline=pipeline)
+    states = iterate(args, iterations=5)
+    for t in range(5):
+        for i, slot in enumerate(reset_slots(4, 3)):
+            # A gridworld of horizon 50 never ends on its own in a life of 3 iterations of 60 steps: look at the parameters.
+            before, after = (pick(state.units[0].params, i) for state in states[t : t + 2])
+            moved = max(float(jnp.abs(p - q).max()) for p, q in zip(*map(jax.tree.leaves, (before, after)), strict=True))
+            # Two updates of about the step size each, or a whole new set of weights.
+            assert (moved > 0.05) == (pipeline and t % 3 == slot)
+
+
+# --- Iterations ---
+
+
+def test_one_two_and_four_devices_give_the_same():
+    args = small_args(num_units=8)
+    one, two, four = (iterate(args, num_devices=n) for n in (1, 2, 4))
+    for other in (two, four):
+        assert relative(other[-1].theta, one[-1].theta) < 1e-5
+        assert relative(other[-1].units[0].params, one[-1].units[0].params) < 1e-4
+
+
+def test_same_seed_same_theta_bit_for_bit():
+    first, second = iterate(small_args()), iterate(small_args())
+    jax.tree.map(np.testing.assert_array_equal, first[-1].theta, second[-1].theta)
+    assert relative(iterate(small_args(seed=5))[-1].theta, first[-1].theta) > 0.1
+
+
+def test_one_trace_for_all_iterations(monkeypatch):
+    chex.clear_trace_counter()
+    monkeypatch.setattr(pipeline_train, "train_units", chex.assert_max_traces(pipeline_train.train_units, n=1))
+    iterate(small_args())
+
+
+@pytest.mark.parametrize("meta_clip", ["global_norm", "elementwise", "none"])
+def test_several_tasks_mean_of_clipped_gradients(meta_clip):
+    names, rates, scales = ("small_dense_short", "catch"), (0.01, 0.001), (1000.0, 1.0)
+    args = small_args(env_name=names, learning_rate=rates, reward_scale=scales, meta_clip=meta_clip)
+    states = iterate(args, iterations=1)
+    tasks, learned, _ = set_up(args)
+    gradients = []
+    for i, task in enumerate(tasks):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), 0), i)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(4))
+        due = jnp.asarray(reset_slots(4, 3)) == 0
+        total = train_group(states[0].theta, keys, states[0].units[i], due, task, learned, 2)[0]
+        gradients.append(jax.tree.map(lambda g: g / 4, total))
+    if meta_clip == "global_norm":
+        norms = [float(optax.tree.norm(g)) for g in gradients]
+        assert max(norms) > 0.5
+        gradients = [jax.tree.map(lambda x, n=n: x * min(1, 0.5 / n), g) for g, n in zip(gradients, norms, strict=True)]
+    elif meta_clip == "elementwise":
+        gradients = [jax.tree.map(lambda x: np.clip(x, -1, 1), g) for g in gradients]
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *gradients)
+    adam = states[1].meta_opt_state[0]
+    assert relative(adam.mu, jax.tree.map(lambda g: 0.1 * g, mean)) < 1e-4
+
+
+def test_inner_loop_records_what_it_applied():
+    """The recorded gradients, replayed by hand, lead to the unit's parameters."""
+    task, learned = make_task(), make_optim4rl()
+    theta, units = make_units(task, learned, 1)
+    unit, optimizer = pick(units, 0), to_optax(learned, theta, task.learning_rate)
+    after, grads, _, _ = train_unit(jax.random.key(0), unit, task.agent, optimizer, 3)
+    params, state = unit.params, unit.opt_state
+    for k in range(3):
+        updates, state = optimizer.update(pick(grads, k), state)
+        params = optax.apply_updates(params, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, after.params)
+
+
+def test_the_papers_settings_are_the_defaults():
+    big, catch = fill_in(Args()), fill_in(Args(env_name=("catch",)))
+    assert (big.num_units, big.num_iterations, big.learning_rate, big.grad_clip) == (512, 585, (3e-3,), 1.0)
+    assert (catch.num_units, catch.num_iterations, catch.learning_rate, catch.grad_clip) == (64, 78, (1e-3,), np.inf)
+    six = ("small_dense_long", "small_dense_short", "big_sparse_short", "big_dense_short", "big_sparse_long", "big_dense_long")
+    many = fill_in(Args(env_name=six))
+    assert many.learning_rate == (1e-3, 3e-3, 3e-3, 3e-3, 1e-3, 3e-3)
+    assert many.reward_scale == (1e3, 1e2, 1e2, 1e1, 1e1, 1.0)
+    assert dataclasses.replace(fill_in(Args(env_name=six, learning_rate=(1e-2,)))).learning_rate == (1e-2,) * 6
