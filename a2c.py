@@ -9,9 +9,10 @@ an optimizer is optax's.
 Legend: T steps of a rollout, B environments, A actions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -54,9 +55,9 @@ class Args:
 
 # --- Network: [Conv 16 2x2 ->] Dense -> actor and critic ---
 
-# The critic starts at 0 and the actor's weights three times as large as usual, so that the layers below learn for the
-# policy first. Without this, big_dense_long learns less than half as fast (README.md).
-HEAD_SCALES = {"critic": 0.0, "actor": 3.0}
+# The critic starts at 0 and the actor's weights five times as large as usual, so that the layers below learn for the
+# policy first: in 4e6 steps RMSProp then gets 8.4 instead of 2.3 on big_dense_long.
+HEAD_SCALES = {"critic": 0.0, "actor": 5.0}
 
 
 def network_size(env_name: str) -> dict:

@@ -100,7 +100,10 @@ def table(results: list[Result], env_steps: np.ndarray) -> str:
     """A markdown table of the best step size of each optimizer."""
     best = best_of_each(results)
     goal = 0.9 * max(result.scores.mean() for result in best)
-    rows = [f"| optimizer | step size | return (last {LAST} updates) | 90 % interval | steps to reach {goal:.3g} |", "|---" * 5 + "|"]
+    rows = [
+        f"| optimizer | step size | return (last {LAST} updates) | 90 % interval | steps to reach {goal:.3g} |",
+        "|---" * 5 + "|",
+    ]
     for result in best:
         low, high = bootstrap_interval(result.scores)
         steps = steps_to_reach(goal, result.returns.mean(axis=0), env_steps)

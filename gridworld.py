@@ -12,7 +12,8 @@ The gridworlds are those of Oh et al. 2020, "Discovering Reinforcement Learning 
 Legend: R, C interior rows and columns, n objects, cells are numbered row by row, 0 .. R*C - 1.
 """
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

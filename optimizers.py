@@ -4,7 +4,8 @@ The learned ones that pipeline_train.py can train are in LEARNED; a new one is a
 """
 
 import os
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ LEARNED: dict[str, Callable] = {
 
 
 def load_learned(path: str) -> tuple[LearnedOptimizer, Any, dict]:
-    """A meta-trained optimizer from its .npz -> the optimizer, theta, header. Raises ValueError, in one line, if it is unfit."""
+    """A meta-trained optimizer from its .npz -> optimizer, theta, header. Raises ValueError, in one line, if unfit."""
     theta, header = load_theta(path)
     kind = header["optimizer"]
     if kind not in LEARNED:

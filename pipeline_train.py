@@ -5,21 +5,21 @@
 
 One meta-iteration: every unit (an agent in its own environments) that is due starts anew; every unit learns for K updates
 with the optimizer as it stands; the agent loss on one more fresh rollout is the meta-loss, and its gradient with respect
-to theta, averaged over units and tasks, goes to Adam. Because the agent-gradients are constants to that gradient, it
-needs no derivative of rollouts or of agent-gradients: it is the derivative of replaying the K recorded updates.
+to theta (meta_gradient.py), averaged over units and tasks, goes to Adam.
 
 Flags left unset take the paper's value for the environment; what was taken is printed.
 
-Legend: N units, K inner updates, S gradient steps of one update, M blocks of C coordinates (optim4rl.py), m reset interval.
+Legend: N units, K inner updates, S gradient steps of one update, m reset interval.
 """
 
 import dataclasses
 import inspect
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,8 @@ import a2c
 import gridworld
 import optimizers
 import runs
-from optim4rl import LearnedOptimizer, save_theta, to_blocks, to_optax
+from meta_gradient import replay_gradient, streamed_replay_gradient
+from optim4rl import LearnedOptimizer, save_theta, to_optax
 
 GROUP = 8  # units whose inner updates run side by side; bounds the memory that a device needs beside the units themselves
 
@@ -127,60 +128,6 @@ class MetaState(NamedTuple):
     meta_opt_state: Any
     units: tuple  # for each task the agents' states, [N, ...]
     iteration: jax.Array  # [] int32
-
-
-# --- The meta-gradient ---
-
-
-def replay_gradient(learned: LearnedOptimizer, theta, start, grads, cotangent, learning_rate) -> Any:
-    """d <cotangent, params after the K recorded updates> / d theta, by replaying them.
-
-    start: (params, opt_state) before the updates; grads: [K, ...] like params; cotangent: like params. One agent.
-    """
-
-    def replayed(theta):
-        def step(carry, grad):
-            params, opt_state = carry
-            updates, opt_state = learned.update(theta, grad, opt_state, params, learning_rate)
-            return (optax.apply_updates(params, updates), opt_state), None
-
-        params, _ = jax.lax.scan(step, start, grads)[0]
-        return optax.tree.vdot(cotangent, params)
-
-    return jax.grad(replayed)(theta)
-
-
-def streamed_replay_gradient(rule: Callable, theta, opt_state, grads, cotangent, learning_rate) -> Any:
-    """The sum of replay_gradient over units, for a coordinate-wise optimizer, in the memory of one block.
-
-    Updates add up and no coordinate sees another, so the replay falls apart into blocks: forward and backward through the
-    K updates of one block, then the next. opt_state: [N, M, ...]; grads: [N, K, ...] like params; cotangent: [N, ...].
-    """
-    blocks = (
-        jnp.moveaxis(jax.vmap(jax.vmap(to_blocks))(grads), 1, 2),  # [N, M, K, C]
-        opt_state,
-        jax.vmap(to_blocks)(cotangent),  # [N, M, C]
-    )
-    blocks = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)
-
-    def moved(theta, block):
-        """<cotangent, sum of the updates>: how far along the cotangent the block is moved."""
-        grads, state, cotangent = block
-
-        def step(state, g):
-            step, state = rule(theta, g, state)
-            return state, step
-
-        steps = jax.lax.scan(step, state, grads, unroll=4)[1]
-        return -learning_rate * jnp.vdot(cotangent, jnp.sum(steps, axis=0))
-
-    if jax.default_backend() != "cpu":  # an accelerator wants all the blocks at once
-        return jax.grad(lambda theta: jnp.sum(jax.vmap(moved, (None, 0))(theta, blocks)))(theta)
-
-    def add_block(total, block):
-        return jax.tree.map(jnp.add, total, jax.grad(moved)(theta, block)), None
-
-    return jax.lax.scan(add_block, jax.tree.map(jnp.zeros_like, theta), blocks)[0]
 
 
 # --- Units ---

@@ -26,7 +26,9 @@ def test_td_lambda_errors_are_a_mixture_of_n_step_returns(td_lambda):
             n_step.append(rewards_part + np.prod(discounts[t : t + n]) * values[t + n])
         weights = [(1 - td_lambda) * td_lambda**i for i in range(len(n_step) - 1)] + [td_lambda ** (len(n_step) - 1)]
         errors.append(np.dot(weights, n_step) - values[t])
-    np.testing.assert_allclose(td_lambda_errors(jnp.array(values), jnp.array(rewards), jnp.array(discounts), td_lambda), errors, atol=1e-5)
+    np.testing.assert_allclose(
+        td_lambda_errors(jnp.array(values), jnp.array(rewards), jnp.array(discounts), td_lambda), errors, atol=1e-5
+    )
 
 
 def test_gradient_of_the_loss_of_two_steps_worked_out_by_hand():
@@ -137,7 +139,5 @@ def test_learns_catch():
     [("small_dense_long", "adam", 3e-2, 3e6, 22.0), ("big_dense_long", "rmsprop", 3e-3, 4e6, 4.0)],
 )
 def test_reaches_the_return_of_the_authors_code(env_name, optimizer, learning_rate, total_steps, at_least):
-    history = run(
-        env_name=env_name, optimizer=optimizer, learning_rate=learning_rate, total_steps=total_steps, num_envs=512
-    )
+    history = run(env_name=env_name, optimizer=optimizer, learning_rate=learning_rate, total_steps=total_steps, num_envs=512)
     assert history["return"][0, -20:].mean() >= at_least

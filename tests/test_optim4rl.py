@@ -161,7 +161,9 @@ def test_integer_leaves_are_refused():
 
 @pytest.mark.parametrize("theta_batched", [False, True])
 def test_vmap_is_a_loop(theta_batched):
-    thetas = jax.tree.map(lambda *xs: jnp.stack(xs), *[make_theta(seed=seed) for seed in (range(3) if theta_batched else [0] * 3)])
+    thetas = jax.tree.map(
+        lambda *xs: jnp.stack(xs), *[make_theta(seed=seed) for seed in (range(3) if theta_batched else [0] * 3)]
+    )
     learned = make_optim4rl(hidden_size=3)
     grads = jax.random.normal(jax.random.key(0), (2, 3, BLOCK + 5))
 
@@ -299,7 +301,9 @@ def test_a_failed_save_leaves_the_old_file(saved):
 def test_classical_optimizers_are_those_of_optax(name):
     grads = {"w": jnp.array([0.5, -2.0, 0.0])}
     ours, theirs = optimizers.make_optimizer(name, 0.1), getattr(optax, name)(0.1)
-    np.testing.assert_array_equal(ours.update(grads, ours.init(grads))[0]["w"], theirs.update(grads, theirs.init(grads))[0]["w"])
+    np.testing.assert_array_equal(
+        ours.update(grads, ours.init(grads))[0]["w"], theirs.update(grads, theirs.init(grads))[0]["w"]
+    )
 
 
 def test_unknown_optimizer():

@@ -1,6 +1,7 @@
 """Meta-gradients against jax.grad through everything and finite differences; resets, devices, determinism."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -13,8 +14,9 @@ from jax.sharding import Mesh
 import a2c
 import gridworld
 import pipeline_train
+from meta_gradient import replay_gradient, streamed_replay_gradient
 from optim4rl import BLOCK, make_optim4rl, to_optax
-from pipeline_train import Args, Task, fill_in, make_meta_step, replay_gradient, reset_slots, set_up, train_group, train_unit
+from pipeline_train import Args, Task, fill_in, make_meta_step, reset_slots, set_up, train_group, train_unit
 
 KINDS = [(cell, inputs) for cell in ("lstm", "gru") for inputs in ("raw", "log")]
 
@@ -105,7 +107,7 @@ def test_meta_gradient_against_finite_differences_in_float64(cell, inputs):
 
         cotangent = jax.grad(loss_of)(replayed(theta))
         one_unit = jax.tree.map(lambda x: x[None], (start[1], grads, cotangent))
-        streamed = pipeline_train.streamed_replay_gradient(learned.rule, theta, *one_unit, 0.1)
+        streamed = streamed_replay_gradient(learned.rule, theta, *one_unit, 0.1)
         unstreamed = replay_gradient(learned, theta, start, grads, cotangent, 0.1)
         loss = jax.jit(lambda theta: loss_of(replayed(theta)))
         for seed in range(5):
@@ -122,7 +124,14 @@ def test_meta_gradient_against_finite_differences_in_float64(cell, inputs):
 
 @pytest.mark.parametrize(
     "num_units, reset_interval, slots",
-    [(4, 8, [0, 2, 4, 7]), (3, 2, [0, 0, 1]), (5, 1, [0, 0, 0, 0, 0]), (1, 10, [0]), (6, 4, [0, 0, 1, 1, 2, 3]), (2, 72, [0, 71])],
+    [
+        (4, 8, [0, 2, 4, 7]),
+        (3, 2, [0, 0, 1]),
+        (5, 1, [0, 0, 0, 0, 0]),
+        (1, 10, [0]),
+        (6, 4, [0, 0, 1, 1, 2, 3]),
+        (2, 72, [0, 71]),
+    ],
 )
 def test_reset_slots_by_hand(num_units, reset_interval, slots):
     np.testing.assert_array_equal(reset_slots(num_units, reset_interval), slots)
@@ -145,10 +154,15 @@ def small_args(**changes):
     return fill_in(Args(**{**defaults, "inner_updates": 2, **changes}))
 
 
+@functools.lru_cache
+def compiled_meta_step(args, num_devices):
+    tasks, learned, _ = set_up(args)
+    return make_meta_step(args, tasks, learned, Mesh(jax.devices()[:num_devices], "units"))
+
+
 def iterate(args, iterations=4, num_devices=1):
     """-> the MetaState before every iteration and after the last, on the host."""
-    tasks, learned, _ = set_up(args)
-    init, step = make_meta_step(args, tasks, learned, Mesh(jax.devices()[:num_devices], "units"))
+    init, step = compiled_meta_step(dataclasses.replace(args, seed=0), num_devices)
     state = init(jax.random.key(args.seed))
     states = [jax.device_get(state)]
     for _ in range(iterations):
@@ -193,10 +207,19 @@ def test_one_trace_for_all_iterations(monkeypatch):
     iterate(small_args())
 
 
-@pytest.mark.parametrize("meta_clip", ["global_norm", "elementwise", "none"])
-def test_several_tasks_mean_of_clipped_gradients(meta_clip):
+def test_clipping():
+    gradient = {"a": jnp.array([3.0, -0.2]), "b": jnp.array([[4.0]])}
+    clip = lambda kind, tree: pipeline_train.clipping(kind).update(tree, pipeline_train.clipping(kind).init(tree))[0]  # noqa: E731
+    np.testing.assert_allclose(optax.tree.norm(clip("global_norm", gradient)), 0.5, rtol=1e-6)
+    np.testing.assert_allclose(clip("global_norm", gradient)["b"] / clip("global_norm", gradient)["a"][0], [[4 / 3]], rtol=1e-6)
+    np.testing.assert_array_equal(clip("global_norm", {"a": jnp.array([0.1])})["a"], jnp.array([0.1]))
+    np.testing.assert_allclose(clip("elementwise", gradient)["a"], [1.0, -0.2])
+    np.testing.assert_array_equal(clip("none", gradient)["b"], gradient["b"])
+
+
+def test_several_tasks_mean_of_clipped_gradients():
     names, rates, scales = ("small_dense_short", "catch"), (0.01, 0.001), (1000.0, 1.0)
-    args = small_args(env_name=names, learning_rate=rates, reward_scale=scales, meta_clip=meta_clip)
+    args = small_args(env_name=names, learning_rate=rates, reward_scale=scales)
     states = iterate(args, iterations=1)
     tasks, learned, _ = set_up(args)
     gradients = []
@@ -204,17 +227,13 @@ def test_several_tasks_mean_of_clipped_gradients(meta_clip):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), 0), i)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(4))
         due = jnp.asarray(reset_slots(4, 3)) == 0
-        total = train_group(states[0].theta, keys, states[0].units[i], due, task, learned, 2)[0]
-        gradients.append(jax.tree.map(lambda g: g / 4, total))
-    if meta_clip == "global_norm":
-        norms = [float(optax.tree.norm(g)) for g in gradients]
-        assert max(norms) > 0.5
-        gradients = [jax.tree.map(lambda x, n=n: x * min(1, 0.5 / n), g) for g, n in zip(gradients, norms, strict=True)]
-    elif meta_clip == "elementwise":
-        gradients = [jax.tree.map(lambda x: np.clip(x, -1, 1), g) for g in gradients]
-    mean = jax.tree.map(lambda a, b: (a + b) / 2, *gradients)
+        group = jax.jit(functools.partial(train_group, task=task, learned=learned, inner_updates=2))
+        gradients.append(jax.tree.map(lambda g: g / 4, group(states[0].theta, keys, states[0].units[i], due)[0]))
+    norms = [float(optax.tree.norm(g)) for g in gradients]
+    assert max(norms) > 0.5
+    clipped = [jax.tree.map(lambda x, n=n: x * min(1, 0.5 / n), g) for g, n in zip(gradients, norms, strict=True)]
     adam = states[1].meta_opt_state[0]
-    assert relative(adam.mu, jax.tree.map(lambda g: 0.1 * g, mean)) < 1e-4
+    assert relative(adam.mu, jax.tree.map(lambda a, b: 0.1 * (a + b) / 2, *clipped)) < 1e-4
 
 
 def test_inner_loop_records_what_it_applied():

@@ -1,0 +1,71 @@
+"""The derivative of the meta-loss with respect to theta, by replaying recorded updates.
+
+Agent-gradients are constants to the meta-gradient (optim4rl.py stops the derivative there). So with g_1 .. g_K recorded,
+
+    params_K(theta) = params_0 + sum_k update_k(theta; g_1 .. g_k)
+    d meta-loss / d theta = cotangent * d params_K / d theta,    cotangent = d meta-loss / d params_K
+
+and no derivative of rollouts, losses or agent-gradients is needed: it is the same as jax.grad through everything.
+
+Legend: N units, K recorded gradients, M blocks of C coordinates (optim4rl.py).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optim4rl import LearnedOptimizer, to_blocks
+
+
+def replay_gradient(learned: LearnedOptimizer, theta, start, grads, cotangent, learning_rate) -> Any:
+    """d <cotangent, params after the K recorded updates> / d theta, by replaying them.
+
+    start: (params, opt_state) before the updates; grads: [K, ...] like params; cotangent: like params. One agent.
+    """
+
+    def replayed(theta):
+        def step(carry, grad):
+            params, opt_state = carry
+            updates, opt_state = learned.update(theta, grad, opt_state, params, learning_rate)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        params, _ = jax.lax.scan(step, start, grads)[0]
+        return optax.tree.vdot(cotangent, params)
+
+    return jax.grad(replayed)(theta)
+
+
+def streamed_replay_gradient(rule: Callable, theta, opt_state, grads, cotangent, learning_rate) -> Any:
+    """The sum of replay_gradient over units, for a coordinate-wise optimizer, in the memory of one block.
+
+    Updates add up and no coordinate sees another, so the replay falls apart into blocks: forward and backward through the
+    K updates of one block, then the next. opt_state: [N, M, ...]; grads: [N, K, ...] like params; cotangent: [N, ...].
+    """
+    blocks = (
+        jnp.moveaxis(jax.vmap(jax.vmap(to_blocks))(grads), 1, 2),  # [N, M, K, C]
+        opt_state,
+        jax.vmap(to_blocks)(cotangent),  # [N, M, C]
+    )
+    blocks = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)
+
+    def moved(theta, block):
+        """<cotangent, sum of the updates>: how far along the cotangent the block is moved."""
+        grads, state, cotangent = block
+
+        def step(state, g):
+            step, state = rule(theta, g, state)
+            return state, step
+
+        steps = jax.lax.scan(step, state, grads, unroll=4)[1]
+        return -learning_rate * jnp.vdot(cotangent, jnp.sum(steps, axis=0))
+
+    if jax.default_backend() != "cpu":  # an accelerator wants all the blocks at once
+        return jax.grad(lambda theta: jnp.sum(jax.vmap(moved, (None, 0))(theta, blocks)))(theta)
+
+    def add_block(total, block):
+        return jax.tree.map(jnp.add, total, jax.grad(moved)(theta, block)), None
+
+    return jax.lax.scan(add_block, jax.tree.map(jnp.zeros_like, theta), blocks)[0]

@@ -1,0 +1,148 @@
+"""The scripts as a user runs them: from the command line to the files, and bad input in one line."""
+
+import csv
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import evaluate
+from optim4rl import load_theta, save_theta
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_script(script, *flags, cwd):
+    command = [sys.executable, str(ROOT / f"{script}.py"), *flags]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def read_rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_meta_train_then_evaluate(tmp_path):
+    flags = "--env-name catch --num-units 4 --num-iterations 3 --inner-updates 2 --cell gru".split()
+    done = run_script("pipeline_train", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert f"--optimizers runs/{folder.name}/theta.npz" in done.stdout
+    theta, header = load_theta(folder / "theta.npz")
+    assert header["trained"]["iterations"] == 3 and header["config"]["cell"] == "gru"
+    assert len(read_rows(folder / "metrics.csv")) == 3 and list(folder.glob("events*"))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["args"]["num_units"] == 4 and "jax" in config["versions"]
+
+    flags = ["--num-seeds", "2", "--total-steps", "6400", "--optimizers", str(folder / "theta.npz"), "adam"]
+    done = run_script("evaluate", *flags, "--learning-rates", "1e-2", "1e-3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").glob("*evaluate*")
+    rows = read_rows(folder / "results.csv")
+    assert {(row["optimizer"], row["learning_rate"]) for row in rows} == {
+        ("catch (trained)", "0.001"), ("adam", "0.01"), ("adam", "0.001")
+    }  # fmt: skip
+    assert len(rows) == 3 * 2 * 5 and (folder / "curves.png").read_bytes()[1:4] == b"PNG"
+    assert (folder / "table.md").read_text() in done.stdout
+
+
+def test_a2c(tmp_path):
+    flags = "--env-name big_dense_short --num-envs 2 --total-steps 120 --num-seeds 2".split()
+    done = run_script("a2c", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    rows = read_rows(folder / "metrics.csv")
+    assert [row["env_steps"] for row in rows] == ["40", "80", "120"] and "return_seed_1" in rows[0]
+
+
+@pytest.mark.parametrize("script", ["a2c", "pipeline_train", "evaluate"])
+def test_help_teaches(script, tmp_path):
+    done = run_script(script, "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "--env-name" in done.stdout and f"python {script}.py" in done.stdout
+
+
+BAD = [
+    ("a2c", "--env-name big_dense", "big_dense_long"),
+    ("a2c", "--optimizer adamw", "rmsprop"),
+    ("a2c", "--optimizer missing.npz", "no such file"),
+    ("a2c", "--optimizer broken.npz", "broken.npz"),
+    ("a2c", "--optimizer other.npz", "nosuch"),
+    ("a2c", "--num-envs -1", "--num-envs"),
+    ("a2c", "--num-seeds 0", "--num-seeds"),
+    ("a2c", "--learning-rate nan", "--learning-rate"),
+    ("a2c", "--total-steps 5", "--total-steps"),
+    ("a2c", "--num-envs many", "num-envs"),
+    ("a2c", "--nosuch 1", "nosuch"),
+    ("a2c", "--runs-dir a_file", "a_file"),
+    ("pipeline_train", "--env-name catch nosuch", "nosuch"),
+    ("pipeline_train", "--env-name catch catch", "once"),
+    ("pipeline_train", "--optimizer adam", "optim4rl"),
+    ("pipeline_train", "--cell rnn", "lstm"),
+    ("pipeline_train", "--reset-interval 0", "--reset-interval"),
+    ("pipeline_train", "--num-units -4", "--num-units"),
+    ("pipeline_train", "--inner-updates 0", "--inner-updates"),
+    ("pipeline_train", "--readout-layers 4 -1", "--readout-layers"),
+    ("pipeline_train", "--total-steps 1e6 --num-iterations 3", "not both"),
+    ("pipeline_train", "--env-name catch --learning-rate 1e-3 1e-3", "--learning-rate"),
+    ("pipeline_train", "--grad-clip 0", "--grad-clip"),
+    ("pipeline_train", "--total-steps 100", "--total-steps"),
+    ("evaluate", "--env-name nosuch", "catch"),
+    ("evaluate", "--optimizers adam broken.npz", "broken.npz"),
+    ("evaluate", "--optimizers missing.npz", "no such file"),
+    ("evaluate", "--learning-rates 1e-3 -1", "--learning-rates"),
+    ("evaluate", "--num-seeds 0", "--num-seeds"),
+]
+
+
+@pytest.mark.parametrize("script, flags, hint", BAD)
+def test_bad_input_is_one_line_and_exit_2(script, flags, hint, tmp_path, monkeypatch, capsys):
+    save_theta(tmp_path / "other.npz", {"w": np.zeros(3)}, "nosuch", {}, {})
+    (tmp_path / "broken.npz").write_bytes((tmp_path / "other.npz").read_bytes()[:100])
+    (tmp_path / "a_file").write_text("")
+    before = sorted(os.listdir(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(script).main()
+    out, err = capsys.readouterr()
+    assert end.value.code == 2
+    assert err.count("\n") == 1 and hint in err and err.startswith("error: ")
+    assert out == "" and sorted(os.listdir(tmp_path)) == before
+
+
+def test_more_devices_than_there_are(tmp_path):
+    done = run_script("pipeline_train", "--env-name", "catch", "--num-units", "5", "--num-devices", "2", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "--num-units" in done.stderr
+
+
+# --- evaluate.py's statistics ---
+
+
+def test_bootstrap_interval_is_near_the_normal_one():
+    samples = np.random.default_rng(0).normal(3.0, 1.0, (400, 2))
+    low, high = evaluate.bootstrap_interval(samples)
+    half_width = 1.645 * samples.std(axis=0) / 20
+    np.testing.assert_allclose(low, samples.mean(axis=0) - half_width, atol=0.02)
+    np.testing.assert_allclose(high, samples.mean(axis=0) + half_width, atol=0.02)
+    assert evaluate.bootstrap_interval(samples[:1])[0] is not None
+
+
+def test_steps_to_reach():
+    env_steps, curve = np.array([10, 20, 30, 40]), np.array([0.0, 5.0, 4.0, 6.0])
+    assert evaluate.steps_to_reach(5.0, curve, env_steps) == 20
+    assert np.isnan(evaluate.steps_to_reach(7.0, curve, env_steps))
+
+
+def test_the_best_step_size_of_each_is_shown():
+    results = [
+        evaluate.Result(label, rate, np.full((2, 30), score))
+        for label, rate, score in [("adam", 1, 3), ("adam", 2, 5), ("x", 1, 4)]
+    ]
+    assert [(result.label, result.learning_rate) for result in evaluate.best_of_each(results)] == [("adam", 2), ("x", 1)]
+    text = evaluate.table(results, np.arange(30))
+    assert "| adam | 2 | 5.000 |" in text and "| x | 1 | 4.000 |" in text
