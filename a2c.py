@@ -206,7 +206,10 @@ def make_agent(env: Any, args: Args) -> Agent:
         return jax.lax.stop_gradient(batches), state._replace(streams=streams)
 
     def mean_loss(params, batches):
-        return jnp.mean(jax.vmap(a2c_loss, (None, 0, None))(params, batches, args))
+        # On a CPU a few environments at a time, forward and again backward, so that what they need stays in the cache.
+        at_once = min(args.num_envs, 16) if jax.default_backend() == "cpu" else args.num_envs
+        one = jax.checkpoint(lambda batch: a2c_loss(params, batch, args))
+        return jnp.mean(jax.lax.map(one, batches, batch_size=at_once))
 
     def learn(key, state, optimizer):
         batches, state = fresh_batch(key, state)

@@ -20,7 +20,6 @@ Legend: P coordinates in all, C coordinates in a block, M blocks, H hidden units
 
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -243,14 +242,14 @@ def optim4rl(theta: dict, learning_rate: float, grad_clip: float | None = 1.0) -
 
 def write_whole(path: str | os.PathLike, write: Callable) -> None:
     """Call write(file) on a temporary file beside `path`, then rename it: a reader never finds half a file."""
-    fd, temporary = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)), prefix=".writing-")
+    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
-        with os.fdopen(fd, "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
 
 
 def save_theta(path: str | os.PathLike, theta: Any, optimizer: str, config: dict, trained: dict) -> None:
