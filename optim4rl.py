@@ -47,13 +47,18 @@ class LearnedOptimizer(NamedTuple):
 # --- The network: two LSTMs (or GRUs), hidden units first, so that a block of coordinates is the last axis ---
 
 
+def sigmoid(x: jax.Array) -> jax.Array:
+    return 0.5 * jnp.tanh(0.5 * x) + 0.5  # faster on a CPU than jax.nn.sigmoid's exp and division
+
+
 def lstm(weights: dict, state: tuple, x: jax.Array) -> tuple:
     """Long short-term memory (Hochreiter & Schmidhuber 1997, with forget gate). state: (h, c), each [H, C]; x: [D, C]."""
     h, c = state
-    z = weights["w_h"] @ h + weights["w_x"] @ x + weights["b"][:, None]
-    i, f, u, o = jnp.split(z, 4)
-    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(u)
-    return jax.nn.sigmoid(o) * jnp.tanh(c), c
+    # W_h h + W_x x + b as one product: a sixth off the time of a meta-gradient.
+    w = jnp.concatenate([weights["w_h"], weights["w_x"], weights["b"][:, None]], axis=1)
+    i, f, u, o = jnp.split(w @ jnp.concatenate([h, x, jnp.ones_like(x[:1])]), 4)
+    c = sigmoid(f) * c + sigmoid(i) * jnp.tanh(u)
+    return sigmoid(o) * jnp.tanh(c), c
 
 
 def gru(weights: dict, state: tuple, x: jax.Array) -> tuple:
@@ -61,7 +66,7 @@ def gru(weights: dict, state: tuple, x: jax.Array) -> tuple:
     (h,) = state
     r, z, n = jnp.split(weights["w_x"] @ x + weights["b"][:, None], 3)
     h_r, h_z, h_n = jnp.split(weights["w_h"] @ h, 3)
-    r, z = jax.nn.sigmoid(r + h_r), jax.nn.sigmoid(z + h_z)
+    r, z = sigmoid(r + h_r), sigmoid(z + h_z)
     n = jnp.tanh(n + r * (h_n + weights["b_n"][:, None]))
     return ((1 - z) * n + z * h,)
 
