@@ -34,7 +34,10 @@ import runs
 from meta_gradient import replay_gradient, streamed_replay_gradient
 from optim4rl import LearnedOptimizer, save_theta, to_optax
 
-GROUP = 8  # units whose inner updates run side by side; bounds the memory that a device needs beside the units themselves
+# Units whose inner updates run side by side on a device. It bounds the memory beside the units themselves, and on a CPU one
+# unit at a time stays in the cache.
+GROUP = {"cpu": 1}
+GROUP_ELSEWHERE = 64
 
 
 SHORTER = "--num-units 64 with --total-steps 1e6, or fewer --num-iterations, make it short; Ctrl-C keeps what was trained"
@@ -86,7 +89,13 @@ class Args:
     """how each environment's meta-gradient is clipped: to norm 0.5, each element to 1, or not"""
     # --- The run ---
     num_devices: int | None = None
-    """devices that the units are spread over (all of them; on a CPU each core is one)"""
+    """devices of this process that units are spread over (as many as divide the units; on a CPU each core is one)"""
+    num_processes: int = 1
+    """processes, on one host or several, that the units are spread over; start each with the same flags but --process-id"""
+    process_id: int = 0
+    """which of them this is, from 0, which alone writes the run's folder"""
+    coordinator: str = "127.0.0.1:9876"
+    """address and a free port of process 0's host"""
     checkpoint_every: int = 20
     """iterations between two writings of theta.npz"""
     runs_dir: str = "runs"
@@ -190,16 +199,22 @@ def train_group(theta, keys, units, due, task, learned, inner_updates):
 def train_units(theta, keys, units, due, train: Callable, mesh):
     """All of a task's units: spread over the devices, on each device group by group. -> mean meta-gradient, units, metrics"""
     per_device = due.size // mesh.size
-    group = max(size for size in range(1, GROUP + 1) if per_device % size == 0)
+    most = GROUP.get(jax.default_backend(), GROUP_ELSEWHERE)
+    group = max(size for size in range(1, most + 1) if per_device % size == 0)
 
     def on_device(theta, keys, units, due):
-        def on_group(total, some):
-            gradient, units, metrics = train(theta, *some)
-            return jax.tree.map(jnp.add, total, gradient), (units, metrics)
+        def on_group(carry, start):
+            total, units = carry
+            some = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, group), (keys, units, due))
+            some = jax.lax.optimization_barrier(some)  # a copy of these few, lest XLA copies all to update them in place
+            gradient, some, metrics = train(theta, *some)
+            units = jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, 0), units, some)
+            return (jax.tree.map(jnp.add, total, gradient), units), metrics
 
-        grouped = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), (keys, units, due))
-        total, done = jax.lax.scan(on_group, jax.tree.map(jnp.zeros_like, theta), grouped)
-        units, metrics = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), done)
+        # The units are the loop's carry, and so updated in place: they are most of the memory.
+        start = (jax.tree.map(jnp.zeros_like, theta), units)
+        (total, units), metrics = jax.lax.scan(on_group, start, jnp.arange(0, per_device, group))
+        metrics = jax.tree.map(jnp.ravel, metrics)
         return jax.lax.psum(total, "units"), units, metrics
 
     split, whole = PartitionSpec("units"), PartitionSpec()
@@ -301,7 +316,15 @@ def fill_in(args: Args) -> Args:
             raise ValueError(f"--{name.replace('_', '-')} takes 1 value or {len(settings)}, got {len(values)}")
         args = dataclasses.replace(args, **{name: values * len(settings) if len(values) == 1 else values})
     numbers = ("num_units", "envs_per_unit", "inner_updates", "reset_interval", "total_steps", "num_iterations", "hidden_size")
-    numbers += ("readout_layers", "learning_rate", "reward_scale", "meta_learning_rate", "num_devices", "checkpoint_every")
+    numbers += (
+        "readout_layers",
+        "learning_rate",
+        "reward_scale",
+        "meta_learning_rate",
+        "num_devices",
+        "checkpoint_every",
+        "num_processes",
+    )
     runs.check_positive(args, *numbers)
     if not args.grad_clip > 0:
         raise ValueError(f"--grad-clip must be above 0, or inf for no clipping, got {args.grad_clip:g}")
@@ -317,57 +340,76 @@ def steps_per_iteration(args: Args) -> int:
     return args.num_units * args.envs_per_unit * (args.inner_updates + 1) * a2c.Args.rollout_steps
 
 
-def choose_devices(args: Args) -> Args:
-    """The arguments with num_devices set. Makes each core of a CPU a device; must come before anything runs on one."""
+def choose_devices(args: Args) -> tuple[Args, Mesh]:
+    """-> the arguments with num_devices set, and the mesh. Makes each core of a CPU a device, so it must come before anything
+    runs on one. Raises ValueError, in one line, if the units cannot be spread as asked."""
+    if not 0 <= args.process_id < args.num_processes:
+        raise ValueError(f"--process-id must be from 0 to {args.num_processes - 1}, got {args.process_id}")
     jax.config.update("jax_num_cpu_devices", args.num_devices or len(os.sched_getaffinity(0)))
-    if args.num_devices and args.num_devices > jax.device_count():
-        raise ValueError(f"--num-devices {args.num_devices}: there are {jax.device_count()}")
-    if args.num_devices and args.num_units % args.num_devices:
-        raise ValueError(f"--num-units {args.num_units} must be a multiple of --num-devices {args.num_devices}")
-    most = max(n for n in range(1, jax.device_count() + 1) if args.num_units % n == 0)
-    return dataclasses.replace(args, num_devices=args.num_devices or most)
+    if args.num_processes > 1:
+        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+    here = jax.local_device_count()
+    fitting = [n for n in range(1, here + 1) if args.num_units % (n * args.num_processes) == 0]
+    if args.num_devices and args.num_devices > here:
+        raise ValueError(f"--num-devices {args.num_devices}: there are {here}")
+    if args.num_devices and args.num_devices not in fitting or not fitting:
+        asked = f"--num-devices {args.num_devices}" if args.num_processes == 1 else f"--num-processes {args.num_processes}"
+        raise ValueError(f"--num-units {args.num_units} must be a multiple of the devices in all ({asked})")
+    args = dataclasses.replace(args, num_devices=args.num_devices or fitting[-1])
+    devices = [[d for d in jax.devices() if d.process_index == i][: args.num_devices] for i in range(args.num_processes)]
+    return args, Mesh(sum(devices, []), "units")
+
+
+def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: Mesh, on_iteration: Callable) -> MetaState:
+    """All iterations. on_iteration(iteration, MetaState, row of metrics) is called after each; Ctrl-C ends it early."""
+    key_init, key_train = jax.random.split(jax.random.key(args.seed))
+    init, step = make_meta_step(args, tasks, learned, mesh)
+    state = init(key_init)
+    began = time.perf_counter()
+    step = step.lower(key_train, state).compile()
+    print(f"compiled in {time.perf_counter() - began:.1f} s")
+    try:
+        for iteration in range(1, args.num_iterations + 1):
+            began = time.perf_counter()
+            state, metrics = step(key_train, state)
+            if iteration == 1:
+                jax.block_until_ready(metrics)
+                runs.warn_if_long((time.perf_counter() - began) * args.num_iterations, SHORTER)
+            row = {"env_steps": iteration * steps_per_iteration(args)}
+            for task_name, values in zip(args.env_name, metrics, strict=True):
+                row |= {f"{name}_{task_name}" if len(tasks) > 1 else name: value for name, value in values.items()}
+            on_iteration(iteration, state, row)
+    except KeyboardInterrupt:
+        print("interrupted; what was trained so far is kept")
+    return state
 
 
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
-        args = choose_devices(fill_in(args))
+        args, mesh = choose_devices(fill_in(args))
         tasks, learned, config = set_up(args)
+        if args.process_id != 0:
+            meta_train(args, tasks, learned, mesh, lambda *_: None)
+            return
         folder = runs.make_folder(args.runs_dir, "+".join(args.env_name), "pipeline_train", args.seed, args)
     print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
 
-    mesh = Mesh(jax.devices()[: args.num_devices], "units")
-    init, step = make_meta_step(args, tasks, learned, mesh)
-    key_init, key_train = jax.random.split(jax.random.key(args.seed))
-    state = init(key_init)
-    began = time.perf_counter()
-    step = step.lower(key_train, state).compile()
-    print(f"compiled in {time.perf_counter() - began:.1f} s")
-
-    theta_path = folder / "theta.npz"
-    trained = dataclasses.asdict(args)
-
     def save(state):
-        done = {"iterations": int(state.iteration), "env_steps": int(state.iteration) * steps_per_iteration(args)}
-        save_theta(theta_path, state.theta, args.optimizer, config, trained | done)
+        iterations = int(state.iteration)
+        done = {"iterations": iterations, "env_steps": iterations * steps_per_iteration(args)}
+        save_theta(folder / "theta.npz", state.theta, args.optimizer, config, dataclasses.asdict(args) | done)
 
-    try:
-        with runs.Log(folder, args.num_iterations) as log:
-            for iteration in range(1, args.num_iterations + 1):
-                began = time.perf_counter()
-                state, metrics = step(key_train, state)
-                if iteration == 1:
-                    jax.block_until_ready(metrics)
-                    runs.warn_if_long((time.perf_counter() - began) * args.num_iterations, SHORTER)
-                row = {"env_steps": iteration * steps_per_iteration(args)}
-                for task_name, values in zip(args.env_name, metrics, strict=True):
-                    row |= {f"{name}_{task_name}" if len(tasks) > 1 else name: value for name, value in values.items()}
-                log.write(iteration, row)
-                if iteration % args.checkpoint_every == 0:
-                    save(state)
-    except KeyboardInterrupt:
-        print("interrupted; what was trained so far is kept")
+    with runs.Log(folder, args.num_iterations) as log:
+
+        def on_iteration(iteration, state, row):
+            log.write(iteration, row)
+            if iteration % args.checkpoint_every == 0:
+                save(state)
+
+        state = meta_train(args, tasks, learned, mesh, on_iteration)
     save(state)
+    theta_path = folder / "theta.npz"
     print(f"written: {theta_path}, and metrics.csv, config.json and TensorBoard events beside it")
     print(f"next: python evaluate.py --env-name {args.env_name[0]} --optimizers {theta_path} untrained sign_sgd adam rmsprop")
 

@@ -37,7 +37,9 @@ def bad_input():
 
 
 def parse(args_class: type, description: str) -> Any:
-    """The command line as an args_class; tyro's framed error text becomes one line."""
+    """The command line as an args_class; tyro's framed errors become one line. Turns on jax's cache of compiled programs."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/optim4rl-jax"))
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
