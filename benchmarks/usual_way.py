@@ -39,14 +39,18 @@ def optim4rl(theta, learning_rate):
     return optax.GradientTransformation(init, update)
 
 
-def meta_gradient(theta, keys, units, agent, learning_rate, inner_updates):
-    """-> the mean meta-gradient of all units, units"""
+def meta_gradient(theta, keys, units, agent, learning_rate, inner_updates, checkpoint=False):
+    """-> mean meta-gradient of all units, units. checkpoint: keep only the states between updates, compute the rest anew."""
 
     def meta_loss(theta, key, unit):
         optimizer = optim4rl(theta, learning_rate)
         key_inner, key_meta = jax.random.split(key)
         keys = jax.random.split(key_inner, inner_updates)
-        unit, _ = jax.lax.scan(lambda unit, key: (agent.learn(key, unit, optimizer)[0], None), unit, keys)
+
+        def inner_update(unit, key):
+            return agent.learn(key, unit, optimizer)[0], None
+
+        unit, _ = jax.lax.scan(jax.checkpoint(inner_update) if checkpoint else inner_update, unit, keys)
         return agent.loss(key_meta, unit)
 
     def mean_loss(theta):

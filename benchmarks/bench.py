@@ -1,0 +1,297 @@
+"""Time and memory of everything that matters, side by side with the usual way:
+
+    python benchmarks/bench.py            # under ten minutes on 2 cores
+    python benchmarks/bench.py --quick    # under two
+    python benchmarks/bench.py --growth   # only the figure: time and memory against units and inner updates
+
+Each measurement runs in a process of its own, on the cores it names, so that its peak memory is its own and compiling one
+does not disturb another. Times are the minimum of several repeats. Prints a markdown table, writes benchmarks/bench.json.
+"""
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+
+@dataclass(frozen=True)
+class Args:
+    quick: bool = False
+    """fewer and smaller measurements"""
+    growth: bool = False
+    """draw benchmarks/growth.png instead"""
+    worker: str = ""
+    """used by the script itself: the measurement to make, as JSON"""
+
+
+# --- In the worker ---
+
+
+def seconds(f, *args, repeats=5, donate=()):
+    """Minimum time of one call of f, compiled, after one call that does not count."""
+    import jax
+
+    f = jax.jit(f, donate_argnums=donate)
+    times = []
+    for _ in range(repeats + 1):
+        fresh = [jax.block_until_ready(jax.tree.map(lambda x: x + 0, a)) if i in donate else a for i, a in enumerate(args)]
+        began = time.perf_counter()
+        out = jax.block_until_ready(f(*fresh))
+        times.append(time.perf_counter() - began)
+        del out, fresh
+    return min(times[1:])
+
+
+def measure_machine():
+    """The core's rate of matrix products, and of copying what no cache holds."""
+    import jax.numpy as jnp
+
+    a, x = jnp.ones((2048, 2048)), jnp.ones(2**27)
+    return {
+        "gflops": 2 * 2048**3 / seconds(lambda a: a @ a, a) / 1e9,
+        "copy_gbs": 2 * x.nbytes / seconds(lambda x: x + 1, x) / 1e9,
+    }
+
+
+def measure_env(name, form="compare uint8", num_envs=512, num_steps=20):
+    """Environment steps per second under random actions, observations kept, as a rollout keeps them."""
+    import jax
+    import jax.numpy as jnp
+
+    import gridworld
+
+    observe = gridworld.grid_observe
+    if form == "compare float32":
+        gridworld.grid_observe = lambda state, grid: observe(state, grid).astype(jnp.float32)
+    if form == "scatter uint8":
+
+        def scatter(state, grid):
+            cells = jnp.append(state.agent, state.objects)
+            seen = jnp.append(True, state.present).astype(jnp.uint8)
+            empty = jnp.zeros((grid.rows + 2, grid.cols + 2, cells.size), jnp.uint8)
+            return empty.at[cells // grid.cols + 1, cells % grid.cols + 1, jnp.arange(cells.size)].set(seen)
+
+        gridworld.grid_observe = scatter
+    env = gridworld.make(name)
+
+    def run(key, state):
+        def step(state, key):
+            key_action, key_step = jax.random.split(key)
+            actions = jax.random.randint(key_action, (num_envs,), 0, env.num_actions)
+            state, *kept = jax.vmap(env.step)(jax.random.split(key_step, num_envs), state, actions)
+            return state, kept
+
+        return jax.lax.scan(step, state, jax.random.split(key, num_steps))
+
+    state, _ = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), num_envs))
+    return {"steps_per_s": num_envs * num_steps / seconds(run, jax.random.key(1), state, repeats=20)}
+
+
+def a2c_flops(env, size):
+    """Floating-point operations of A2C per environment step: act, and forward and backward for the loss (T + 1 of T steps)."""
+    height, width, planes = env.obs_shape
+    conv = 2 * height * width * 4 * planes * size["filters"]
+    rest = 2 * size["hidden"] * (height * width * (size["filters"] or planes) + env.num_actions + 1)
+    return (conv + rest) * (1 + 21 / 20) + 21 / 20 * (conv + 2 * rest)
+
+
+def measure_a2c(name):
+    import jax
+
+    import a2c
+    import gridworld
+    import optimizers
+
+    env, args = gridworld.make(name), a2c.Args(env_name=name)
+    agent, optimizer = a2c.make_agent(env, args), optimizers.make_optimizer("adam", 1e-3)
+    state = jax.jit(lambda key: agent.init(key, optimizer))(jax.random.key(0))
+    rate = agent.num_steps / seconds(lambda key, state: agent.learn(key, state, optimizer)[0], jax.random.key(1), state)
+    return {"steps_per_s": rate, "gflops": rate * a2c_flops(env, a2c.network_size(name)) / 1e9}
+
+
+def measure_meta(name, units, way, devices=1, inner_updates=4, repeats=3):
+    """One meta-iteration. way: "ours", "usual", or "usual, checkpoint"."""
+    import jax
+    import usual_way
+
+    import pipeline_train
+
+    flags = {"env_name": (name,), "num_units": units, "inner_updates": inner_updates, "num_devices": devices}
+    args = pipeline_train.fill_in(pipeline_train.Args(pipeline=False, num_iterations=1, **flags))
+    args, mesh = pipeline_train.choose_devices(args)
+    (task,), learned, _ = pipeline_train.set_up(args)
+    key = jax.random.key(0)
+    if way == "ours":
+        init, step = pipeline_train.make_meta_step(args, [task], learned, mesh)
+        state = init(key)
+    else:
+        theta = learned.init_theta(key)
+        keys = jax.random.split(key, units)
+        optimizer = usual_way.optim4rl(theta, task.learning_rate)
+        state = jax.jit(jax.vmap(lambda key: task.agent.init(key, optimizer)))(keys)
+
+        def step(key, units):
+            flags = {"agent": task.agent, "learning_rate": task.learning_rate, "inner_updates": inner_updates}
+            gradient, units = usual_way.meta_gradient(theta, keys, units, checkpoint="checkpoint" in way, **flags)
+            return units, gradient
+
+        step = jax.jit(step, donate_argnums=1)
+    began = time.perf_counter()
+    step = step.lower(key, state).compile()
+    compiled, times = time.perf_counter() - began, []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        state, out = jax.block_until_ready(step(key, state))
+        times.append(time.perf_counter() - began)
+    num_params = sum(x.size for x in jax.tree.leaves(state.units[0].params if way == "ours" else state.params)) // units
+    return {"seconds": min(times[1:]), "compile_s": compiled, "params": num_params}
+
+
+def measure_optimizer(name, num_params):
+    """One update of a pytree of three leaves, state donated."""
+    import jax
+    import jax.numpy as jnp
+
+    import optimizers
+
+    half = num_params // 2
+    params = {"a": jnp.ones((half // 8, 8)), "b": jnp.ones(num_params - half // 8 * 8 - 1), "c": jnp.float32(1.0)}
+    grads = jax.tree.map(lambda x: 0.01 * x, params)
+    optimizer = optimizers.make_optimizer(name, 1e-3)
+    state = jax.jit(optimizer.init)(params)
+    return {"seconds": seconds(lambda state, grads: optimizer.update(grads, state), state, grads, donate=(0,), repeats=3)}
+
+
+def work(task: dict) -> None:
+    result = globals()[f"measure_{task['measure']}"](**task["flags"])
+    print(json.dumps(result | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
+
+
+# --- In the parent ---
+
+
+def measure(kind: str, cores: int = 1, **flags) -> dict:
+    """Run a worker on `cores` cores. -> its figures, or {} if it died, as one that needs more memory than there is does."""
+    task = json.dumps({"measure": kind, "flags": flags})
+    pinned = sorted(os.sched_getaffinity(0))[:cores]
+    done = subprocess.run(
+        [sys.executable, __file__, "--worker", task],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, pinned),
+    )
+    result = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
+    print(f"# {kind} {flags} on {cores} core(s): {result or 'died'}", file=sys.stderr)
+    return result
+
+
+def table_of_everything(quick: bool) -> tuple[list[tuple], dict]:
+    """-> rows (what, figure, set against), raw results"""
+    machine, rows, raw = measure("machine"), [], {}
+    raw["machine"] = machine
+    rows.append(("matrix product, one core", f"{machine['gflops']:.0f} GFLOP/s", ""))
+    rows.append(("copy, one core", f"{machine['copy_gbs']:.1f} GB/s read and written", ""))
+    for name in ("big_dense_long", "small_dense_long"):
+        forms = ["compare uint8"] if quick else ["compare uint8", "compare float32", "scatter uint8"]
+        rates = {form: measure("env", name=name, form=form)["steps_per_s"] for form in forms}
+        others = ", ".join(f"{form} {rate:,.0f}" for form, rate in list(rates.items())[1:])
+        rows.append((f"stepping {name}, 512 envs, one core", f"{rates['compare uint8']:,.0f} steps/s", others))
+        result = raw[f"a2c {name}"] = measure("a2c", name=name)
+        share = f"{result['gflops']:.0f} GFLOP/s useful, {100 * result['gflops'] / machine['gflops']:.0f} % of the matrix rate"
+        rows.append((f"A2C {name}, 512 envs, one core", f"{result['steps_per_s']:,.0f} steps/s", share))
+        raw[f"env {name}"] = rates
+    rows += meta_rows(quick, raw)
+    for num_params in (40_000, 1_000_000) if quick else (40_000, 1_000_000, 20_000_000):
+        rows.append(optimizer_row(num_params, machine, raw))
+    return rows, raw
+
+
+def meta_rows(quick: bool, raw: dict) -> list[tuple]:
+    name, rows = "big_dense_long", []
+    for units, ways in ((16, ("usual",)), (64, ("usual, checkpoint",))) if not quick else ((16, ("usual",)),):
+        for cores in (1, 2):
+            ours = measure("meta", cores=cores, name=name, units=units, way="ours", devices=cores)
+            raw[f"meta {units} ours {cores}"] = ours
+            text = f"{ours['seconds']:.2f} s, {ours['peak_gb']:.2f} GB, compiled in {ours['compile_s']:.1f} s"
+            beside = []
+            for way in ways:
+                theirs = raw[f"meta {units} {way} {cores}"] = measure("meta", cores=cores, name=name, units=units, way=way)
+                if theirs:
+                    ratio = theirs["seconds"] / ours["seconds"]
+                    beside.append(f"{way}: {theirs['seconds']:.2f} s, {theirs['peak_gb']:.2f} GB, **{ratio:.1f} times**")
+                else:
+                    beside.append(f"{way}: more memory than there is")
+            rows.append((f"meta-iteration {name}, {units} units, {cores} core(s)", text, "; ".join(beside)))
+    few, many = raw["meta 16 ours 1"], measure("meta", name=name, units=64, way="ours", repeats=1)
+    per = (many["peak_gb"] - few["peak_gb"]) * 1e9 / 48 / few["params"]
+    rows.append(("memory per unit and agent parameter", f"{per:.0f} bytes", "the LSTM states alone: 128"))
+    return rows
+
+
+def optimizer_row(num_params: int, machine: dict, raw: dict) -> tuple:
+    """Optim4RL's update beside Adam's, and against the least that moving its bytes and doing its operations could take."""
+    ours, adam = (measure("optimizer", name=name, num_params=num_params)["seconds"] for name in ("untrained", "adam"))
+    raw[f"optimizer {num_params}"] = {"optim4rl": ours, "adam": adam}
+    ns = [1e9 * s / num_params for s in (ours, adam)]
+    bytes_moved, flops = 2 * 128 + 2 * 4, 2 * (2 * 32 * 10 + 2 * 8)
+    least = f"{bytes_moved} B at the copy rate {bytes_moved / machine['copy_gbs']:.0f} ns"
+    least += f", {flops} operations of its products at the matrix rate {flops / machine['gflops']:.0f} ns, and 80 tanh"
+    return (
+        f"Optim4RL update, {num_params:,} parameters, one core",
+        f"{ns[0]:.1f} ns a parameter",
+        f"Adam {ns[1]:.1f} ns; {least}",
+    )
+
+
+def growth() -> None:
+    """Time and memory of a meta-iteration against units, for several inner updates; small_dense_long, all cores."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cores, units = len(os.sched_getaffinity(0)), (8, 16, 32, 64, 128, 256, 512)
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.5), layout="constrained")
+    raw = {}
+    for inner_updates, marker in ((4, "o"), (16, "s"), (64, "^")):
+        flags = {"name": "small_dense_long", "way": "ours", "devices": cores, "inner_updates": inner_updates, "repeats": 1}
+        results = [measure("meta", cores=cores, units=n, **flags) for n in units]
+        raw[inner_updates] = dict(zip(units, results, strict=True))
+        for axis, figures in zip(axes, ("seconds", "peak_gb"), strict=True):
+            axis.plot(units, [result[figures] for result in results], marker=marker, label=f"K = {inner_updates}")
+    axes[0].set(xlabel="units", ylabel="seconds per meta-iteration", xscale="log", yscale="log")
+    axes[1].set(xlabel="units", ylabel="peak memory of the process (GB)", ylim=(0, None))
+    for axis in axes:
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(title="inner updates", fontsize="small")
+    figure.suptitle("small_dense_long, 2 cores" if cores == 2 else f"small_dense_long, {cores} cores")
+    figure.savefig(HERE / "growth.png", dpi=120)
+    (HERE / "growth.json").write_text(json.dumps(raw, indent=1) + "\n")
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    if args.worker:
+        work(json.loads(args.worker))
+    elif args.growth:
+        growth()
+    else:
+        rows, raw = table_of_everything(args.quick)
+        print("| what | figure | set against |\n|---|---|---|")
+        print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+        raw["python"], raw["cpu"] = platform.python_version(), platform.processor() or platform.machine()
+        (HERE / "bench.json").write_text(json.dumps(raw, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
