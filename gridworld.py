@@ -84,10 +84,10 @@ def grid_reset_state(u: jax.Array, grid: Grid) -> GridState:
 
 def grid_observe(state: GridState, grid: Grid) -> jax.Array:
     """-> [R + 2, C + 2, n + 1] uint8: a plane for the agent, then one for each object; the border is the wall."""
-    height, width = grid.rows + 2, grid.cols + 2
     cells = jnp.append(state.agent, state.objects)
-    seen = jnp.where(jnp.append(True, state.present), (cells // grid.cols + 1) * width + cells % grid.cols + 1, -1)
-    return (jnp.arange(height * width)[:, None] == seen).astype(jnp.uint8).reshape(height, width, -1)
+    seen = jnp.append(True, state.present).astype(jnp.uint8)
+    empty = jnp.zeros((grid.rows + 2, grid.cols + 2, cells.size), jnp.uint8)
+    return empty.at[cells // grid.cols + 1, cells % grid.cols + 1, jnp.arange(cells.size)].set(seen)
 
 
 def grid_step(key: jax.Array, state: GridState, action: jax.Array, grid: Grid):
