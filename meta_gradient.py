@@ -59,7 +59,9 @@ def streamed_replay_gradient(rule: Callable, theta, opt_state, grads, cotangent,
             step, state = rule(theta, g, state)
             return state, step
 
-        steps = jax.lax.scan(step, state, grads, unroll=4)[1]
+        # Few updates: keep what their derivatives need, in the cache. Many: keep only the states, compute the rest anew.
+        few = grads.shape[0] <= 4
+        steps = jax.lax.scan(step if few else jax.checkpoint(step), state, grads, unroll=few)[1]
         return -learning_rate * jnp.vdot(cotangent, jnp.sum(steps, axis=0))
 
     if jax.default_backend() != "cpu":  # an accelerator wants all the blocks at once
