@@ -211,29 +211,27 @@ def table_of_everything(quick: bool) -> tuple[list[tuple], dict]:
         rows.append((f"A2C {name}, 512 envs, one core", f"{result['steps_per_s']:,.0f} steps/s", share))
         raw[f"env {name}"] = rates
     rows += meta_rows(quick, raw)
-    for num_params in (40_000, 1_000_000) if quick else (40_000, 1_000_000, 20_000_000):
+    for num_params in (40_000,) if quick else (40_000, 1_000_000, 20_000_000):
         rows.append(optimizer_row(num_params, machine, raw))
     return rows, raw
 
 
 def meta_rows(quick: bool, raw: dict) -> list[tuple]:
     name, rows = "big_dense_long", []
-    for units, ways in ((16, ("usual",)), (64, ("usual, checkpoint",))) if not quick else ((16, ("usual",)),):
+    # The usual way does not fit in 24 GiB with 64 units; there it stands in its better form.
+    for units, way in ((16, "usual"),) if quick else ((32, "usual"), (64, "usual, checkpoint")):
         for cores in (1, 2):
             ours = measure("meta", cores=cores, name=name, units=units, way="ours", devices=cores)
             raw[f"meta {units} ours {cores}"] = ours
             text = f"{ours['seconds']:.2f} s, {ours['peak_gb']:.2f} GB, compiled in {ours['compile_s']:.1f} s"
-            beside = []
-            for way in ways:
-                theirs = raw[f"meta {units} {way} {cores}"] = measure("meta", cores=cores, name=name, units=units, way=way)
-                if theirs:
-                    ratio = theirs["seconds"] / ours["seconds"]
-                    beside.append(f"{way}: {theirs['seconds']:.2f} s, {theirs['peak_gb']:.2f} GB, **{ratio:.1f} times**")
-                else:
-                    beside.append(f"{way}: more memory than there is")
-            rows.append((f"meta-iteration {name}, {units} units, {cores} core(s)", text, "; ".join(beside)))
-    few, many = raw["meta 16 ours 1"], measure("meta", name=name, units=64, way="ours", repeats=1)
-    per = (many["peak_gb"] - few["peak_gb"]) * 1e9 / 48 / few["params"]
+            theirs = raw[f"meta {units} {way} {cores}"] = measure("meta", cores=cores, name=name, units=units, way=way)
+            beside = f"{way}: more memory than there is"
+            if theirs:
+                ratio = theirs["seconds"] / ours["seconds"]
+                beside = f"{way}: {theirs['seconds']:.2f} s, {theirs['peak_gb']:.2f} GB, **{ratio:.1f} times**"
+            rows.append((f"meta-iteration {name}, {units} units, {cores} core(s)", text, beside))
+    few, many = (measure("meta", name=name, units=units, way="ours", repeats=1) for units in (8, 40))
+    per = (many["peak_gb"] - few["peak_gb"]) * 1e9 / 32 / few["params"]
     rows.append(("memory per unit and agent parameter", f"{per:.0f} bytes", "the LSTM states alone: 128"))
     return rows
 
