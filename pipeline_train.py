@@ -366,7 +366,7 @@ def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: M
     began = time.perf_counter()
     step = step.lower(key_train, state).compile()
     print(f"compiled in {time.perf_counter() - began:.1f} s")
-    try:
+    with runs.interruptible() as interrupted:
         for iteration in range(1, args.num_iterations + 1):
             began = time.perf_counter()
             state, metrics = step(key_train, state)
@@ -377,8 +377,9 @@ def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: M
             for task_name, values in zip(args.env_name, metrics, strict=True):
                 row |= {f"{name}_{task_name}" if len(tasks) > 1 else name: value for name, value in values.items()}
             on_iteration(iteration, state, row)
-    except KeyboardInterrupt:
-        print("interrupted; what was trained so far is kept")
+            if interrupted():
+                print("interrupted; what was trained so far is kept")
+                break
     return state
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -49,6 +50,18 @@ def parse(args_class: type, description: str) -> Any:
             raise
         text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]|Parsing error|Unrecognized options|For full helptext.*", " ", stderr.getvalue())
         fail(text)
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Ctrl-C only asks to stop: `with interruptible() as interrupted:` and look at interrupted() where the state is whole,
+    not in the middle of an iteration that has taken over the buffers of the one before."""
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def check_positive(args: Any, *names: str) -> None:

@@ -4,9 +4,11 @@ import csv
 import importlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -51,6 +53,21 @@ def test_meta_train_then_evaluate(tmp_path):
     }  # fmt: skip
     assert len(rows) == 3 * 2 * 5 and (folder / "curves.png").read_bytes()[1:4] == b"PNG"
     assert (folder / "table.md").read_text() in done.stdout
+
+
+def test_ctrl_c_keeps_theta(tmp_path):
+    flags = "--env-name catch --num-units 4 --num-iterations 100000 --checkpoint-every 100000".split()
+    command = [sys.executable, str(ROOT / "pipeline_train.py"), *flags]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not any(path.stat().st_size for path in tmp_path.glob("runs/*/metrics.csv")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "interrupted" in out and "Traceback" not in err
+    (path,) = tmp_path.glob("runs/*/theta.npz")
+    assert 0 < load_theta(path)[1]["trained"]["iterations"] < 100000
 
 
 def test_a2c(tmp_path):
