@@ -47,18 +47,65 @@ class LearnedOptimizer(NamedTuple):
 # --- The network: two LSTMs (or GRUs), hidden units first, so that a block of coordinates is the last axis ---
 
 
+@jax.custom_jvp
+def tanh(x: jax.Array) -> jax.Array:
+    """tanh, to 4e-7 in float32: a ratio of two polynomials, with the coefficients of Eigen's fast tanh.
+
+    On a CPU it takes a third of the time of jnp.tanh where XLA fuses that with nothing else, as in a network's layers.
+    """
+    if x.dtype != jnp.float32:
+        return jnp.tanh(x)
+    x = jnp.clip(x, -7.9, 7.9)
+    s = x * x
+    p = 5.12229709e-8 + s * (-8.60467152e-11 + s * (2.00018790e-13 + s * -2.76076848e-16))
+    p = 4.89352456e-3 + s * (6.37261929e-4 + s * (1.48572236e-5 + s * p))
+    q = 4.89352519e-3 + s * (2.26843463e-3 + s * (1.18534706e-4 + s * 1.19825840e-6))
+    return x * p / q
+
+
+tanh.defjvps(lambda x_dot, y, x: (1 - y * y) * x_dot)
+
+
 def sigmoid(x: jax.Array) -> jax.Array:
-    return 0.5 * jnp.tanh(0.5 * x) + 0.5  # faster on a CPU than jax.nn.sigmoid's exp and division
+    return 0.5 * tanh(0.5 * x) + 0.5
 
 
+@jax.custom_vjp
 def lstm(weights: dict, state: tuple, x: jax.Array) -> tuple:
-    """Long short-term memory (Hochreiter & Schmidhuber 1997, with forget gate). state: (h, c), each [H, C]; x: [D, C]."""
+    """Long short-term memory (Hochreiter & Schmidhuber 1997, with forget gate). state: (h, c), each [H, C]; x: [D, C].
+
+    Its derivative is written out below, which takes a fifth off the time of a replay (reverse mode only: no jax.jvp).
+    """
+    return lstm_forward(weights, state, x)[0]
+
+
+def lstm_forward(weights, state, x):
     h, c = state
     # W_h h + W_x x + b as one product: a sixth off the time of a meta-gradient.
     w = jnp.concatenate([weights["w_h"], weights["w_x"], weights["b"][:, None]], axis=1)
-    i, f, u, o = jnp.split(w @ jnp.concatenate([h, x, jnp.ones_like(x[:1])]), 4)
-    c = sigmoid(f) * c + sigmoid(i) * jnp.tanh(u)
-    return sigmoid(o) * jnp.tanh(c), c
+    inputs = jnp.concatenate([h, x, jnp.ones_like(x[:1])])
+    i, f, u, o = jnp.split(w @ inputs, 4)
+    i, f, u, o = sigmoid(i), sigmoid(f), tanh(u), sigmoid(o)
+    new_c = f * c + i * u
+    tanh_c = tanh(new_c)
+    return (o * tanh_c, new_c), (weights, inputs, c, i, f, u, o, tanh_c)
+
+
+def lstm_backward(kept, cotangent):
+    weights, inputs, c, i, f, u, o, tanh_c = kept
+    h_bar, c_bar = cotangent
+    # XLA fuses nothing across a product, so this one by 1 keeps it from computing the c_bar of all later steps again.
+    c_bar = jnp.eye(len(c), dtype=c.dtype) @ (c_bar + h_bar * o * (1 - tanh_c * tanh_c))
+    z_bar = [c_bar * u * i * (1 - i), c_bar * c * f * (1 - f), c_bar * i * (1 - u * u), h_bar * tanh_c * o * (1 - o)]
+    z_bar = jnp.concatenate(z_bar)
+    # Transposed before the product, not in it, where XLA is slow at it.
+    h_bar, x_bar = (jax.lax.optimization_barrier(weights[name].T) @ z_bar for name in ("w_h", "w_x"))
+    w_bar = (inputs @ z_bar.T).T
+    w_h_bar, w_x_bar, b_bar = jnp.split(w_bar, [len(c), len(inputs) - 1], axis=1)
+    return {"w_h": w_h_bar, "w_x": w_x_bar, "b": b_bar[:, 0]}, (h_bar, c_bar * f), x_bar
+
+
+lstm.defvjp(lstm_forward, lstm_backward)
 
 
 def gru(weights: dict, state: tuple, x: jax.Array) -> tuple:
@@ -67,7 +114,7 @@ def gru(weights: dict, state: tuple, x: jax.Array) -> tuple:
     r, z, n = jnp.split(weights["w_x"] @ x + weights["b"][:, None], 3)
     h_r, h_z, h_n = jnp.split(weights["w_h"] @ h, 3)
     r, z = sigmoid(r + h_r), sigmoid(z + h_z)
-    n = jnp.tanh(n + r * (h_n + weights["b_n"][:, None]))
+    n = tanh(n + r * (h_n + weights["b_n"][:, None]))
     return ((1 - z) * n + z * h,)
 
 
@@ -176,9 +223,21 @@ def map_blocks(rule: Callable) -> Callable:
         # A CPU core works block by block in its cache; an accelerator wants all of them at once.
         return jax.lax.map(one, (g, state)) if jax.default_backend() == "cpu" else jax.vmap(one)((g, state))
 
+    def in_place(theta, g, state):
+        def one(state, number_and_g):
+            number, g = number_and_g
+            block = jax.tree.map(lambda x: x[number], state)
+            # Times 1, which XLA does not know: otherwise it reads the block again later, and copies the state to be able to.
+            block = jax.tree.map(lambda x: jnp.eye(len(x), dtype=x.dtype) @ x, block)
+            step, block = rule(theta, g, block)
+            return jax.tree.map(lambda x, new: x.at[number].set(new), state, block), step
+
+        state, steps = jax.lax.scan(one, state, (jnp.arange(len(g)), g))
+        return steps, state
+
     @custom_vmap
     def mapped(theta, g, state):
-        return plain(theta, g, state)
+        return in_place(theta, g, state) if len(g) and jax.default_backend() == "cpu" else plain(theta, g, state)
 
     @mapped.def_vmap
     def _(axis_size, in_batched, theta, g, state):

@@ -34,7 +34,10 @@ import runs
 from meta_gradient import replay_gradient, streamed_replay_gradient
 from optim4rl import LearnedOptimizer, save_theta, to_optax
 
-COMPILER_OPTIONS = {"xla_cpu_prefer_vector_width": 512}  # where a CPU has such registers: a fifth off an iteration's time
+COMPILER_OPTIONS = {
+    "xla_cpu_prefer_vector_width": 512,  # where a CPU has such registers: a fifth off an iteration's time
+    "xla_disable_hlo_passes": "cpu-parallel-task-assigner",  # each core has units of its own: no thread helps another
+}
 SHORTER = "--num-units 64 with --total-steps 1e6, or fewer --num-iterations, make it short; Ctrl-C keeps what was trained"
 
 
