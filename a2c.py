@@ -223,7 +223,7 @@ def make_agent(env: Any, args: Args) -> Agent:
         batches, state = fresh_batch(key, jax.lax.stop_gradient(state)._replace(params=state.params))
         return mean_loss(state.params, batches), state
 
-    return Agent(init, learn, loss, args.rollout_steps * args.num_envs)
+    return Agent(init, learn, loss, steps_per_update(args))
 
 
 def train(args: Args, env: Any, optimizer: optax.GradientTransformation, on_update: Callable) -> dict:
@@ -249,8 +249,12 @@ def train(args: Args, env: Any, optimizer: optax.GradientTransformation, on_upda
     return jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *history)
 
 
+def steps_per_update(args: Args) -> int:
+    return args.rollout_steps * args.num_envs
+
+
 def num_updates(args: Args) -> int:
-    return int(args.total_steps) // (args.rollout_steps * args.num_envs)
+    return int(args.total_steps) // steps_per_update(args)
 
 
 def main() -> None:
@@ -272,7 +276,7 @@ def main() -> None:
         def on_update(number, metrics):
             per_seed = {f"return_seed_{args.seed + i}": value for i, value in enumerate(metrics["return"])}
             means = {name: value.mean() for name, value in metrics.items()}
-            log.write(number, {"env_steps": number * args.rollout_steps * args.num_envs, **means, **per_seed})
+            log.write(number, {"env_steps": number * steps_per_update(args), **means, **per_seed})
 
         history = train(args, env, optimizer, on_update)
     final = history["return"][:, -20:].mean(axis=1)

@@ -2,6 +2,7 @@
 
     python pipeline_train.py --env-name big_dense_long
     python pipeline_train.py --env-name catch
+    python pipeline_train.py --env-name ant
 
 One meta-iteration: every unit (an agent in its own environments) that is due starts anew; every unit learns for K updates
 with the optimizer as it stands; the agent loss on one more fresh rollout is the meta-loss, and its gradient with respect
@@ -13,8 +14,8 @@ Legend: N units, K inner updates, S gradient steps of one update, m reset interv
 """
 
 import dataclasses
+import difflib
 import inspect
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import a2c
 import gridworld
 import optimizers
+import ppo
 import runs
 from meta_gradient import replay_gradient, streamed_replay_gradient
 from optim4rl import LearnedOptimizer, save_theta, to_optax
@@ -44,7 +46,7 @@ SHORTER = "--num-units 64 with --total-steps 1e6, or fewer --num-iterations, mak
 @dataclass(frozen=True)
 class Args:
     env_name: tuple[str, ...] = ("big_dense_long",)
-    """one or several of the eight gridworlds and catch; meta-gradients are averaged over them"""
+    """one or several of the eight gridworlds, catch (with A2C), and Brax's tasks (with PPO); meta-gradients are averaged"""
     seed: int = 0
     """the same seed gives the same theta"""
     # --- The optimizer to train ---
@@ -62,9 +64,9 @@ class Args:
     """agent-gradients are clipped elementwise to this (paper: 1; on catch inf, that is, not)"""
     # --- Pipeline training ---
     num_units: int | None = None
-    """agents trained in parallel, for each environment (paper: 512; catch 64)"""
-    envs_per_unit: int = 1
-    """environments that each unit acts in"""
+    """agents trained in parallel, for each environment (paper: 512; catch 64; here 16 for Brax's tasks)"""
+    envs_per_unit: tuple[int, ...] | None = None
+    """environments that each unit acts in: one number, or one for each environment (paper: 1; here 128 for Brax's tasks)"""
     inner_updates: int = 4
     """agent updates in a meta-iteration"""
     reset_interval: int | None = None
@@ -72,14 +74,16 @@ class Args:
     pipeline: bool = True
     """with --no-pipeline units are never reset"""
     total_steps: float | None = None
-    """environment steps in all, for each environment (paper: 3e7; catch 5e5)"""
+    """environment steps in all, in the first environment (paper: 3e7; catch 5e5; Brax 1e8)"""
     num_iterations: int | None = None
     """meta-iterations, instead of --total-steps"""
     # --- The agents ---
     learning_rate: tuple[float, ...] | None = None
-    """the agents' step size: one, or one for each environment"""
+    """the agents' step size: one, or one for each environment (paper: by environment)"""
     reward_scale: tuple[float, ...] | None = None
-    """rewards are multiplied by this: one, or one for each environment"""
+    """rewards are multiplied by this: one, or one for each environment (paper: by environment)"""
+    backend: str = "spring"
+    """physics of Brax's tasks: spring, generalized, positional or mjx"""
     # --- The meta-gradient ---
     meta_learning_rate: float | None = None
     """step size of Adam on theta (paper: 1e-5 to 1e-3; catch to 1e-2)"""
@@ -110,6 +114,8 @@ class Setting(NamedTuple):
     learning_rate: float  # trained on alone
     many_learning_rate: float  # trained on together with others
     many_reward_scale: float
+    reward_scale: float = 1.0
+    envs_per_unit: int = 1
 
 
 SETTINGS = {
@@ -125,8 +131,28 @@ SETTINGS = {
 }
 
 
+def check_environment(name: str) -> None:
+    """Raises ValueError, in one line, unless it is a gridworld, catch, or a task of Brax's."""
+    if name in gridworld.NAMES or name in ppo.task_names():
+        return
+    known = (*gridworld.NAMES, *ppo.task_names())
+    close = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
+    raise ValueError(f"unknown environment {name!r}; {hint}")
+
+
+def setting_of(name: str) -> Setting:
+    if name in SETTINGS:
+        return SETTINGS[name]
+    # The paper's 2048 environments in all, spread over 16 units where it had as many units as devices.
+    brax = ppo.SETTINGS.get(name, ppo.OTHER)
+    return Setting(
+        16, 1e8, 64, 3e-4, brax.learning_rate, brax.learning_rate, brax.reward_scale, brax.reward_scale, envs_per_unit=128
+    )
+
+
 class Task(NamedTuple):
-    agent: a2c.Agent
+    agent: a2c.Agent | ppo.Agent
     learning_rate: float
 
 
@@ -274,15 +300,30 @@ def make_meta_step(args: Args, tasks: list[Task], learned: LearnedOptimizer, mes
     return jax.jit(init, out_shardings=shardings), step
 
 
+def all_agent_args(args: Args) -> list[a2c.Args | ppo.Args]:
+    """What make_agent needs for a unit of each environment."""
+    many = []
+    for name, num_envs, reward_scale in zip(args.env_name, args.envs_per_unit, args.reward_scale, strict=True):
+        shared = {"env_name": name, "num_envs": num_envs, "reward_scale": reward_scale}
+        if name in gridworld.NAMES:
+            many.append(a2c.Args(**shared))
+            continue
+        # The paper's for meta-training on Brax: 2048 environments, batches of 1024, 8 of them, 4 epochs, a smaller critic.
+        batches = {"rollout_steps": 5, "batch_size": num_envs // 2, "num_minibatches": 8, "num_epochs": 4}
+        many.append(ppo.fill_in(ppo.Args(**shared, **batches, backend=args.backend, value_layers=(64,) * 5)))
+    return many
+
+
 def set_up(args: Args) -> tuple[list[Task], LearnedOptimizer, dict]:
     """-> the tasks, the optimizer, and the config that its theta file will carry."""
     factory = optimizers.LEARNED[args.optimizer]
     config = {name: getattr(args, name) for name in inspect.signature(factory).parameters}
     config |= {"grad_clip": None if np.isinf(args.grad_clip) else args.grad_clip} if "grad_clip" in config else {}
     tasks = []
-    for name, learning_rate, reward_scale in zip(args.env_name, args.learning_rate, args.reward_scale, strict=True):
-        agent_args = a2c.Args(env_name=name, num_envs=args.envs_per_unit, reward_scale=reward_scale)
-        tasks.append(Task(a2c.make_agent(gridworld.make(name), agent_args), learning_rate))
+    for name, rate, agent_args in zip(args.env_name, args.learning_rate, all_agent_args(args), strict=True):
+        on_brax = isinstance(agent_args, ppo.Args)
+        env = ppo.make_env(name, args.backend) if on_brax else gridworld.make(name)
+        tasks.append(Task((ppo if on_brax else a2c).make_agent(env, agent_args), rate))
     return tasks, factory(**config), config
 
 
@@ -291,27 +332,28 @@ def set_up(args: Args) -> tuple[list[Task], LearnedOptimizer, dict]:
 
 def fill_in(args: Args) -> Args:
     """The arguments with the paper's values where they were left unset. Raises ValueError, in one line, for what cannot be."""
-    for name in args.env_name:
-        gridworld.make(name)
     if not args.env_name or len(set(args.env_name)) < len(args.env_name):
         raise ValueError("--env-name must name at least one environment, and each once")
     if args.optimizer not in optimizers.LEARNED:
         raise ValueError(f"unknown learned optimizer {args.optimizer!r}; choose from {', '.join(optimizers.LEARNED)}")
     if args.total_steps is not None and args.num_iterations is not None:
         raise ValueError("give --total-steps or --num-iterations, not both")
-    settings = [SETTINGS[name] for name in args.env_name]
+    for name in args.env_name:
+        check_environment(name)
+    settings = [setting_of(name) for name in args.env_name]
     many = len(settings) > 1
     paper = {
         "num_units": settings[0].num_units,
         "reset_interval": settings[0].reset_interval,
         "meta_learning_rate": settings[0].meta_learning_rate,
         "learning_rate": tuple(s.many_learning_rate if many else s.learning_rate for s in settings),
-        "reward_scale": tuple(s.many_reward_scale if many else 1.0 for s in settings),
+        "reward_scale": tuple(s.many_reward_scale if many else s.reward_scale for s in settings),
+        "envs_per_unit": tuple(s.envs_per_unit for s in settings),
         "grad_clip": float("inf") if args.env_name == ("catch",) else 1.0,
         "total_steps": settings[0].total_steps,
     }
     args = dataclasses.replace(args, **{name: value for name, value in paper.items() if getattr(args, name) is None})
-    for name in ("learning_rate", "reward_scale"):
+    for name in ("learning_rate", "reward_scale", "envs_per_unit"):
         values = getattr(args, name)
         if len(values) not in (1, len(settings)):
             raise ValueError(f"--{name.replace('_', '-')} takes 1 value or {len(settings)}, got {len(values)}")
@@ -327,6 +369,9 @@ def fill_in(args: Args) -> Args:
         "num_processes",
     )
     runs.check_positive(args, *numbers)
+    for name, num_envs in zip(args.env_name, args.envs_per_unit, strict=True):
+        if name not in gridworld.NAMES and num_envs % 2:
+            raise ValueError(f"--envs-per-unit must be even for {name} (a minibatch is half of them), got {num_envs}")
     if not args.grad_clip > 0:
         raise ValueError(f"--grad-clip must be above 0, or inf for no clipping, got {args.grad_clip:g}")
     num_iterations = args.num_iterations or int(args.total_steps) // steps_per_iteration(args)
@@ -337,28 +382,9 @@ def fill_in(args: Args) -> Args:
 
 
 def steps_per_iteration(args: Args) -> int:
-    """Environment steps of one meta-iteration in each environment: K rollouts and the meta-loss's, of every unit."""
-    return args.num_units * args.envs_per_unit * (args.inner_updates + 1) * a2c.Args.rollout_steps
-
-
-def choose_devices(args: Args) -> tuple[Args, Mesh]:
-    """-> the arguments with num_devices set, and the mesh. Makes each core of a CPU a device, so it must come before anything
-    runs on one. Raises ValueError, in one line, if the units cannot be spread as asked."""
-    if not 0 <= args.process_id < args.num_processes:
-        raise ValueError(f"--process-id must be from 0 to {args.num_processes - 1}, got {args.process_id}")
-    jax.config.update("jax_num_cpu_devices", args.num_devices or len(os.sched_getaffinity(0)))
-    if args.num_processes > 1:
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
-    here = jax.local_device_count()
-    fitting = [n for n in range(1, here + 1) if args.num_units % (n * args.num_processes) == 0]
-    if args.num_devices and args.num_devices > here:
-        raise ValueError(f"--num-devices {args.num_devices}: there are {here}")
-    if args.num_devices and args.num_devices not in fitting or not fitting:
-        asked = f"--num-devices {args.num_devices}" if args.num_processes == 1 else f"--num-processes {args.num_processes}"
-        raise ValueError(f"--num-units {args.num_units} must be a multiple of the devices in all ({asked})")
-    args = dataclasses.replace(args, num_devices=args.num_devices or fitting[-1])
-    devices = [[d for d in jax.devices() if d.process_index == i][: args.num_devices] for i in range(args.num_processes)]
-    return args, Mesh(sum(devices, []), "units")
+    """Steps of one meta-iteration in the first environment: K updates' rollouts and the meta-loss's, of every unit."""
+    first = all_agent_args(args)[0]
+    return args.num_units * (args.inner_updates + 1) * (a2c if isinstance(first, a2c.Args) else ppo).steps_per_update(first)
 
 
 def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: Mesh, on_iteration: Callable) -> MetaState:
@@ -389,7 +415,9 @@ def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: M
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
-        args, mesh = choose_devices(fill_in(args))
+        args = fill_in(args)
+        mesh = runs.choose_devices(args.num_units, args.num_devices, args.num_processes, args.process_id, args.coordinator)
+        args = dataclasses.replace(args, num_devices=mesh.size // args.num_processes)
         tasks, learned, config = set_up(args)
         if args.process_id != 0:
             meta_train(args, tasks, learned, mesh, lambda *_: None)

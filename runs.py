@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import tyro
+from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -73,6 +74,29 @@ def check_positive(args: Any, *names: str) -> None:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {number:g}")
 
 
+def choose_devices(num_units: int, num_devices: int | None, num_processes=1, process_id=0, coordinator="") -> Mesh:
+    """The mesh, of one axis "units", that units are spread over: num_devices of each process, by default as many as divide
+    the units. Makes each core of a CPU a device, so it must come before anything runs on one.
+
+    Raises ValueError, in one line, if the units cannot be spread as asked.
+    """
+    if not 0 <= process_id < num_processes:
+        raise ValueError(f"--process-id must be from 0 to {num_processes - 1}, got {process_id}")
+    jax.config.update("jax_num_cpu_devices", num_devices or len(os.sched_getaffinity(0)))
+    if num_processes > 1:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    here = jax.local_device_count()
+    fitting = [n for n in range(1, here + 1) if num_units % (n * num_processes) == 0]
+    if num_devices and num_devices > here:
+        raise ValueError(f"--num-devices {num_devices}: there are {here}")
+    if num_devices and num_devices not in fitting or not fitting:
+        asked = f"--num-devices {num_devices}" if num_processes == 1 else f"--num-processes {num_processes}"
+        raise ValueError(f"--num-units {num_units} must be a multiple of the devices in all ({asked})")
+    num_devices = num_devices or fitting[-1]
+    devices = [[d for d in jax.devices() if d.process_index == i][:num_devices] for i in range(num_processes)]
+    return Mesh(sum(devices, []), "units")
+
+
 def make_folder(runs_dir: str, env_name: str, script: str, seed: int, args: Any) -> Path:
     """Make <runs_dir>/<env>__<script>__<seed>__<time> with config.json: every argument, the packages' versions, the machine."""
     name = f"{env_name}__{script}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -126,6 +150,9 @@ class Log:
         self.waiting.append((number, metrics))
         if time.monotonic() - self.last_flush > self.seconds:
             self.flush()
+
+    def say(self, message: str) -> None:
+        self.bar.write(message)
 
     def flush(self) -> None:
         if not self.waiting:

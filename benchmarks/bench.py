@@ -125,10 +125,11 @@ def measure_meta(name, units, way, devices=1, inner_updates=4, repeats=3):
     import usual_way
 
     import pipeline_train
+    import runs
 
     flags = {"env_name": (name,), "num_units": units, "inner_updates": inner_updates, "num_devices": devices}
     args = pipeline_train.fill_in(pipeline_train.Args(pipeline=False, num_iterations=1, **flags))
-    args, mesh = pipeline_train.choose_devices(args)
+    mesh = runs.choose_devices(args.num_units, args.num_devices)
     (task,), learned, _ = pipeline_train.set_up(args)
     key = jax.random.key(0)
     if way == "ours":

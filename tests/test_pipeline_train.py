@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 import a2c
 import gridworld
 import pipeline_train
+import ppo
 from meta_gradient import replay_gradient, streamed_replay_gradient
 from optim4rl import BLOCK, make_optim4rl, to_optax
 from pipeline_train import Args, Task, fill_in, make_meta_step, reset_slots, set_up, train_group, train_unit
@@ -24,6 +25,26 @@ KINDS = [(cell, inputs) for cell in ("lstm", "gru") for inputs in ("raw", "log")
 def make_task(envs_per_unit=1, env_name="small_dense_short", **changes):
     args = a2c.Args(env_name=env_name, num_envs=envs_per_unit, rollout_steps=5, reward_scale=100.0, **changes)
     return Task(a2c.make_agent(gridworld.make(env_name), args), 0.01)
+
+
+def make_ppo_task():
+    """PPO on a point that is to be held at the origin; 2 gradient steps in each of 2 epochs of an update."""
+
+    def reset(key):
+        position = jax.random.uniform(key, (2,), minval=-1)
+        return position, position
+
+    def step(position, action):
+        position = position + 0.1 * action
+        return position, position, -jnp.sum(position**2), jnp.any(jnp.abs(position) > 1.5)
+
+    sizes = {"rollout_steps": 3, "batch_size": 4, "num_minibatches": 2, "num_epochs": 2, "episode_length": 7}
+    args = ppo.Args(num_envs=4, discount=0.9, entropy_weight=0.01, reward_scale=1.0, **sizes)
+    args = dataclasses.replace(args, policy_layers=(16,), value_layers=(32, 16))
+    return Task(ppo.make_agent(ppo.Env(reset, step, 2, 2), args), 0.01)
+
+
+TASKS = {"a2c 1": lambda: make_task(1), "a2c 4": lambda: make_task(4), "ppo": make_ppo_task}
 
 
 def make_units(task, learned, num_units, seed=0):
@@ -46,11 +67,12 @@ def pick(tree, i):
 # --- The meta-gradient ---
 
 
-@pytest.mark.parametrize("envs_per_unit", [1, 4])
-@pytest.mark.parametrize("cell, inputs", KINDS)
-def test_streamed_meta_gradient_is_jax_grad_through_everything(cell, inputs, envs_per_unit):
+@pytest.mark.parametrize(
+    "cell, inputs, agent", [("lstm", "raw", "a2c 4"), ("lstm", "raw", "ppo"), *((*kind, "a2c 1") for kind in KINDS)]
+)
+def test_streamed_meta_gradient_is_jax_grad_through_everything(cell, inputs, agent):
     num_units, inner_updates = 3, 4
-    task, learned = make_task(envs_per_unit), make_optim4rl(cell, inputs)
+    task, learned = TASKS[agent](), make_optim4rl(cell, inputs)
     theta, units = make_units(task, learned, num_units)
     keys = jax.random.split(jax.random.key(7), num_units)
     num_params = sum(x.size for x in jax.tree.leaves(pick(units.params, 0)))

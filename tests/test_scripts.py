@@ -79,7 +79,35 @@ def test_a2c(tmp_path):
     assert [row["env_steps"] for row in rows] == ["40", "80", "120"] and "return_seed_1" in rows[0]
 
 
-@pytest.mark.parametrize("script", ["a2c", "pipeline_train", "evaluate"])
+SMALL_PPO = "--num-envs 4 --batch-size 4 --num-minibatches 2 --policy-layers 8 --value-layers 8 --eval-envs 2"
+
+
+def test_ppo(tmp_path):
+    flags = f"--total-steps 120 --num-seeds 2 --episode-length 20 --num-evals 1 {SMALL_PPO}".split()
+    done = run_script("ppo", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    rows = read_rows(folder / "metrics.csv")
+    assert [row["env_steps"] for row in rows] == ["40", "80", "120"] and "eval_return_seed_1" in rows[0]
+    assert "discount           0.97" in done.stdout  # the task's setting, taken because the flag was unset
+
+
+def test_meta_train_on_a_gridworld_and_brax_then_transfer(tmp_path):
+    flags = "--env-name inverted_pendulum catch --num-units 2 --num-iterations 2 --inner-updates 1 --envs-per-unit 2 1"
+    done = run_script("pipeline_train", *flags.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    rows = read_rows(folder / "metrics.csv")
+    assert np.isfinite([float(rows[-1][f"meta_grad_norm_{name}"]) for name in ("inverted_pendulum", "catch")]).all()
+    flags = f"--env-name inverted_pendulum --total-steps 163840 --num-seeds 1 --optimizers {folder}/theta.npz sign_sgd"
+    done = run_script("evaluate", *flags.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").glob("*evaluate*")
+    assert {row["env_steps"] for row in read_rows(folder / "results.csv")} == {"0", "163840"}
+    assert "| inverted_pendulum+catch (trained) | 0.0003 |" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["a2c", "ppo", "pipeline_train", "evaluate"])
 def test_help_teaches(script, tmp_path):
     done = run_script(script, "--help", cwd=tmp_path)
     assert done.returncode == 0 and "--env-name" in done.stdout and f"python {script}.py" in done.stdout
@@ -98,6 +126,19 @@ BAD = [
     ("a2c", "--num-envs many", "num-envs"),
     ("a2c", "--nosuch 1", "nosuch"),
     ("a2c", "--runs-dir a_file", "a_file"),
+    ("ppo", "--env-name inverted_pendulm", "did you mean inverted_pendulum?"),
+    ("ppo", "--env-name nosuch", "humanoid"),
+    ("ppo", "--backend nosuch", "positional"),
+    ("ppo", "--batch-size 10", "--num-envs 2048"),
+    ("ppo", "--num-envs 3", "multiple of --num-envs 3"),
+    ("ppo", "--rollout-steps 9 --episode-length 5", "--episode-length"),
+    ("ppo", "--discount 1.5", "--discount"),
+    ("ppo", "--num-epochs 0", "--num-epochs"),
+    ("ppo", "--total-steps 100", "--total-steps"),
+    ("ppo", "--optimizer adamw", "rmsprop"),
+    ("pipeline_train", "--env-name inverted_pendulum --envs-per-unit 3", "even"),
+    ("pipeline_train", "--env-name big_dens_long", "did you mean big_dense_long?"),
+    ("evaluate", "--env-name inverted_pendulum --num-envs 3", "--num-envs 3"),
     ("pipeline_train", "--env-name catch nosuch", "nosuch"),
     ("pipeline_train", "--env-name catch catch", "once"),
     ("pipeline_train", "--optimizer adam", "optim4rl"),
@@ -176,7 +217,7 @@ def test_steps_to_reach():
 
 def test_the_best_step_size_of_each_is_shown():
     results = [
-        evaluate.Result(label, rate, np.full((2, 30), score))
+        evaluate.Result(label, rate, np.full((2, 30), score), 20)
         for label, rate, score in [("adam", 1, 3), ("adam", 2, 5), ("x", 1, 4)]
     ]
     assert [(result.label, result.learning_rate) for result in evaluate.best_of_each(results)] == [("adam", 2), ("x", 1)]

@@ -1,0 +1,292 @@
+"""PPO against computations of its own kind in numpy and scipy, and on environments with a known answer."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.integrate
+import scipy.stats
+
+import ppo
+
+PROBE = ppo.Args(
+    learning_rate=3e-3,
+    total_steps=40_000,
+    num_envs=32,
+    rollout_steps=4,
+    batch_size=32,
+    num_minibatches=4,
+    num_epochs=4,
+    entropy_weight=0.0,
+    discount=0.9,
+    reward_scale=1.0,
+    policy_layers=(16,),
+    value_layers=(16,),
+    episode_length=8,
+    eval_envs=4,
+    num_evals=2,
+)
+
+
+def probe_env():
+    """One step, reward -(a - 0.3)^2, then the end."""
+
+    def step(state, action):
+        return state, jnp.ones(1), -((action[0] - 0.3) ** 2), jnp.array(True)
+
+    return ppo.Env(lambda key: (jnp.int32(0), jnp.ones(1)), step, 1, 1)
+
+
+def count_env(ends_after=10**6, blind=False):
+    """Reward 1 at every step, whatever is done; the observation is the number of steps taken, or, blind, always 0."""
+
+    def step(state, action):
+        state = state + 1
+        return state, jnp.where(blind, 0.0, state)[None], jnp.float32(1), state >= ends_after
+
+    return ppo.Env(lambda key: (jnp.int32(0), jnp.zeros(1)), step, 1, 1)
+
+
+def random_batch(seed=0, rollouts=6, steps=5, obs_size=3, action_size=2):
+    rng = np.random.default_rng(seed)
+    terminated = rng.random((rollouts, steps)) < 0.2
+    truncated = np.zeros((rollouts, steps), bool)
+    truncated[::2, 2] = ~terminated[::2, 2]
+    return ppo.Batch(
+        *(rng.normal(size=shape).astype(np.float32) for shape in ((rollouts, steps + 1, obs_size), (rollouts, obs_size))),
+        *(rng.normal(size=(rollouts, steps, *tail)).astype(np.float32) for tail in ((action_size,), (), ())),
+        terminated,
+        truncated,
+    )
+
+
+def naive_advantages(values, next_values, rewards, terminated, truncated, discount, gae_lambda):
+    """The definition: a sum of discounted one-step errors up to the end of the episode, or of the rollout."""
+    errors = [r + discount * n * (not t) - v for r, n, t, v in zip(rewards, next_values, terminated, values, strict=True)]
+    advantages = []
+    for start in range(len(errors)):
+        total = 0.0
+        for k in range(start, len(errors)):
+            total += (discount * gae_lambda) ** (k - start) * errors[k]
+            if terminated[k] or truncated[k]:
+                break
+        advantages.append(total)
+    return advantages
+
+
+def test_gae_is_its_definition():
+    rng, batch = np.random.default_rng(1), random_batch()
+    for i in range(len(batch.reward)):
+        values, next_values = rng.normal(size=(2, 5)).astype(np.float32)
+        args = (values, next_values, batch.reward[i], batch.terminated[i], batch.truncated[i], 0.9, 0.8)
+        np.testing.assert_allclose(ppo.gae(*args), naive_advantages(*args), rtol=1e-5, atol=1e-6)
+
+
+def test_log_prob_is_that_of_the_squashed_action():
+    """By the change of variables in its textbook form, and in that the density integrates to 1."""
+    mean, std = np.array([0.3, -0.8]), np.array([0.5, 1.2])
+    x = np.array([[0.1, -1.0], [2.0, 0.5], [-0.7, 0.0]])
+    expected = np.sum(scipy.stats.norm.logpdf(x, mean, std) - np.log(1 - np.tanh(x) ** 2), axis=-1)
+    np.testing.assert_allclose(ppo.log_prob(mean, std, jnp.asarray(x)), expected, rtol=1e-5)
+    density = lambda a: np.exp(float(ppo.log_prob(mean[:1], std[:1], jnp.arctanh(jnp.array([a])))))  # noqa: E731
+    np.testing.assert_allclose(scipy.integrate.quad(density, -0.9999, 0.9999, limit=100)[0], 1, rtol=1e-3)
+
+
+def test_log_prob_of_extreme_actions_is_finite():
+    x = jnp.array([[30.0], [-30.0]])
+    got = ppo.log_prob(jnp.zeros(1), jnp.ones(1), x)
+    # log(1 - tanh(30)^2) = log 4 - 60 but for 1e-26
+    np.testing.assert_allclose(got, scipy.stats.norm.logpdf(30) - (np.log(4) - 60), rtol=1e-5)
+
+
+def test_entropy_is_that_of_the_squashed_action():
+    mean, std = 0.4, 0.7
+    expected = scipy.integrate.quad(
+        lambda x: (
+            -scipy.stats.norm.pdf(x, mean, std) * float(ppo.log_prob(jnp.array([mean]), jnp.array([std]), jnp.array([x])))
+        ),
+        mean - 6 * std,
+        mean + 6 * std,
+    )[0]
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    samples = jax.vmap(ppo.entropy, (0, None, None))(keys, jnp.array([mean]), jnp.array([std]))
+    np.testing.assert_allclose(samples.mean(), expected, atol=4 * samples.std() / np.sqrt(20_000))
+
+
+def test_normaliser_is_numpys_mean_and_std():
+    """Batches of unlike size, far from zero, where the naive E[x^2] - E[x]^2 has no digit left."""
+    rng = np.random.default_rng(0)
+    batches = [1e4 + rng.normal(size=(n, 3)) * [1.0, 2.0, 0.1] for n in (2, 100, 7, 1000)]
+    normaliser = ppo.Normaliser(jnp.zeros(()), jnp.zeros(3), jnp.zeros(3))
+    for batch in batches:
+        normaliser = ppo.update_normaliser(normaliser, jnp.asarray(batch, jnp.float32))
+    everything = np.concatenate(batches).astype(np.float32).astype(np.float64)
+    np.testing.assert_allclose(normaliser.mean, everything.mean(axis=0), rtol=1e-6)
+    std = np.sqrt(normaliser.sum_squares / normaliser.count)
+    np.testing.assert_allclose(std, everything.std(axis=0), rtol=5e-3)
+    got = ppo.normalise(normaliser, jnp.asarray(everything, jnp.float32))
+    np.testing.assert_allclose(np.std(got, axis=0), 1, rtol=1e-2)
+
+
+def numpy_mlp(layers, x):
+    for i in range(len(layers)):
+        x = x / (1 + np.exp(-x)) if i else x
+        x = x @ np.asarray(layers[str(i)]["w"], float) + np.asarray(layers[str(i)]["b"], float)
+    return x
+
+
+def test_loss_is_its_definition():
+    args = dataclasses.replace(PROBE, entropy_weight=0.02, clip_range=0.2, critic_weight=0.3, reward_scale=2.0)
+    batch = random_batch()
+    batch = batch._replace(log_prob=batch.log_prob * 0.3 - 2)
+    key_policy, key_value, key = jax.random.split(jax.random.key(0), 3)
+    params = {"policy": ppo.init_mlp(key_policy, (3, 8, 4)), "value": ppo.init_mlp(key_value, (3, 8, 1))}
+    normaliser = ppo.Normaliser(jnp.float32(4), jnp.array([0.1, -0.2, 0.3]), jnp.array([4.0, 1.0, 9.0]))
+    got = ppo.ppo_loss(params, normaliser, batch, key, args)
+
+    def norm(obs):
+        return (obs - np.array([0.1, -0.2, 0.3])) / np.sqrt(np.array([4.0, 1.0, 9.0]) / 4)
+
+    values, advantages = [], []
+    for i in range(6):
+        v = numpy_mlp(params["value"], norm(batch.obs[i]))[:, 0]
+        final = numpy_mlp(params["value"], norm(batch.final_obs[i]))[0]
+        ahead = [final if batch.truncated[i, t] else v[t + 1] for t in range(5)]
+        values.append(v[:-1])
+        rest = (batch.terminated[i], batch.truncated[i], args.discount, args.gae_lambda)
+        advantages.append(naive_advantages(v[:-1], ahead, 2.0 * batch.reward[i], *rest))
+    values, advantages = np.array(values), np.array(advantages)
+    out = numpy_mlp(params["policy"], norm(batch.obs[:, :-1]))
+    mean, std = out[..., :2], np.log1p(np.exp(out[..., 2:])) + 1e-3
+    log_p = np.sum(scipy.stats.norm.logpdf(batch.x, mean, std) - np.log(1 - np.tanh(batch.x.astype(float)) ** 2), axis=-1)
+    ratio = np.exp(log_p - batch.log_prob)
+    scaled = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    objective = np.minimum(ratio * scaled, np.clip(ratio, 0.8, 1.2) * scaled)
+    x = mean + std * np.asarray(jax.random.normal(key, mean.shape))
+    entropy = np.sum(scipy.stats.norm.entropy(mean, std) + np.log(1 - np.tanh(x) ** 2), axis=-1)
+    expected = np.mean(-objective + 0.3 * advantages**2 - 0.02 * entropy)
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+    # The critic is drawn to values + advantages; nothing flows through the targets.
+    slope = jax.grad(lambda b: ppo.ppo_loss(params | {"value": b}, normaliser, batch, key, args))(params["value"])["1"]["b"]
+    np.testing.assert_allclose(slope[0], np.mean(-2 * 0.3 * advantages), rtol=1e-3)
+
+
+def acted(env, args, seed=0):
+    """The batch of one rollout in one environment, and the stream after it."""
+    params = {"policy": ppo.init_mlp(jax.random.key(seed), (1, 4, 2)), "value": ppo.init_mlp(jax.random.key(1), (1, 4, 1))}
+    normaliser = ppo.Normaliser(jnp.ones(()), jnp.zeros(1), jnp.ones(1))
+    act = partial(ppo.rollout, env=env, num_steps=args.rollout_steps, episode_length=args.episode_length)
+    return act(jax.random.key(2), params, normaliser, ppo.start_stream(jax.random.key(3), env))
+
+
+def test_episode_is_cut_off_at_its_length_and_starts_again():
+    args = dataclasses.replace(PROBE, rollout_steps=7, episode_length=4)
+    batch, stream = acted(count_env(), args)
+    assert batch.obs[:, 0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert batch.truncated.tolist() == [False, False, False, True, False, False, False]
+    assert not batch.terminated.any()
+    assert batch.final_obs.tolist() == [4]
+    assert stream.last_return == 4 and stream.episode_return == 3
+
+
+def test_end_at_the_last_step_is_an_end_not_a_cut():
+    args = dataclasses.replace(PROBE, rollout_steps=6, episode_length=4)
+    batch, stream = acted(count_env(ends_after=4), args)
+    assert batch.terminated.tolist() == [False, False, False, True, False, False]
+    assert not batch.truncated.any()
+
+
+def test_cut_off_episodes_are_worth_as_much_as_endless_ones():
+    """Reward 1 for ever at discount 0.9 is worth 10, although episodes last 8 steps; one that ends after 8 is worth less."""
+    args = dataclasses.replace(PROBE, total_steps=400_000, gae_lambda=0.5, critic_weight=1.0, num_seeds=1)
+
+    def learned_value(env):
+        agent, optimizer = ppo.make_agent(env, args), optax.adam(3e-3)
+        state = agent.init(jax.random.key(0), optimizer)
+        learn = jax.jit(lambda key, state: agent.learn(key, state, optimizer)[0])
+        for number in range(200):
+            state = learn(jax.random.key(number), state)
+        return float(ppo.value(state.params, ppo.normalise(state.normaliser, jnp.zeros(1))))
+
+    np.testing.assert_allclose(learned_value(count_env(blind=True)), 10, rtol=0.03)
+    np.testing.assert_allclose(learned_value(count_env(ends_after=8)), (1 - 0.9**8) / 0.1, rtol=0.03)
+
+
+def test_probe_environment_is_solved():
+    history = ppo.train(PROBE, probe_env(), optax.adam(3e-3), lambda *_: None)
+    # The mode's reward: 0 at a = 0.3
+    assert history["eval_return"][0, -1] > -2e-3
+    assert history["eval_return"][0, 0] < -0.05
+    assert history["eval_steps"].tolist()[-1] == ppo.num_updates(PROBE) * ppo.steps_per_update(PROBE)
+
+
+def test_ratio_is_one_when_learning_begins():
+    """With a step size of 0 every gradient step sees the policy that acted: the ratio is 1, and the loss the critic's alone."""
+    args = dataclasses.replace(PROBE, critic_weight=0.0)
+    agent = ppo.make_agent(count_env(), args)
+    state = agent.init(jax.random.key(0), optax.sgd(0.0))
+    _, _, metrics = agent.learn(jax.random.key(1), state, optax.sgd(0.0))
+    np.testing.assert_allclose(metrics["loss"], 0, atol=1e-5)
+
+
+def test_same_seed_same_result_and_seeds_side_by_side_are_seeds_alone():
+    run = partial(ppo.train, env=probe_env(), optimizer=optax.adam(3e-3), on_update=lambda *_: None)
+    args = dataclasses.replace(PROBE, total_steps=5_120)
+    both = run(dataclasses.replace(args, num_seeds=2, seed=3))
+    alone = run(dataclasses.replace(args, seed=4))
+    np.testing.assert_array_equal(run(dataclasses.replace(args, seed=4))["return"], alone["return"])
+    np.testing.assert_allclose(both["return"][1], alone["return"][0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_simulation_that_breaks_ends_its_seed_only():
+    """Environments that happen to start above 0.985 break after 5 steps; seeds that have none learn on."""
+
+    def reset(key):
+        return (jax.random.uniform(jax.random.fold_in(key, 0)), jnp.int32(0)), jnp.ones(1)
+
+    def step(state, action):
+        start, steps = state
+        broken = (start > 0.985) & (steps >= 5)
+        obs = jnp.where(broken, jnp.nan, 1.0)
+        return (start, steps + 1), obs[None], -((action[0] - 0.3) ** 2), jnp.array(False)
+
+    args = dataclasses.replace(PROBE, num_seeds=4, total_steps=5_120, episode_length=8)
+    history = ppo.train(args, ppo.Env(reset, step, 1, 1), optax.adam(3e-3), lambda *_: None)
+    broken = np.isnan(history["loss"]).any(axis=1)
+    assert 0 < broken.sum() < 4, "the test needs some seeds of each kind"
+    assert np.isfinite(history["loss"][~broken]).all() and np.isnan(history["loss"][broken, -1]).all()
+    assert np.isnan(history["eval_return"][broken, -1]).all()
+
+
+@pytest.mark.parametrize("name, backend", [("inverted_pendulum", "spring"), ("reacher", "generalized")])
+def test_brax_steps_are_brax_steps(name, backend):
+    import brax.envs
+
+    env, ours = brax.envs.get_environment(name, backend=backend), ppo.make_env(name, backend)
+    key = jax.random.key(5)
+    theirs, (state, obs) = env.reset(jax.random.key_data(key)), ours.reset(key)
+    for i in range(3):
+        action = jnp.full(env.action_size, 0.3 * i)
+        theirs = jax.jit(env.step)(theirs, action)
+        state, obs, reward, terminated = jax.jit(ours.step)(state, action)
+    np.testing.assert_array_equal(obs, theirs.obs)
+    assert reward == theirs.reward and terminated == (theirs.done > 0)
+    assert ours.obs_size == obs.size and ours.action_size == env.action_size
+
+
+def test_tasks_of_the_paper_have_its_settings():
+    args = ppo.fill_in(ppo.Args(env_name="walker2d"))
+    assert (args.learning_rate, args.rollout_steps, args.discount, args.num_epochs) == (3e-5, 20, 0.997, 8)
+    assert ppo.fill_in(ppo.Args(env_name="walker2d", num_epochs=2)).num_epochs == 2
+
+
+@pytest.mark.slow
+def test_inverted_pendulum_is_solved():
+    args = ppo.Args(total_steps=2e6, num_envs=256, batch_size=256, num_minibatches=8, learning_rate=1e-3, value_layers=(64, 64))
+    args = ppo.fill_in(dataclasses.replace(args, discount=0.99, reward_scale=1.0, num_evals=10))
+    history = ppo.train(args, ppo.make_env("inverted_pendulum", "spring"), optax.adam(1e-3), lambda *_: None)
+    assert history["eval_return"].max() == 1000
