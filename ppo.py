@@ -130,10 +130,16 @@ class Env(NamedTuple):
 
 
 def task_names() -> list[str]:
-    """Brax's tasks. Imported here, so that training on gridworlds does not wait for Brax."""
+    """Brax's tasks. Raises ValueError, in one line, if Brax or a package that it needs is missing.
+
+    Imported here, so that training on gridworlds does not wait for Brax.
+    """
     warnings.filterwarnings("ignore", module="brax")
-    with contextlib.redirect_stdout(io.StringIO()):  # what it prints about itself helps nobody
-        import brax.envs
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # what it prints about itself helps nobody
+            import brax.envs
+    except ImportError as error:
+        raise ValueError(f"Brax cannot be imported ({error}); pip install -r requirements.txt") from None
     return list(brax.envs._envs)
 
 

@@ -3,6 +3,7 @@
     python benchmarks/bench.py            # under ten minutes on 2 cores
     python benchmarks/bench.py --quick    # under two
     python benchmarks/bench.py --growth   # only the figure: time and memory against units and inner updates
+    python benchmarks/bench.py --ppo      # only PPO beside Brax's, which needs jax 0.9.2
 
 Each measurement runs in a process of its own, on the cores it names, so that its peak memory is its own and compiling one
 does not disturb another. Times are the minimum of several repeats. Prints a markdown table, writes benchmarks/bench.json.
@@ -30,6 +31,8 @@ class Args:
     """fewer and smaller measurements"""
     growth: bool = False
     """draw benchmarks/growth.png instead"""
+    ppo: bool = False
+    """measure PPO on Brax instead"""
     worker: str = ""
     """used by the script itself: the measurement to make, as JSON"""
 
@@ -173,6 +176,65 @@ def measure_optimizer(name, num_params):
     return {"seconds": seconds(lambda state, grads: optimizer.update(grads, state), state, grads, donate=(0,), repeats=3)}
 
 
+# PPO's settings here, ours and Brax's: the double pendulum's are the paper's but for fewer minibatches.
+PPO = {
+    "inverted_double_pendulum": {"num_envs": 2048, "batch_size": 1024, "num_minibatches": 8, "num_epochs": 4},
+    "ant": {"num_envs": 256, "batch_size": 256, "num_minibatches": 8, "num_epochs": 4},
+}
+
+
+def measure_ppo(name):
+    """The whole of an update: acting and learning."""
+    import jax
+    import optax
+
+    import ppo
+
+    args = ppo.fill_in(ppo.Args(env_name=name, rollout_steps=5, **PPO[name]))
+    agent, optimizer = ppo.make_agent(ppo.make_env(name, "spring"), args), optax.adam(3e-4)
+    state = jax.jit(lambda key: agent.init(key, optimizer))(jax.random.key(0))
+
+    def learn(key, state):
+        return agent.learn(key, state, optimizer)[0]
+
+    return {"steps_per_s": agent.num_steps / seconds(learn, jax.random.key(1), state, donate=(1,), repeats=6)}
+
+
+def measure_brax_stepping(name):
+    """Brax's environments alone, with the wrappers that its PPO uses, under random actions."""
+    import brax.envs
+    import jax
+
+    num_envs, env = PPO[name]["num_envs"], brax.envs.get_environment(name, backend="spring")
+    env = brax.envs.training.wrap(env)
+
+    def run(key, state):
+        def step(state, key):
+            actions = jax.random.uniform(key, (num_envs, env.action_size), minval=-1)
+            state = env.step(state, actions)
+            return state, (state.obs, state.reward, state.done)
+
+        return jax.lax.scan(step, state, jax.random.split(key, 20))
+
+    state = jax.jit(env.reset)(jax.random.split(jax.random.PRNGKey(0), num_envs))
+    return {"steps_per_s": num_envs * 20 / seconds(run, jax.random.key(1), state, repeats=3)}
+
+
+def measure_brax_ppo(name):
+    """Brax's own PPO, by its own clock; the first stretch, which compiles, does not count."""
+    import brax.envs
+    from brax.training.agents.ppo import train
+
+    setting, rates = PPO[name], []
+    update = setting["batch_size"] * setting["num_minibatches"] * 5
+    flags = {key: setting[key] for key in ("num_envs", "batch_size", "num_minibatches")}
+    flags |= {"num_updates_per_batch": setting["num_epochs"], "num_eval_envs": 2, "num_evals": 5, "num_timesteps": 4 * update}
+    flags |= {"unroll_length": 5, "episode_length": 1000, "normalize_observations": True, "learning_rate": 3e-4}
+    env = brax.envs.get_environment(name, backend="spring")
+    train.train(env, progress_fn=lambda _, metrics: rates.append(metrics.get("training/sps", 0)), **flags)
+    return {"steps_per_s": float(max(rates))}
+
+
 def work(task: dict) -> None:
     result = globals()[f"measure_{task['measure']}"](**task["flags"])
     print(json.dumps(result | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
@@ -252,6 +314,17 @@ def optimizer_row(num_params: int, machine: dict, raw: dict) -> tuple:
     )
 
 
+def ppo_rows() -> list[tuple]:
+    rows = []
+    for name in PPO:
+        for cores in (1, 2):
+            kinds = ("ppo", "brax_stepping", "brax_ppo")
+            ours, stepping, theirs = (measure(kind, cores=cores, name=name).get("steps_per_s", float("nan")) for kind in kinds)
+            beside = f"Brax's PPO {theirs:,.0f}, **{ours / theirs:.1f} times**; Brax's stepping alone {stepping:,.0f}"
+            rows.append((f"PPO {name}, {PPO[name]['num_envs']} envs, {cores} core(s)", f"{ours:,.0f} steps/s", beside))
+    return rows
+
+
 def growth() -> None:
     """Time and memory of a meta-iteration against units, for several inner updates; small_dense_long, all cores."""
     import matplotlib
@@ -278,16 +351,22 @@ def growth() -> None:
     (HERE / "growth.json").write_text(json.dumps(raw, indent=1) + "\n")
 
 
+def print_table(rows: list[tuple]) -> None:
+    print("| what | figure | set against |\n|---|---|---|")
+    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+
+
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if args.worker:
         work(json.loads(args.worker))
     elif args.growth:
         growth()
+    elif args.ppo:
+        print_table(ppo_rows())
     else:
         rows, raw = table_of_everything(args.quick)
-        print("| what | figure | set against |\n|---|---|---|")
-        print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+        print_table(rows)
         raw["python"], raw["cpu"] = platform.python_version(), platform.processor() or platform.machine()
         (HERE / "bench.json").write_text(json.dumps(raw, indent=1) + "\n")
 

@@ -286,7 +286,9 @@ def test_tasks_of_the_paper_have_its_settings():
 
 @pytest.mark.slow
 def test_inverted_pendulum_is_solved():
-    args = ppo.Args(total_steps=2e6, num_envs=256, batch_size=256, num_minibatches=8, learning_rate=1e-3, value_layers=(64, 64))
-    args = ppo.fill_in(dataclasses.replace(args, discount=0.99, reward_scale=1.0, num_evals=10))
+    """Three seeds; the cart has to come back to the middle of its rail, so the horizon is longer than the paper's."""
+    sizes = {"num_envs": 64, "rollout_steps": 40, "batch_size": 64, "num_minibatches": 8, "value_layers": (64, 64)}
+    args = ppo.Args(discount=0.997, gae_lambda=0.98, reward_scale=0.1, entropy_weight=0.0, learning_rate=1e-3, **sizes)
+    args = ppo.fill_in(dataclasses.replace(args, total_steps=2e6, num_seeds=3))
     history = ppo.train(args, ppo.make_env("inverted_pendulum", "spring"), optax.adam(1e-3), lambda *_: None)
-    assert history["eval_return"].max() == 1000
+    np.testing.assert_array_equal(history["eval_return"].max(axis=1), 1000)

@@ -92,6 +92,13 @@ def test_ppo(tmp_path):
     assert "discount           0.97" in done.stdout  # the task's setting, taken because the flag was unset
 
 
+def test_a_seed_that_breaks_is_reported_with_its_step(tmp_path):
+    flags = f"--total-steps 120 --episode-length 20 --optimizer sgd --learning-rate 1e38 --grad-clip inf {SMALL_PPO}".split()
+    done = run_script("ppo", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "seed 0: numbers that are not finite by step 40" in done.stdout
+
+
 def test_meta_train_on_a_gridworld_and_brax_then_transfer(tmp_path):
     flags = "--env-name inverted_pendulum catch --num-units 2 --num-iterations 2 --inner-updates 1 --envs-per-unit 2 1"
     done = run_script("pipeline_train", *flags.split(), cwd=tmp_path)
@@ -128,6 +135,7 @@ BAD = [
     ("a2c", "--runs-dir a_file", "a_file"),
     ("ppo", "--env-name inverted_pendulm", "did you mean inverted_pendulum?"),
     ("ppo", "--env-name nosuch", "humanoid"),
+    ("ppo", "--env-name swimmer --backend spring", "swimmer cannot be made with backend spring"),
     ("ppo", "--backend nosuch", "positional"),
     ("ppo", "--batch-size 10", "--num-envs 2048"),
     ("ppo", "--num-envs 3", "multiple of --num-envs 3"),
