@@ -358,17 +358,9 @@ def fill_in(args: Args) -> Args:
         if len(values) not in (1, len(settings)):
             raise ValueError(f"--{name.replace('_', '-')} takes 1 value or {len(settings)}, got {len(values)}")
         args = dataclasses.replace(args, **{name: values * len(settings) if len(values) == 1 else values})
-    numbers = ("num_units", "envs_per_unit", "inner_updates", "reset_interval", "total_steps", "num_iterations", "hidden_size")
-    numbers += (
-        "readout_layers",
-        "learning_rate",
-        "reward_scale",
-        "meta_learning_rate",
-        "num_devices",
-        "checkpoint_every",
-        "num_processes",
-    )
-    runs.check_positive(args, *numbers)
+    runs.check_positive(args, "num_units", "envs_per_unit", "inner_updates", "reset_interval", "total_steps", "num_iterations")
+    runs.check_positive(args, "hidden_size", "readout_layers", "learning_rate", "reward_scale", "meta_learning_rate")
+    runs.check_positive(args, "num_devices", "checkpoint_every", "num_processes")
     for name, num_envs in zip(args.env_name, args.envs_per_unit, strict=True):
         if name not in gridworld.NAMES and num_envs % 2:
             raise ValueError(f"--envs-per-unit must be even for {name} (a minibatch is half of them), got {num_envs}")
@@ -391,7 +383,7 @@ def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: M
     """All iterations. on_iteration(iteration, MetaState, row of metrics) is called after each; Ctrl-C ends it early."""
     key_init, key_train = jax.random.split(jax.random.key(args.seed))
     init, step = make_meta_step(args, tasks, learned, mesh)
-    state = init(key_init)
+    state, steps = init(key_init), steps_per_iteration(args)
     began = time.perf_counter()
     step = step.lower(key_train, state).compile()
     print(f"compiled in {time.perf_counter() - began:.1f} s")
@@ -402,7 +394,7 @@ def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: M
             if iteration == 1:
                 jax.block_until_ready(metrics)
                 runs.warn_if_long((time.perf_counter() - began) * args.num_iterations, SHORTER)
-            row = {"env_steps": iteration * steps_per_iteration(args)}
+            row = {"env_steps": iteration * steps}
             for task_name, values in zip(args.env_name, metrics, strict=True):
                 row |= {f"{name}_{task_name}" if len(tasks) > 1 else name: value for name, value in values.items()}
             on_iteration(iteration, state, row)

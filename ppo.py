@@ -348,13 +348,12 @@ def ppo_loss(params: dict, normaliser: Normaliser, batch: Batch, key: jax.Array,
 
 
 class Agent(NamedTuple):
-    """What meta-training needs of an agent; a2c.py gives the same. evaluate: key, state -> mean return of whole episodes."""
+    """What meta-training needs of an agent; a2c.py gives the same."""
 
     init: Callable  # key, optimizer -> state
     learn: Callable  # key, state, optimizer -> state, grads seen [gradient steps, ...], metrics
     loss: Callable  # key, state -> loss on a fresh rollout, state
     num_steps: int  # environment steps of one update, over all the agent's environments
-    evaluate: Callable
 
 
 class AgentState(NamedTuple):
@@ -370,10 +369,9 @@ def make_agent(env: Env, args: Args) -> Agent:
 
     def init(key, optimizer):
         key_policy, key_value, key_envs, key_first = jax.random.split(key, 4)
-        params = {
-            "policy": init_mlp(key_policy, (env.obs_size, *args.policy_layers, 2 * env.action_size)),
-            "value": init_mlp(key_value, (env.obs_size, *args.value_layers, 1)),
-        }
+        policy_sizes = (env.obs_size, *args.policy_layers, 2 * env.action_size)
+        value_sizes = (env.obs_size, *args.value_layers, 1)
+        params = {"policy": init_mlp(key_policy, policy_sizes), "value": init_mlp(key_value, value_sizes)}
         streams = jax.vmap(partial(start_stream, env=env))(jax.random.split(key_envs, args.num_envs))
         # The first statistics come from a rollout that nothing is learned from.
         zeros, ones = jnp.zeros(env.obs_size), jnp.ones(env.obs_size)
@@ -428,20 +426,23 @@ def make_agent(env: Env, args: Args) -> Agent:
         batch, state = collect(key_collect, jax.lax.stop_gradient(state))
         return ppo_loss(params, state.normaliser, batch, key_entropy, args), state._replace(params=params)
 
-    def evaluate(key, state):
-        def step(carry, _):
-            env_state, obs, alive, total = carry
-            mean, _ = policy(state.params, normalise(state.normaliser, obs))
-            env_state, obs, reward, terminated = env.step(env_state, jnp.tanh(mean))
-            return (env_state, obs, alive & ~terminated, total + jnp.where(alive, reward, 0)), None
+    return Agent(init, learn, loss, steps_per_update(args))
 
-        def episode(key):
-            start = (*env.reset(key), jnp.array(True), jnp.zeros(()))
-            return jax.lax.scan(step, start, None, args.episode_length)[0][-1]
 
-        return jnp.mean(jax.vmap(episode)(jax.random.split(key, args.eval_envs)))
+def evaluate(key: jax.Array, state: AgentState, env: Env, args: Args) -> jax.Array:
+    """Mean return of args.eval_envs whole episodes of the policy's mode, in environments of their own. -> []"""
 
-    return Agent(init, learn, loss, steps_per_update(args), evaluate)
+    def step(carry, _):
+        env_state, obs, alive, total = carry
+        mean, _ = policy(state.params, normalise(state.normaliser, obs))
+        env_state, obs, reward, terminated = env.step(env_state, jnp.tanh(mean))
+        return (env_state, obs, alive & ~terminated, total + jnp.where(alive, reward, 0)), None
+
+    def episode(key):
+        start = (*env.reset(key), jnp.array(True), jnp.zeros(()))
+        return jax.lax.scan(step, start, None, args.episode_length)[0][-1]
+
+    return jnp.mean(jax.vmap(episode)(jax.random.split(key, args.eval_envs)))
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -467,16 +468,16 @@ def train(args: Args, env: Env, optimizer: optax.GradientTransformation, on_upda
         return state, alive, jax.tree.map(lambda x: jnp.where(alive, x, jnp.nan), metrics)
 
     update = jax.jit(jax.vmap(update, (0, None, 0, 0)), donate_argnums=(2, 3))
-    evaluate = jax.jit(jax.vmap(agent.evaluate))
+    mean_return = jax.jit(jax.vmap(partial(evaluate, env=env, args=args)))
     states = jax.jit(jax.vmap(lambda key: agent.init(key, optimizer)))(keys_init)
     alive = jnp.ones(args.num_seeds, bool)
-    evals = {0: evaluate(keys_eval, states)}
+    evals = {0: mean_return(keys_eval, states)}
     history = []
     for number in range(1, num_updates(args) + 1):
         states, alive, metrics = update(keys, number, states, alive)
         history.append(metrics)
         if number in eval_updates(args):
-            evals[number] = jnp.where(alive, evaluate(keys_eval, states), jnp.nan)
+            evals[number] = jnp.where(alive, mean_return(keys_eval, states), jnp.nan)
         on_update(number, metrics | {"eval_return": evals[max(evals)]})
         if not alive.any():
             break
