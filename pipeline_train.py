@@ -380,27 +380,24 @@ def steps_per_iteration(args: Args) -> int:
 
 
 def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: Mesh, on_iteration: Callable) -> MetaState:
-    """All iterations. on_iteration(iteration, MetaState, row of metrics) is called after each; Ctrl-C ends it early."""
+    """All iterations. on_iteration(iteration, MetaState, row of metrics) is called after each; if it returns True, no more follow."""
     key_init, key_train = jax.random.split(jax.random.key(args.seed))
     init, step = make_meta_step(args, tasks, learned, mesh)
     state, steps = init(key_init), steps_per_iteration(args)
     began = time.perf_counter()
     step = step.lower(key_train, state).compile()
     print(f"compiled in {time.perf_counter() - began:.1f} s")
-    with runs.interruptible() as interrupted:
-        for iteration in range(1, args.num_iterations + 1):
-            began = time.perf_counter()
-            state, metrics = step(key_train, state)
-            if iteration == 1:
-                jax.block_until_ready(metrics)
-                runs.warn_if_long((time.perf_counter() - began) * args.num_iterations, SHORTER)
-            row = {"env_steps": iteration * steps}
-            for task_name, values in zip(args.env_name, metrics, strict=True):
-                row |= {f"{name}_{task_name}" if len(tasks) > 1 else name: value for name, value in values.items()}
-            on_iteration(iteration, state, row)
-            if interrupted():
-                print("interrupted; what was trained so far is kept")
-                break
+    for iteration in range(1, args.num_iterations + 1):
+        began = time.perf_counter()
+        state, metrics = step(key_train, state)
+        if iteration == 1:
+            jax.block_until_ready(metrics)
+            runs.warn_if_long((time.perf_counter() - began) * args.num_iterations, SHORTER)
+        row = {"env_steps": iteration * steps}
+        for task_name, values in zip(args.env_name, metrics, strict=True):
+            row |= {f"{name}_{task_name}" if len(tasks) > 1 else name: value for name, value in values.items()}
+        if on_iteration(iteration, state, row):
+            break
     return state
 
 
@@ -422,15 +419,17 @@ def main() -> None:
         done = {"iterations": iterations, "env_steps": iterations * steps_per_iteration(args)}
         save_theta(folder / "theta.npz", state.theta, args.optimizer, config, dataclasses.asdict(args) | done)
 
-    with runs.Log(folder, args.num_iterations) as log:
+    with runs.interruptible() as interrupted:
+        with runs.Log(folder, args.num_iterations) as log:
 
-        def on_iteration(iteration, state, row):
-            log.write(iteration, row)
-            if iteration % args.checkpoint_every == 0:
-                save(state)
+            def on_iteration(iteration, state, row):
+                log.write(iteration, row)
+                if iteration % args.checkpoint_every == 0:
+                    save(state)
+                return interrupted()
 
-        state = meta_train(args, tasks, learned, mesh, on_iteration)
-    save(state)
+            state = meta_train(args, tasks, learned, mesh, on_iteration)
+        save(state)
     theta_path = folder / "theta.npz"
     print(f"written: {theta_path}, and metrics.csv, config.json and TensorBoard events beside it")
     print(f"next: python evaluate.py --env-name {args.env_name[0]} --optimizers {theta_path} untrained sign_sgd adam rmsprop")

@@ -55,10 +55,17 @@ def parse(args_class: type, description: str) -> Any:
 
 @contextlib.contextmanager
 def interruptible():
-    """Ctrl-C only asks to stop: `with interruptible() as interrupted:` and look at interrupted() where the state is whole,
-    not in the middle of an iteration that has taken over the buffers of the one before."""
+    """Ctrl-C only asks to stop, once or many times: `with interruptible() as interrupted:` around the work and the saving of
+    what it made; look at interrupted() where the state is whole, not in the middle of an iteration that has taken over the
+    buffers of the one before."""
     asked: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+
+    def ask(number, _):
+        if not asked:
+            os.write(sys.stderr.fileno(), b"\ninterrupted: stopping after this iteration, what was trained so far is kept\n")
+        asked.append(number)
+
+    before = signal.signal(signal.SIGINT, ask)
     try:
         yield lambda: bool(asked)
     finally:
@@ -100,12 +107,11 @@ def choose_devices(num_units: int, num_devices: int | None, num_processes=1, pro
 def make_folder(runs_dir: str, env_name: str, script: str, seed: int, args: Any) -> Path:
     """Make <runs_dir>/<env>__<script>__<seed>__<time> with config.json: every argument, the packages' versions, the machine."""
     name = f"{env_name}__{script}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(runs_dir) / name
-    for count in range(2, 100):
-        if not folder.exists():
+    for count in range(1, 100):
+        folder = Path(runs_dir) / (name if count == 1 else f"{name}-{count}")
+        with contextlib.suppress(FileExistsError):  # another run's, of the same second
+            folder.mkdir(parents=True)
             break
-        folder = Path(runs_dir) / f"{name}-{count}"
-    folder.mkdir(parents=True)
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     machine = {"backend": jax.default_backend(), "devices": jax.device_count(), "cores": os.cpu_count()}
     config = {"args": dataclasses.asdict(args), "versions": versions, "machine": machine}
