@@ -380,7 +380,7 @@ def steps_per_iteration(args: Args) -> int:
 
 
 def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: Mesh, on_iteration: Callable) -> MetaState:
-    """All iterations. on_iteration(iteration, MetaState, row of metrics) is called after each; if it returns True, no more follow."""
+    """All iterations. on_iteration(iteration, MetaState, row of metrics) is called after each, and ends them by True."""
     key_init, key_train = jax.random.split(jax.random.key(args.seed))
     init, step = make_meta_step(args, tasks, learned, mesh)
     state, steps = init(key_init), steps_per_iteration(args)
