@@ -25,7 +25,7 @@ class Args:
     env_name: str = "small_dense_long"
     """one of the eight gridworlds, {small,big}_{sparse,dense}_{short,long}, or catch"""
     optimizer: str = "adam"
-    """adam, rmsprop, sgd, sign_sgd, untrained (Optim4RL before meta-training), or the path of a meta-trained .npz"""
+    """adam, rmsprop, sgd, sign_sgd, untrained (Optim4RL before meta-training; untrained:star), or the path of a .npz"""
     learning_rate: float = 3e-3
     """step size; for the gridworlds try 3e-2 to 1e-4 in half decades"""
     total_steps: float = 3e6
@@ -180,7 +180,7 @@ class Agent(NamedTuple):
     """What meta-training needs of an agent; ppo.py gives the same."""
 
     init: Callable  # key, optimizer -> state
-    learn: Callable  # key, state, optimizer -> state, grads seen [gradient steps, ...], metrics
+    learn: Callable  # key, state, optimizer, progress -> state, what the optimizer was given [gradient steps, ...], metrics
     loss: Callable  # key, state -> loss on a fresh rollout, state
     num_steps: int  # environment steps of one rollout, over all the agent's environments
 
@@ -211,13 +211,15 @@ def make_agent(env: Any, args: Args) -> Agent:
         one = jax.checkpoint(lambda batch: a2c_loss(params, batch, args))
         return jnp.mean(jax.lax.map(one, batches, batch_size=at_once))
 
-    def learn(key, state, optimizer):
+    def learn(key, state, optimizer, progress=(0.0, 1.0)):
+        """progress: how much of training is done before this update and after it, from 0 to 1; some optimizers read it."""
         batches, state = fresh_batch(key, state)
         loss, grads = jax.value_and_grad(mean_loss)(state.params, batches)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        extra_args = {"value": loss, "fraction": jnp.float32(progress[0])}
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra_args)
         state = state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
         metrics = {"return": jnp.nanmean(state.streams.last_return), "loss": loss}
-        return state, jax.tree.map(lambda g: g[None], grads), metrics
+        return state, jax.tree.map(lambda x: x[None], (grads, extra_args)), metrics
 
     def loss(key, state):
         batches, state = fresh_batch(key, jax.lax.stop_gradient(state)._replace(params=state.params))
@@ -232,11 +234,13 @@ def train(args: Args, env: Any, optimizer: optax.GradientTransformation, on_upda
     -> {"return": [num_seeds, updates], "loss": [num_seeds, updates]}, the return that of the last episodes to end
     """
     agent = make_agent(env, args)
+    optimizer = optax.with_extra_args_support(optimizer)
     seeds = args.seed + jnp.arange(args.num_seeds)
     keys_init, keys = jnp.moveaxis(jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds), 1, 0)
 
     def update(key, number, state):
-        state, _, metrics = agent.learn(jax.random.fold_in(key, number), state, optimizer)
+        progress = (number / num_updates(args), (number + 1) / num_updates(args))
+        state, _, metrics = agent.learn(jax.random.fold_in(key, number), state, optimizer, progress)
         return state, metrics
 
     update = jax.jit(jax.vmap(update, (0, None, 0)), donate_argnums=2)

@@ -41,7 +41,7 @@ class Args:
     env_name: str = "catch"
     """one of the eight gridworlds, catch, or a task of Brax's"""
     optimizers: tuple[str, ...] = ("untrained", "sign_sgd", "adam", "rmsprop")
-    """names (adam, rmsprop, sgd, sign_sgd, untrained) and paths of .npz files that pipeline_train.py wrote"""
+    """names (adam, rmsprop, sgd, sign_sgd, untrained, untrained:star, untrained:PATH.npz) and paths of meta-trained .npz"""
     num_seeds: int = 10
     """agents trained with each optimizer"""
     seed: int = 1000
@@ -166,15 +166,15 @@ def plan(args: Args) -> list[tuple[str, str, float]]:
     runs_to_make = []
     for name in dict.fromkeys(args.optimizers):
         optimizers.make_optimizer(name, default)
-        rates = [default]
+        rates, label = [default], name
         if name in optimizers.CLASSICAL and args.learning_rates:
             rates = args.learning_rates
-        elif name not in optimizers.CLASSICAL and name != "untrained" and not args.learning_rate:
-            trained = optim4rl.load_theta(name)[1]["trained"]
-            known = dict(zip(trained.get("env_name", ()), trained.get("learning_rate", ()), strict=False))
-            rates = [known.get(args.env_name, default)]
-        is_file = name.endswith(".npz")
-        label = "/".join(Path(name).with_suffix("").parts[-2:]).split("__")[0] + " (trained)" if is_file else name
+        elif name.endswith(".npz") and not name.startswith("untrained"):
+            header = optim4rl.load_theta(name)[1]
+            known = dict(zip(header["trained"].get("env_name", ()), header["trained"].get("learning_rate", ()), strict=False))
+            rates = [args.learning_rate or known.get(args.env_name, default)]
+            kind = "" if header["optimizer"] == "optim4rl" else f"{header['optimizer']}, "
+            label = kind + "/".join(Path(name).with_suffix("").parts[-2:]).split("__")[0] + " (trained)"
         label = label if label not in {made[0] for made in runs_to_make} else name
         runs_to_make += [(label, name, rate) for rate in rates]
     return runs_to_make

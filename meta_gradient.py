@@ -20,19 +20,21 @@ import optax
 from optim4rl import LearnedOptimizer, to_blocks
 
 
-def replay_gradient(learned: LearnedOptimizer, theta, start, grads, cotangent, learning_rate) -> Any:
-    """d <cotangent, params after the K recorded updates> / d theta, by replaying them.
+def replay_gradient(learned: LearnedOptimizer, theta, start, grads, extra_args, cotangent, learning_rate) -> Any:
+    """d <cotangent, params after the K recorded updates> / d theta, by replaying them. For any learned optimizer.
 
-    start: (params, opt_state) before the updates; grads: [K, ...] like params; cotangent: like params. One agent.
+    start: (params, opt_state) before the updates; grads: [K, ...] like params; extra_args: {name: [K]}, what the optimizer
+    was told besides; cotangent: like params. One agent.
     """
 
-    def replayed(theta):
-        def step(carry, grad):
-            params, opt_state = carry
-            updates, opt_state = learned.update(theta, grad, opt_state, params, learning_rate)
-            return (optax.apply_updates(params, updates), opt_state), None
+    @jax.checkpoint  # keep the states, compute the rest anew
+    def step(theta, carry, seen):
+        (params, opt_state), (grad, extra_args) = carry, seen
+        updates, opt_state = learned.update(theta, grad, opt_state, params, learning_rate, **extra_args)
+        return optax.apply_updates(params, updates), opt_state
 
-        params, _ = jax.lax.scan(step, start, grads)[0]
+    def replayed(theta):
+        params, _ = jax.lax.scan(lambda carry, seen: (step(theta, carry, seen), None), start, (grads, extra_args))[0]
         return optax.tree.vdot(cotangent, params)
 
     return jax.grad(replayed)(theta)

@@ -40,7 +40,7 @@ class LearnedOptimizer(NamedTuple):
 
     init_theta: Callable  # key -> theta
     init_state: Callable  # params -> state
-    update: Callable  # theta, grads, state, params, learning_rate -> updates, state
+    update: Callable  # theta, grads, state, params, learning_rate, **extra_args -> updates, state
     rule: Callable | None  # theta, g [C], state of a block -> step [C], state; None if it is not coordinate-wise
 
 
@@ -124,10 +124,33 @@ INPUTS = {"raw": 1, "log": 2}  # D of the first network; the second has one inpu
 
 
 def readout(layers: dict, h: jax.Array) -> jax.Array:
-    """Dense layers, ReLU between them. h: [H, C] -> [C]"""
+    """Dense layers, ReLU between them. h: [H, C] -> [outputs, C]"""
     for i in range(len(layers)):
         h = layers[str(i)]["w"] @ (jax.nn.relu(h) if i else h) + layers[str(i)]["b"][:, None]
-    return h[0]
+    return h
+
+
+def init_rnn(key: jax.Array, cell: str, num_inputs: int, hidden_size: int) -> dict:
+    """Weights of one of CELLS: those of the input LeCun normal, the recurrent ones orthogonal."""
+    lecun, orthogonal = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0), jax.nn.initializers.orthogonal()
+    key_x, key_h = jax.random.split(key)
+    rows = GATES[cell] * hidden_size
+    w_h = [orthogonal(k, (hidden_size, hidden_size)) for k in jax.random.split(key_h, GATES[cell])]
+    rnn = {"w_x": lecun(key_x, (rows, num_inputs)), "w_h": jnp.concatenate(w_h), "b": jnp.zeros(rows)}
+    return rnn if cell == "lstm" else rnn | {"b_n": jnp.zeros(hidden_size)}
+
+
+def init_dense(key: jax.Array, sizes: tuple) -> dict:
+    """Weights of dense layers of these sizes, inputs first; LeCun normal, as `readout` takes them."""
+    lecun = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0)
+    keys = jax.random.split(key, len(sizes) - 1)
+    layers = zip(keys, sizes[:-1], sizes[1:], strict=True)
+    return {str(i): {"w": lecun(k, (n, m)), "b": jnp.zeros(n)} for i, (k, m, n) in enumerate(layers)}
+
+
+def init_cell_state(cell: str, hidden_size: int) -> tuple:
+    """The zero state of a block: (h, c) or (h,), each [H, C]."""
+    return (jnp.zeros((hidden_size, BLOCK)),) * {"lstm": 2, "gru": 1}[cell]
 
 
 def describe(theta: dict) -> dict:
@@ -142,39 +165,26 @@ def describe(theta: dict) -> dict:
 
 
 def init_theta(key: jax.Array, cell="lstm", inputs="raw", hidden_size=8, readout_layers=()) -> dict:
-    """Initial meta-parameters: nested dicts of arrays. Input and dense weights are LeCun normal, recurrent ones orthogonal."""
-    lecun, orthogonal = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0), jax.nn.initializers.orthogonal()
-
-    def init_rnn(key, num_inputs):
-        key_x, key_h = jax.random.split(key)
-        rows = GATES[cell] * hidden_size
-        w_h = [orthogonal(k, (hidden_size, hidden_size)) for k in jax.random.split(key_h, GATES[cell])]
-        rnn = {"w_x": lecun(key_x, (rows, num_inputs)), "w_h": jnp.concatenate(w_h), "b": jnp.zeros(rows)}
-        return rnn if cell == "lstm" else rnn | {"b_n": jnp.zeros(hidden_size)}
-
-    def init_readout(key):
-        sizes = (hidden_size, *readout_layers, 1)
-        keys = jax.random.split(key, len(sizes) - 1)
-        layers = zip(keys, sizes[:-1], sizes[1:], strict=True)
-        return {str(i): {"w": lecun(k, (n, m)), "b": jnp.zeros(n)} for i, (k, m, n) in enumerate(layers)}
-
+    """Initial meta-parameters: nested dicts of arrays."""
     key_1, key_2, key_out_1, key_out_2 = jax.random.split(key, 4)
+    sizes = (hidden_size, *readout_layers, 1)
     return {
-        "rnn1": init_rnn(key_1, INPUTS[inputs]),
-        "rnn2": init_rnn(key_2, 1),
-        "readout1": init_readout(key_out_1),
-        "readout2": init_readout(key_out_2),
+        "rnn1": init_rnn(key_1, cell, INPUTS[inputs], hidden_size),
+        "rnn2": init_rnn(key_2, cell, 1, hidden_size),
+        "readout1": init_dense(key_out_1, sizes),
+        "readout2": init_dense(key_out_2, sizes),
     }
 
 
-def optim4rl_rule(theta: dict, g: jax.Array, state: tuple, grad_clip: float | None = 1.0) -> tuple:
-    """One step for a block of coordinates. g: [C]; state: (rnn1's, rnn2's) -> m / sqrt(v + eps) [C], state
-
-    No derivative flows through g: to the meta-gradient, agent-gradients are constants.
-    """
-    config = describe(theta)
+def constant(g: jax.Array, grad_clip: float | None) -> jax.Array:
+    """An agent-gradient as optimizers see it: clipped elementwise, and a constant to the meta-gradient."""
     g = jax.lax.stop_gradient(g)
-    g = g if grad_clip is None else jnp.clip(g, -grad_clip, grad_clip)
+    return g if grad_clip is None else jnp.clip(g, -grad_clip, grad_clip)
+
+
+def optim4rl_rule(theta: dict, g: jax.Array, state: tuple, grad_clip: float | None = 1.0) -> tuple:
+    """One step for a block of coordinates. g: [C]; state: (rnn1's, rnn2's) -> m / sqrt(v + eps) [C], state"""
+    config, g = describe(theta), constant(g, grad_clip)
     if config["inputs"] == "raw":
         x1, x2 = g[None], jnp.square(g)[None]
     else:  # the gradient processing of the paper's earlier version
@@ -182,8 +192,8 @@ def optim4rl_rule(theta: dict, g: jax.Array, state: tuple, grad_clip: float | No
         x1, x2 = jnp.stack([jnp.sign(g), log_g]), 2 * log_g[None]
     rnn = CELLS[config["cell"]]
     state1, state2 = rnn(theta["rnn1"], state[0], x1), rnn(theta["rnn2"], state[1], x2)
-    m = jnp.sign(g) * jnp.exp(readout(theta["readout1"], state1[0]))
-    v = jnp.exp(readout(theta["readout2"], state2[0]))
+    m = jnp.sign(g) * jnp.exp(readout(theta["readout1"], state1[0])[0])
+    v = jnp.exp(readout(theta["readout2"], state2[0])[0])
     return m / jnp.sqrt(v + EPS), (state1, state2)
 
 
@@ -263,8 +273,8 @@ def coordinatewise(init_theta: Callable, init_block: Callable, rule: Callable) -
         num_blocks = -(-sum(np.size(leaf) for leaf in jax.tree.leaves(params)) // BLOCK)
         return jax.tree.map(lambda x: jnp.zeros((num_blocks, *x.shape), x.dtype), init_block())
 
-    def update(theta, grads, state, params, learning_rate):
-        del params
+    def update(theta, grads, state, params, learning_rate, **extra_args):
+        del params, extra_args
         steps, state = apply(theta, to_blocks(grads), state)
         return from_blocks(-learning_rate * steps, grads), state
 
@@ -278,8 +288,7 @@ def make_optim4rl(cell="lstm", inputs="raw", hidden_size=8, readout_layers=(), g
         return init_theta(key, cell, inputs, hidden_size, readout_layers)
 
     def init_block():
-        rnn = (jnp.zeros((hidden_size, BLOCK)),) * {"lstm": 2, "gru": 1}[cell]
-        return rnn, rnn
+        return init_cell_state(cell, hidden_size), init_cell_state(cell, hidden_size)
 
     def rule(theta, g, state):
         return optim4rl_rule(theta, g, state, grad_clip)
@@ -287,16 +296,16 @@ def make_optim4rl(cell="lstm", inputs="raw", hidden_size=8, readout_layers=(), g
     return coordinatewise(new_theta, init_block, rule)
 
 
-def to_optax(learned: LearnedOptimizer, theta: Any, learning_rate: float) -> optax.GradientTransformation:
-    """A learned optimizer with its theta, as optax knows optimizers."""
+def to_optax(learned: LearnedOptimizer, theta: Any, learning_rate: float) -> optax.GradientTransformationExtraArgs:
+    """A learned optimizer with its theta, as optax knows optimizers. Some kinds read extra arguments (velo.py)."""
 
-    def update(grads, state, params=None):
-        return learned.update(theta, grads, state, params, learning_rate)
+    def update(grads, state, params=None, **extra_args):
+        return learned.update(theta, grads, state, params, learning_rate, **extra_args)
 
-    return optax.GradientTransformation(learned.init_state, update)
+    return optax.GradientTransformationExtraArgs(learned.init_state, update)
 
 
-def optim4rl(theta: dict, learning_rate: float, grad_clip: float | None = 1.0) -> optax.GradientTransformation:
+def optim4rl(theta: dict, learning_rate: float, grad_clip: float | None = 1.0) -> optax.GradientTransformationExtraArgs:
     """Optim4RL with these meta-parameters, for any pytree of parameters; theta's shapes say which cell and inputs."""
     return to_optax(make_optim4rl(**describe(theta), grad_clip=grad_clip), theta, learning_rate)
 

@@ -1,6 +1,9 @@
 """The optimizers by name: `make_optimizer("adam", 1e-3)`, or the path of a .npz that pipeline_train.py wrote.
 
-The learned ones that pipeline_train.py can train are in LEARNED; a new one is an entry there, and then every script has it.
+Here too are the paper's two baselines of a single recurrent network, coordinate-wise like Optim4RL. The learned ones that
+pipeline_train.py can train are in LEARNED; a new one is an entry there, and then every script has it.
+
+Legend: C coordinates in a block (optim4rl.py).
 """
 
 import os
@@ -8,10 +11,70 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optim4rl import LearnedOptimizer, load_theta, make_optim4rl, to_optax
+from optim4rl import (
+    CELLS,
+    LearnedOptimizer,
+    constant,
+    coordinatewise,
+    init_cell_state,
+    init_dense,
+    init_rnn,
+    load_theta,
+    make_optim4rl,
+    readout,
+    to_optax,
+)
+from star import make_star
+from velo import make_velo
+
+PREPROCESSING_P = 10.0  # of L2LGD2's inputs
+
+
+def one_network(rule: Callable, num_inputs: int, num_outputs: int, cell: str, hidden_size: int, readout_layers: tuple):
+    """The coordinate-wise optimizer of theta = {"rnn", "readout"}."""
+
+    def init_theta(key):
+        key_rnn, key_readout = jax.random.split(key)
+        sizes = (hidden_size, *readout_layers, num_outputs)
+        return {"rnn": init_rnn(key_rnn, cell, num_inputs, hidden_size), "readout": init_dense(key_readout, sizes)}
+
+    return coordinatewise(init_theta, lambda: init_cell_state(cell, hidden_size), rule)
+
+
+def make_linear_optim(cell="lstm", hidden_size=8, readout_layers=(), grad_clip: float | None = 1.0) -> LearnedOptimizer:
+    """LinearOptim, the paper's ablation of Optim4RL's structure: update = -learning_rate (exp(o1) g + exp(o2) o3)."""
+
+    def rule(theta, g, state):
+        g = constant(g, grad_clip)
+        state = CELLS[cell](theta["rnn"], state, g[None])
+        o1, o2, o3 = readout(theta["readout"], state[0])
+        return jnp.exp(o1) * g + jnp.exp(o2) * o3, state
+
+    return one_network(rule, 1, 3, cell, hidden_size, readout_layers)
+
+
+def preprocess(g: jax.Array) -> jax.Array:
+    """(log|g| / p, sign g) where |g| >= e^-p, else (-1, e^p g) (Andrychowicz et al. 2016, appendix A). g: [C] -> [2, C]"""
+    large = jnp.abs(g) >= jnp.exp(-PREPROCESSING_P)
+    log_g = jnp.log(jnp.where(large, jnp.abs(g), 1.0)) / PREPROCESSING_P
+    return jnp.stack([jnp.where(large, log_g, -1.0), jnp.where(large, jnp.sign(g), jnp.exp(PREPROCESSING_P) * g)])
+
+
+def make_l2lgd2(cell="lstm", hidden_size=8, readout_layers=(), grad_clip: float | None = 1.0) -> LearnedOptimizer:
+    """L2LGD2, learning to learn by gradient descent by gradient descent (Andrychowicz et al. 2016) as the paper runs it:
+    update = -learning_rate exp(o) g."""
+
+    def rule(theta, g, state):
+        g = constant(g, grad_clip)
+        state = CELLS[cell](theta["rnn"], state, preprocess(g))
+        return jnp.exp(readout(theta["readout"], state[0])[0]) * g, state
+
+    return one_network(rule, 2, 1, cell, hidden_size, readout_layers)
+
 
 CLASSICAL: dict[str, Callable] = {
     "adam": optax.adam,
@@ -23,7 +86,21 @@ CLASSICAL: dict[str, Callable] = {
 # kind: function that makes the LearnedOptimizer from the arguments kept in a theta file's header
 LEARNED: dict[str, Callable] = {
     "optim4rl": make_optim4rl,
+    "linear_optim": make_linear_optim,
+    "l2lgd2": make_l2lgd2,
+    "star": make_star,
+    "velo": make_velo,
 }
+
+
+def check_theta(path: str, learned: LearnedOptimizer, theta: Any) -> None:
+    """Raises ValueError, in one line, unless theta has the arrays of this optimizer, finite."""
+    expected = jax.eval_shape(learned.init_theta, jax.random.key(0))
+    same_tree = jax.tree.structure(theta) == jax.tree.structure(expected)
+    if not same_tree or any(jax.tree.leaves(jax.tree.map(lambda a, b: a.shape != b.shape, theta, expected))):
+        raise ValueError(f"{path}: its arrays are not those of the optimizer that it says it is")
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(theta)):
+        raise ValueError(f"{path}: some of its numbers are not finite")
 
 
 def load_learned(path: str) -> tuple[LearnedOptimizer, Any, dict]:
@@ -34,26 +111,25 @@ def load_learned(path: str) -> tuple[LearnedOptimizer, Any, dict]:
         raise ValueError(f"{path}: holds the optimizer {kind!r}; known are {', '.join(LEARNED)}")
     try:
         learned = LEARNED[kind](**header["config"])
-        expected = jax.eval_shape(learned.init_theta, jax.random.key(0))
+        jax.eval_shape(learned.init_theta, jax.random.key(0))
     except Exception as error:  # whatever a foreign header makes the factory raise
         raise ValueError(f"{path}: {kind} cannot be made from its header {header['config']} ({error})") from None
-    same_tree = jax.tree.structure(theta) == jax.tree.structure(expected)
-    if not same_tree or any(jax.tree.leaves(jax.tree.map(lambda a, b: a.shape != b.shape, theta, expected))):
-        raise ValueError(f"{path}: its arrays are not those of {kind} with {header['config']}")
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(theta)):
-        raise ValueError(f"{path}: some of its numbers are not finite")
+    check_theta(path, learned, theta)
     return learned, theta, header
 
 
 def make_optimizer(name_or_path: str, learning_rate: float) -> optax.GradientTransformation:
-    """adam, rmsprop, sgd, sign_sgd, untrained (Optim4RL at its initial theta), or the path of a .npz.
+    """adam, rmsprop, sgd, sign_sgd; the path of a .npz; untrained (Optim4RL at an initial theta), untrained:star (another
+    kind) or untrained:PATH.npz (the kind in that file, with its settings).
 
     Raises ValueError, in one line, for anything else.
     """
     if name_or_path in CLASSICAL:
         return CLASSICAL[name_or_path](learning_rate)
-    if name_or_path == "untrained":
-        learned = make_optim4rl()
+    untrained, _, kind_or_path = name_or_path.partition(":")
+    if untrained == "untrained":
+        kind = kind_or_path or "optim4rl"
+        learned = LEARNED[kind]() if kind in LEARNED else load_learned(kind)[0]
         return to_optax(learned, learned.init_theta(jax.random.key(0)), learning_rate)
     if name_or_path.endswith(".npz") or os.path.exists(name_or_path):
         learned, theta, _ = load_learned(name_or_path)

@@ -51,13 +51,13 @@ class Args:
     """the same seed gives the same theta"""
     # --- The optimizer to train ---
     optimizer: str = "optim4rl"
-    """the kind of learned optimizer"""
+    """the kind of learned optimizer: optim4rl, linear_optim, l2lgd2, star or velo"""
     cell: Literal["lstm", "gru"] = "lstm"
-    """recurrent cell; the authors' code has gru"""
+    """recurrent cell (not of star, velo); the authors' code has gru"""
     inputs: Literal["raw", "log"] = "raw"
-    """what the cells read: g and g^2, or (sign g, log|g|) and 2 log|g|"""
+    """what Optim4RL's cells read: g and g^2, or (sign g, log|g|) and 2 log|g|"""
     hidden_size: int = 8
-    """hidden units of each of the two cells"""
+    """hidden units of each cell (not of star, velo)"""
     readout_layers: tuple[int, ...] = ()
     """hidden layers of the read-outs, e.g. 16 16; none in the paper"""
     grad_clip: float | None = None
@@ -171,6 +171,16 @@ def reset_slots(num_units: int, reset_interval: int) -> np.ndarray:
     return np.floor(np.linspace(0, reset_interval - 1, num_units)).astype(np.int32)
 
 
+def unit_clocks(iteration: jax.Array, args: Any) -> tuple[jax.Array, jax.Array]:
+    """Which units start anew now, [N] bool, and how many meta-iterations ago each started, [N] int32.
+
+    Until its first reset, and always without the pipeline, a unit is as old as training.
+    """
+    since_reset = (iteration - reset_slots(args.num_units, args.reset_interval)) % args.reset_interval
+    ages = jnp.minimum(since_reset, iteration) if args.pipeline else jnp.full(args.num_units, iteration)
+    return (since_reset == 0) & args.pipeline, ages
+
+
 def reset_due(keys, units, due, agent, optimizer):
     """Whole new agents (parameters, optimizer state, environments) where due; the others as they were. due: [N] bool."""
 
@@ -183,54 +193,58 @@ def reset_due(keys, units, due, agent, optimizer):
     return jax.lax.cond(jnp.any(due), reset, lambda units: units, units)
 
 
-def train_unit(key, unit, agent, optimizer, inner_updates):
-    """K updates of one agent, then the meta-loss on a fresh rollout.
+def train_unit(key, unit, age, agent, optimizer, inner_updates, lifetime):
+    """K updates of one agent, then the meta-loss on a fresh rollout. age, lifetime: in meta-iterations.
 
-    -> unit, grads seen [K * S, ...], cotangent d meta-loss / d params, metrics
+    -> unit, what the optimizer was given (grads, extra_args), each [K * S, ...], cotangent d meta-loss / d params, metrics
     """
     key_inner, key_meta = jax.random.split(key)
 
-    def inner_update(unit, key):
-        unit, grads, metrics = agent.learn(key, unit, optimizer)
-        return unit, (grads, metrics)
+    def inner_update(unit, key_and_number):
+        key, number = key_and_number
+        done = age * inner_updates + number
+        progress = (done / (lifetime * inner_updates), (done + 1) / (lifetime * inner_updates))
+        unit, seen, metrics = agent.learn(key, unit, optimizer, progress)
+        return unit, (seen, metrics)
 
-    unit, (grads, metrics) = jax.lax.scan(inner_update, unit, jax.random.split(key_inner, inner_updates))
+    keys = jax.random.split(key_inner, inner_updates)
+    unit, (seen, metrics) = jax.lax.scan(inner_update, unit, (keys, jnp.arange(inner_updates)))
 
     def meta_loss(params):
         return agent.loss(key_meta, unit._replace(params=params))
 
     (loss, unit), cotangent = jax.value_and_grad(meta_loss, has_aux=True)(unit.params)
-    grads = jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), grads)
-    return unit, grads, cotangent, {"meta_loss": loss, "return": metrics["return"][-1]}
+    seen = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen)
+    return unit, seen, cotangent, {"meta_loss": loss, "return": metrics["return"][-1]}
 
 
-def train_group(theta, keys, units, due, task, learned, inner_updates):
-    """Reset and train some units side by side. -> sum of their meta-gradients, units, metrics [N]"""
+def train_group(theta, keys, units, clocks, task, learned, inner_updates, lifetime):
+    """Reset and train some units side by side. clocks: see unit_clocks. -> sum of their meta-gradients, units, metrics [N]"""
     optimizer = to_optax(learned, theta, task.learning_rate)
     key_reset, key_train = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    units = reset_due(key_reset, units, due, task.agent, optimizer)
+    units = reset_due(key_reset, units, clocks[0], task.agent, optimizer)
     start = (units.params, units.opt_state)
-    train = partial(train_unit, agent=task.agent, optimizer=optimizer, inner_updates=inner_updates)
-    units, grads, cotangent, metrics = jax.vmap(train)(key_train, units)
+    train = partial(train_unit, agent=task.agent, optimizer=optimizer, inner_updates=inner_updates, lifetime=lifetime)
+    units, seen, cotangent, metrics = jax.vmap(train)(key_train, units, clocks[1])
     if learned.rule:
-        gradient = streamed_replay_gradient(learned.rule, theta, start[1], grads, cotangent, task.learning_rate)
+        gradient = streamed_replay_gradient(learned.rule, theta, start[1], seen[0], cotangent, task.learning_rate)
     else:
         replay = partial(replay_gradient, learned, theta, learning_rate=task.learning_rate)
-        gradient = jax.tree.map(lambda g: jnp.sum(g, axis=0), jax.vmap(replay)(start, grads, cotangent))
+        gradient = jax.tree.map(lambda g: jnp.sum(g, axis=0), jax.vmap(replay)(start, *seen, cotangent))
     return gradient, units, metrics
 
 
-def train_units(theta, keys, units, due, train: Callable, mesh):
+def train_units(theta, keys, units, clocks, train: Callable, mesh):
     """All of a task's units: spread over the devices, on each device group by group. -> mean meta-gradient, units, metrics"""
-    per_device = due.size // mesh.size
+    per_device = keys.size // mesh.size
     # On a CPU one unit at a time stays in the cache; an accelerator wants many, as far as its memory goes.
     most = 1 if jax.default_backend() == "cpu" else 64
     group = max(size for size in range(1, most + 1) if per_device % size == 0)
 
-    def on_device(theta, keys, units, due):
+    def on_device(theta, keys, units, clocks):
         def on_group(carry, start):
             total, units = carry
-            some = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, group), (keys, units, due))
+            some = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, group), (keys, units, clocks))
             some = jax.lax.optimization_barrier(some)  # a copy of these few, lest XLA copies all to update them in place
             gradient, some, metrics = train(theta, *some)
             units = jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, 0), units, some)
@@ -246,8 +260,8 @@ def train_units(theta, keys, units, due, train: Callable, mesh):
     on_devices = jax.shard_map(
         on_device, mesh=mesh, in_specs=(whole, split, split, split), out_specs=(whole, split, split), check_vma=False
     )
-    total, units, metrics = on_devices(theta, keys, units, due)
-    return jax.tree.map(lambda g: g / due.size, total), units, metrics
+    total, units, metrics = on_devices(theta, keys, units, clocks)
+    return jax.tree.map(lambda g: g / keys.size, total), units, metrics
 
 
 # --- Meta-training ---
@@ -264,7 +278,7 @@ def make_meta_step(args: Args, tasks: list[Task], learned: LearnedOptimizer, mes
     """
     meta_optimizer = optax.adam(args.meta_learning_rate)
     clip = clipping(args.meta_clip)
-    slots = jnp.asarray(reset_slots(args.num_units, args.reset_interval))
+    lifetime = args.reset_interval if args.pipeline else args.num_iterations
 
     def init(key):
         key_theta, key_units = jax.random.split(key)
@@ -277,13 +291,13 @@ def make_meta_step(args: Args, tasks: list[Task], learned: LearnedOptimizer, mes
         return MetaState(theta, meta_optimizer.init(theta), tuple(units), jnp.int32(0))
 
     def step(key, state):
-        due = (state.iteration % args.reset_interval == slots) & args.pipeline
+        clocks = unit_clocks(state.iteration, args)
         gradients, all_units, all_metrics = [], [], []
         for i, (task, units) in enumerate(zip(tasks, state.units, strict=True)):
             key_task = jax.random.fold_in(jax.random.fold_in(key, state.iteration), i)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key_task, jnp.arange(args.num_units))
-            train = partial(train_group, task=task, learned=learned, inner_updates=args.inner_updates)
-            gradient, units, metrics = train_units(state.theta, keys, units, due, train, mesh)
+            train = partial(train_group, task=task, learned=learned, inner_updates=args.inner_updates, lifetime=lifetime)
+            gradient, units, metrics = train_units(state.theta, keys, units, clocks, train, mesh)
             gradients.append(gradient)
             all_units.append(units)
             means = {"meta_loss": jnp.mean(metrics["meta_loss"]), "return": jnp.nanmean(metrics["return"])}
@@ -317,7 +331,8 @@ def all_agent_args(args: Args) -> list[a2c.Args | ppo.Args]:
 def set_up(args: Args) -> tuple[list[Task], LearnedOptimizer, dict]:
     """-> the tasks, the optimizer, and the config that its theta file will carry."""
     factory = optimizers.LEARNED[args.optimizer]
-    config = {name: getattr(args, name) for name in inspect.signature(factory).parameters}
+    parameters = inspect.signature(factory).parameters
+    config = {name: getattr(args, name, parameter.default) for name, parameter in parameters.items()}
     config |= {"grad_clip": None if np.isinf(args.grad_clip) else args.grad_clip} if "grad_clip" in config else {}
     tasks = []
     for name, rate, agent_args in zip(args.env_name, args.learning_rate, all_agent_args(args), strict=True):
@@ -336,6 +351,10 @@ def fill_in(args: Args) -> Args:
         raise ValueError("--env-name must name at least one environment, and each once")
     if args.optimizer not in optimizers.LEARNED:
         raise ValueError(f"unknown learned optimizer {args.optimizer!r}; choose from {', '.join(optimizers.LEARNED)}")
+    for name in ("cell", "inputs", "hidden_size", "readout_layers", "grad_clip"):
+        known = name in inspect.signature(optimizers.LEARNED[args.optimizer]).parameters
+        if not known and getattr(args, name) != getattr(Args, name):
+            raise ValueError(f"--{name.replace('_', '-')} is not a setting of {args.optimizer}")
     if args.total_steps is not None and args.num_iterations is not None:
         raise ValueError("give --total-steps or --num-iterations, not both")
     for name in args.env_name:

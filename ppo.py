@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 BACKENDS = ("spring", "generalized", "positional", "mjx")
@@ -37,7 +38,7 @@ class Args:
     backend: str = "spring"
     """Brax's physics: spring (the paper's), generalized, positional or mjx"""
     optimizer: str = "adam"
-    """adam, rmsprop, sgd, sign_sgd, untrained (Optim4RL before meta-training), or the path of a meta-trained .npz"""
+    """adam, rmsprop, sgd, sign_sgd, untrained (Optim4RL before meta-training; untrained:star), or the path of a .npz"""
     learning_rate: float | None = None
     """step size (paper: 3e-4; walker2d 3e-5)"""
     grad_clip: float = 1.0
@@ -351,7 +352,7 @@ class Agent(NamedTuple):
     """What meta-training needs of an agent; a2c.py gives the same."""
 
     init: Callable  # key, optimizer -> state
-    learn: Callable  # key, state, optimizer -> state, grads seen [gradient steps, ...], metrics
+    learn: Callable  # key, state, optimizer, progress -> state, what the optimizer was given [gradient steps, ...], metrics
     loss: Callable  # key, state -> loss on a fresh rollout, state
     num_steps: int  # environment steps of one update, over all the agent's environments
 
@@ -395,30 +396,38 @@ def make_agent(env: Env, args: Args) -> Agent:
         batch = jax.tree.map(lambda x: x.reshape(num_rollouts, *x.shape[2:]), batches)
         return jax.lax.stop_gradient(batch), state._replace(streams=streams)
 
-    def learn(key, state, optimizer):
+    def learn(key, state, optimizer, progress=(0.0, 1.0)):
+        """progress: how much of training is done before this update and after it, from 0 to 1; some optimizers read it."""
         key_collect, key_epochs = jax.random.split(key)
         batch, state = collect(key_collect, state)
 
-        def gradient_step(carry, minibatch_and_key):
+        def gradient_step(carry, minibatch):
             params, opt_state = carry
-            loss, grads = jax.value_and_grad(ppo_loss)(params, state.normaliser, *minibatch_and_key, args)
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), (grads, loss)
+            batch, key, fraction = minibatch
+            loss, grads = jax.value_and_grad(ppo_loss)(params, state.normaliser, batch, key, args)
+            extra_args = {"value": loss, "fraction": fraction}
+            updates, opt_state = optimizer.update(grads, opt_state, params, **extra_args)
+            return (optax.apply_updates(params, updates), opt_state), (grads, extra_args)
 
-        def epoch(carry, key):
+        def epoch(carry, key_and_fractions):
+            key, fractions = key_and_fractions
             key_shuffle, key_entropy = jax.random.split(key)
             order = jax.random.permutation(key_shuffle, num_rollouts).reshape(args.num_minibatches, args.batch_size)
             minibatches = jax.tree.map(lambda x: x[order], batch)
-            return jax.lax.scan(gradient_step, carry, (minibatches, jax.random.split(key_entropy, args.num_minibatches)))
+            keys = jax.random.split(key_entropy, args.num_minibatches)
+            return jax.lax.scan(gradient_step, carry, (minibatches, keys, fractions))
 
+        shape = (args.num_epochs, args.num_minibatches)
+        fractions = progress[0] + (progress[1] - progress[0]) * jnp.arange(np.prod(shape)).reshape(shape) / np.prod(shape)
+        keys = jax.random.split(key_epochs, args.num_epochs)
         start = (state.params, state.opt_state)
-        (params, opt_state), (grads, loss) = jax.lax.scan(epoch, start, jax.random.split(key_epochs, args.num_epochs))
-        grads = jax.tree.map(lambda g: g.reshape(-1, *g.shape[2:]), grads)
+        (params, opt_state), seen = jax.lax.scan(epoch, start, (keys, fractions.astype(jnp.float32)))
+        seen = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen)
         healthy = all_finite((batch.obs, batch.reward, params))
-        metrics = {"return": jnp.nanmean(state.streams.last_return), "loss": jnp.mean(loss), "healthy": healthy}
+        metrics = {"return": jnp.nanmean(state.streams.last_return), "loss": jnp.mean(seen[1]["value"]), "healthy": healthy}
         # What was acted with is also learned with, so that the ratio starts at 1; the statistics are then brought up to date.
         normaliser = update_normaliser(state.normaliser, batch.obs[:, :-1])
-        return AgentState(params, opt_state, state.streams, normaliser), grads, metrics
+        return AgentState(params, opt_state, state.streams, normaliser), seen, metrics
 
     def loss(key, state):
         key_collect, key_entropy = jax.random.split(key)
@@ -457,12 +466,13 @@ def train(args: Args, env: Env, optimizer: optax.GradientTransformation, on_upda
     -> {"return", "loss": [num_seeds, updates], "eval_return": [num_seeds, evaluations], "eval_steps": [evaluations]}
     """
     agent = make_agent(env, args)
-    optimizer = optax.chain(optax.clip(args.grad_clip), optimizer)
+    optimizer = optax.with_extra_args_support(optax.chain(optax.clip(args.grad_clip), optimizer))
     seeds = args.seed + jnp.arange(args.num_seeds)
     keys_init, keys, keys_eval = jnp.moveaxis(jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(seeds), 1, 0)
 
     def update(key, number, state, alive):
-        new, _, metrics = agent.learn(jax.random.fold_in(key, number), state, optimizer)
+        progress = ((number - 1) / num_updates(args), number / num_updates(args))
+        new, _, metrics = agent.learn(jax.random.fold_in(key, number), state, optimizer, progress)
         alive &= metrics.pop("healthy")
         state = jax.tree.map(lambda old, new: jnp.where(alive, new, old), state, new)
         return state, alive, jax.tree.map(lambda x: jnp.where(alive, x, jnp.nan), metrics)

@@ -98,7 +98,7 @@ def test_grads_seen_are_those_of_the_mean_loss_over_environments():
     agent = a2c.make_agent(env, args)
     state = agent.init(jax.random.key(0), optimizer)
     key = jax.random.key(1)
-    after, grads, _ = agent.learn(key, state, optimizer)
+    after, (grads, _), _ = agent.learn(key, state, optimizer)
     per_env = []
     for i, k in enumerate(jax.random.split(key, 3)):
         batch, _ = a2c.rollout(k, state.params, jax.tree.map(lambda x, i=i: x[i], state.streams), env, 5)

@@ -60,6 +60,11 @@ def relative(a, b):
     return float(optax.tree.norm(optax.tree.sub(a, b)) / optax.tree.norm(b))
 
 
+def young(num_units):
+    """Clocks of units that started just now, and are not to start again."""
+    return jnp.zeros(num_units, bool), jnp.zeros(num_units, jnp.int32)
+
+
 def pick(tree, i):
     return jax.tree.map(lambda x: x[i], tree)
 
@@ -94,8 +99,8 @@ def test_streamed_meta_gradient_is_jax_grad_through_everything(cell, inputs, age
         return total
 
     loss, expected = jax.value_and_grad(meta_loss)(theta)
-    group = jax.jit(lambda *a: train_group(*a, task=task, learned=learned, inner_updates=inner_updates))
-    gradient, _, metrics = group(theta, keys, units, jnp.zeros(num_units, bool))
+    group = jax.jit(lambda *a: train_group(*a, task=task, learned=learned, inner_updates=inner_updates, lifetime=9))
+    gradient, _, metrics = group(theta, keys, units, young(num_units))
     assert relative(gradient, expected) < 1e-5
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
     np.testing.assert_allclose(jnp.sum(metrics["meta_loss"]), loss, rtol=1e-5)
@@ -105,10 +110,11 @@ def test_streamed_meta_gradient_is_jax_grad_through_everything(cell, inputs, age
 def test_unstreamed_replay_gives_the_same(cell, inputs):
     task, learned = make_task(), make_optim4rl(cell, inputs)
     theta, units = make_units(task, learned, 2)
-    keys, due = jax.random.split(jax.random.key(7), 2), jnp.zeros(2, bool)
-    group = lambda learned: jax.jit(lambda *a: train_group(*a, task=task, learned=learned, inner_updates=3))  # noqa: E731
-    streamed = group(learned)(theta, keys, units, due)[0]
-    assert relative(streamed, group(learned._replace(rule=None))(theta, keys, units, due)[0]) < 1e-5
+    keys = jax.random.split(jax.random.key(7), 2)
+    group = functools.partial(train_group, task=task, inner_updates=3, lifetime=9)
+    streamed = jax.jit(functools.partial(group, learned=learned))(theta, keys, units, young(2))[0]
+    unstreamed = jax.jit(functools.partial(group, learned=learned._replace(rule=None)))(theta, keys, units, young(2))[0]
+    assert relative(streamed, unstreamed) < 1e-5
 
 
 @pytest.mark.parametrize("cell, inputs", KINDS)
@@ -134,7 +140,7 @@ def test_meta_gradient_against_finite_differences_in_float64(cell, inputs):
         cotangent = jax.grad(loss_of)(replayed(theta))
         one_unit = jax.tree.map(lambda x: x[None], (start[1], grads, cotangent))
         streamed = streamed_replay_gradient(learned.rule, theta, *one_unit, 0.1)
-        unstreamed = replay_gradient(learned, theta, start, grads, cotangent, 0.1)
+        unstreamed = replay_gradient(learned, theta, start, grads, {}, cotangent, 0.1)
         loss = jax.jit(lambda theta: loss_of(replayed(theta)))
         for seed in range(5):
             leaves, treedef = jax.tree.flatten(theta)
@@ -161,6 +167,18 @@ def test_meta_gradient_against_finite_differences_in_float64(cell, inputs):
 )
 def test_reset_slots_by_hand(num_units, reset_interval, slots):
     np.testing.assert_array_equal(reset_slots(num_units, reset_interval), slots)
+
+
+@pytest.mark.parametrize("pipeline", [True, False])
+def test_clocks_count_from_each_reset(pipeline):
+    args, ages = small_args(pipeline=pipeline), np.zeros(4, int)
+    for t in range(8):
+        due, after = pipeline_train.unit_clocks(jnp.int32(t), args)
+        expected_due = [pipeline and t % 3 == slot for slot in reset_slots(4, 3)]
+        ages = np.where(expected_due, 0, ages)
+        np.testing.assert_array_equal(due, expected_due)
+        np.testing.assert_array_equal(after, ages)
+        ages = ages + 1
 
 
 def test_a_due_unit_is_reset_whole_and_the_others_not_at_all():
@@ -255,9 +273,9 @@ def test_several_tasks_mean_of_clipped_gradients():
     for i, task in enumerate(tasks):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), 0), i)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(4))
-        due = jnp.asarray(reset_slots(4, 3)) == 0
-        group = jax.jit(functools.partial(train_group, task=task, learned=learned, inner_updates=2))
-        gradients.append(jax.tree.map(lambda g: g / 4, group(states[0].theta, keys, states[0].units[i], due)[0]))
+        clocks = jnp.asarray(reset_slots(4, 3)) == 0, jnp.zeros(4, jnp.int32)
+        group = jax.jit(functools.partial(train_group, task=task, learned=learned, inner_updates=2, lifetime=3))
+        gradients.append(jax.tree.map(lambda g: g / 4, group(states[0].theta, keys, states[0].units[i], clocks)[0]))
     norms = [float(optax.tree.norm(g)) for g in gradients]
     assert max(norms) > 0.5
     clipped = [jax.tree.map(lambda x, n=n: x * min(1, 0.5 / n), g) for g, n in zip(gradients, norms, strict=True)]
@@ -270,7 +288,7 @@ def test_inner_loop_records_what_it_applied():
     task, learned = make_task(), make_optim4rl()
     theta, units = make_units(task, learned, 1)
     unit, optimizer = pick(units, 0), to_optax(learned, theta, task.learning_rate)
-    after, grads, _, _ = train_unit(jax.random.key(0), unit, task.agent, optimizer, 3)
+    after, (grads, _), _, _ = train_unit(jax.random.key(0), unit, 0, task.agent, optimizer, 3, 9)
     params, state = unit.params, unit.opt_state
     for k in range(3):
         updates, state = optimizer.update(pick(grads, k), state)

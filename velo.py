@@ -1,0 +1,242 @@
+"""VeLO: a learned optimizer with two levels (Metz et al. 2022, arXiv 2211.09760).
+
+For each tensor an LSTM reads its moments, the course of the training loss and the fraction of training done, and writes the
+weights of a small network (a mixture of bases that theta holds) and a step multiplier. The small network reads the features
+of star.py for every parameter of the tensor; with its outputs d and s
+
+    update = -learning_rate multiplier d exp(0.001 s) sqrt(mean(p^2))
+
+The loss and the fraction are optax's extra arguments: optimizer.update(grads, state, params, value=loss, fraction=done).
+
+    python velo.py PATH_OF_PUBLISHED_WEIGHTS velo.npz
+
+turns the published weights, once downloaded, into a file that every script here takes. They have a step of their own: a
+--learning-rate does not touch them.
+
+Legend: D decays, F features, M tensors, B bases.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+import star
+from optim4rl import LearnedOptimizer, init_dense, init_rnn, lstm, readout, save_theta
+from star import Moments, features, init_moments, normalise, update_moments
+
+PUBLISHED = {"lstm_size": 512, "num_bases": 256, "step_size": 1e-3}
+FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
+LOSS_MEANS = 10  # running means of the loss, with half-lives from 10 updates to all of training
+TENSOR_FEATURES = len(FRACTIONS) + (LOSS_MEANS - 1) + 1 + 5 + 3 + 3
+HIDDEN = 4  # units in each of the small network's two hidden layers
+
+
+class LossMeans(NamedTuple):
+    mean: jax.Array  # [LOSS_MEANS], debiased
+    lowest: jax.Array  # [LOSS_MEANS], the least each has been
+
+
+class State(NamedTuple):
+    moments: Any  # a star.Moments for each tensor
+    lstm: tuple  # h and c, each [H, M]
+    loss: LossMeans
+    count: jax.Array  # [] int32, updates so far
+
+
+# --- What the LSTM reads ---
+
+
+def loss_decays(count: jax.Array, fraction: jax.Array) -> jax.Array:
+    """[LOSS_MEANS], half-lives spread evenly in log from 10 to the number of updates in all, which is count / fraction."""
+    total = jnp.maximum(count / jnp.maximum(fraction, 1e-9), 10.0)
+    return jnp.exp(-1 / 10 ** jnp.linspace(1.0, jnp.log10(total), LOSS_MEANS))
+
+
+def update_loss(means: LossMeans, loss: jax.Array, count: jax.Array, fraction: jax.Array) -> LossMeans:
+    """The loss is first clipped to twice the greatest mean. Debiased means need no number of updates in all at the first."""
+    decays = loss_decays(count, fraction)
+    weight = 1 - decays ** (count + 1)
+    greatest = jnp.max(means.mean * (1 - decays**count) / weight)
+    loss = jnp.where(count == 0, loss, jnp.minimum(2 * jnp.abs(greatest), loss))
+    mean = means.mean + (1 - decays) / weight * (loss - means.mean)
+    return LossMeans(mean, jnp.minimum(means.lowest, mean))
+
+
+def loss_features(means: LossMeans, count: jax.Array) -> jax.Array:
+    """Where each mean lies between its lowest and the next longer mean, less 1. count: updates made, this one too.
+
+    -> [LOSS_MEANS - 1]
+    """
+    short, lowest, longer = means.mean[:-1], means.lowest[:-1], means.mean[1:]
+    height = (short - lowest) / jnp.maximum(longer - lowest, 1e-8)
+    return jnp.where(count <= 2, 0.0, jnp.clip(height - 1, -1, 1))
+
+
+def tensor_features(p: jax.Array, moments: Moments, loss: jax.Array, fraction: jax.Array) -> jax.Array:
+    """What the LSTM reads of a tensor; its moments are those before the present gradient. -> [TENSOR_FEATURES]"""
+    if not p.size:
+        return jnp.zeros(TENSOR_FEATURES)
+    scale = jax.lax.rsqrt(jnp.maximum(jnp.mean(p * p), 1e-9))
+    axes = tuple(range(1, 1 + p.ndim))
+    m, rms = scale * moments.m, scale * moments.rms
+    mean_m, mean_rms = jnp.mean(m, axes, keepdims=True), jnp.mean(rms, axes)
+    var_m = jnp.mean((m - mean_m) ** 2, axes)
+    var_rms = jnp.mean((rms - mean_m) ** 2, axes)  # about m's mean, as the published weights were trained
+
+    def log(x):
+        return 0.5 * jnp.clip(jnp.log(1e-8 + jnp.abs(10 * x)), -5, 5)
+
+    rank = jax.nn.one_hot(sum(size > 1 for size in p.shape), 5)
+    done = jnp.tanh(10 * (fraction - jnp.array(FRACTIONS)))
+    return jnp.concatenate([done, loss, log(mean_rms), rank, log(var_m), log(var_rms)])
+
+
+# --- The two networks ---
+
+
+def per_tensor(theta: dict, x: jax.Array, state: tuple) -> tuple:
+    """The LSTM, over tensors at once. x: [TENSOR_FEATURES, M] -> mixture [B, M], step multiplier [M], state"""
+    mixed = jnp.max(jax.nn.relu(readout(theta["mix"], x)), axis=1, keepdims=True)
+    h, c = lstm(theta["lstm"], state, readout(theta["input"], x) + mixed)
+    return readout(theta["mixture"], h), readout(theta["multiplier"], h)[0], (h, c)
+
+
+def update_tensor(bases: dict, mixture, multiplier, g, p, moments: Moments) -> jax.Array:
+    """The update of one tensor, before the step size. bases: layers with a leading axis B; mixture: [B]. -> [*shape]"""
+    layers = jax.tree.map(lambda base: 100 * jnp.tensordot(mixture, base, 1) / len(base), bases)
+    found = features(p, g, moments, eps=0.0)
+    found |= {"clipped g": jnp.clip(g, -0.1, 0.1)[None], "g / rms": g * found["rsqrt"]}
+    inputs = jnp.concatenate([normalise(found[name]) for name in INPUTS])
+    direction, magnitude, _ = star.network(layers, inputs)
+    return -multiplier * direction * jnp.exp(star.EXP_SCALE * magnitude) * jnp.sqrt(jnp.mean(p * p) + 1e-9)
+
+
+# In the order of the published weights, and how many numbers each is.
+INPUTS = {"g": 1, "clipped g": 1, "p": 1, "m": 3, "rms": 1, "adam": 3, "rsqrt": 1, "adafactor g": 3, "g / rms": 1}
+INPUTS |= {"row": 3, "col": 3, "row rsqrt": 3, "col rsqrt": 3, "adafactor m": 3}
+
+
+def make_velo(lstm_size: int = 128, num_bases: int = 64, step_size: float | None = None) -> LearnedOptimizer:
+    """VeLO; the defaults are a small one, to be meta-trained here. step_size, if given, stands in for any learning rate."""
+
+    def init_theta(key):
+        key_mix, key_input, key_lstm, key_mixture, key_multiplier, key_bases = jax.random.split(key, 6)
+        sizes = (sum(INPUTS.values()), HIDDEN, HIDDEN, 3)
+        return {
+            "mix": init_dense(key_mix, (TENSOR_FEATURES, lstm_size)),
+            "input": init_dense(key_input, (TENSOR_FEATURES, lstm_size)),
+            "lstm": init_rnn(key_lstm, "lstm", lstm_size, lstm_size),
+            "start": {"h": jnp.zeros(lstm_size), "c": jnp.zeros(lstm_size)},
+            "mixture": init_dense(key_mixture, (lstm_size, num_bases)),
+            "multiplier": init_dense(key_multiplier, (lstm_size, 1)),
+            "bases": jax.vmap(lambda key: init_dense(key, sizes))(jax.random.split(key_bases, num_bases)),
+        }
+
+    def init_state(params):
+        num_tensors = len(jax.tree.leaves(params))
+        h = jnp.zeros((lstm_size, num_tensors))
+        loss = LossMeans(jnp.zeros(LOSS_MEANS), jnp.full(LOSS_MEANS, 1e12))
+        return State(jax.tree.map(init_moments, params), (h, h), loss, jnp.int32(0))
+
+    def update(theta, grads, state, params, learning_rate, *, value, fraction):
+        loss, count = update_loss(state.loss, value, state.count, fraction), state.count + 1
+        treedef = jax.tree.structure(grads)
+        gs = [jnp.clip(jax.lax.stop_gradient(g).astype(float), -1000, 1000) for g in jax.tree.leaves(grads)]
+        ps = [p.astype(float) for p in jax.tree.leaves(params)]
+        before = treedef.flatten_up_to(state.moments)
+        decays = {name: jnp.array(initial) for name, initial in star.DECAYS.items()}
+        after = [update_moments(moments, g, decays) for moments, g in zip(before, gs, strict=True)]
+
+        told = loss_features(loss, count)
+        x = jnp.stack([tensor_features(p, m, told, fraction) for p, m in zip(ps, before, strict=True)], axis=1)
+        start = (theta["start"]["h"][:, None], theta["start"]["c"][:, None])
+        hidden = jax.tree.map(lambda start, now: jnp.where(state.count == 0, start, now), start, state.lstm)
+        mixture, multiplier, hidden = per_tensor(theta, x, hidden)
+
+        rate = learning_rate if step_size is None else step_size
+        each = zip(mixture.T, multiplier, gs, ps, after, strict=True)
+        updates = [rate * update_tensor(theta["bases"], *one) for one in each]
+        updates = [u.astype(p.dtype) for u, p in zip(updates, jax.tree.leaves(params), strict=True)]
+        return treedef.unflatten(updates), State(treedef.unflatten(after), hidden, loss, count)
+
+    return LearnedOptimizer(init_theta, init_state, update, None)
+
+
+# --- The published weights ---
+
+
+def load_published(path: str) -> dict:
+    """theta of make_velo(**PUBLISHED) from the published file (flax's msgpack of Haiku's parameters).
+
+    Raises ValueError, in one line, for anything else.
+    """
+    import flax.serialization
+
+    try:
+        with open(path, "rb") as file:
+            stored = flax.serialization.msgpack_restore(file.read())
+        stored = stored.get("params", stored)
+        return convert(stored)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except Exception as error:  # whatever a foreign file makes the parser raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not VeLO's published weights ({type(error).__name__}: {reason})") from None
+
+
+def convert(stored: dict) -> dict:
+    """Haiku's parameters as theta. Weights there are [inputs, outputs]; its LSTM adds 1 to the forget gate's input.
+
+    Its first layer ("linear") is computed and then not used, so theta has no place for it.
+    """
+    rnn = stored["rnn_params"]
+
+    def dense(layer):
+        return {"0": {"w": jnp.asarray(layer["w"]).T, "b": jnp.asarray(layer["b"])}}
+
+    gates = dense(rnn["rnn/linear"])["0"]
+    size = len(gates["b"]) // 4
+    i, u, f, o = (slice(k * size, (k + 1) * size) for k in range(4))  # its order; here it is i, f, u, o
+    w, b = (jnp.concatenate([x[i], x[f], x[u], x[o]]) for x in (gates["w"], gates["b"].at[f].add(1)))
+    bases = stored["ff_mod_stack"]["~"]
+    first = jnp.concatenate([jnp.asarray(bases[f"w0__{k}"]) for k in range(len(INPUTS))], axis=1)
+    weights = (first, bases["w1"], bases["w2"])
+    start = stored["lstm_init_state"]
+    return {
+        "mix": dense(rnn["linear_1"]),
+        "input": dense(rnn["linear_2"]),
+        "lstm": {"w_x": w[:, :-size], "w_h": w[:, -size:], "b": b},
+        "start": {name: jnp.asarray(start[long]).reshape(-1) for name, long in (("h", "hidden"), ("c", "cell"))},
+        "mixture": dense(rnn["rnn_to_controls"]),
+        "multiplier": dense(rnn["step_size"]),
+        "bases": {
+            str(k): {"w": jnp.swapaxes(jnp.asarray(w), 1, 2), "b": jnp.asarray(bases[f"b{k}"])} for k, w in enumerate(weights)
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Args:
+    published: tyro.conf.Positional[str]
+    """the published weights, as downloaded"""
+    out: tyro.conf.Positional[str] = "velo.npz"
+    """the file to write"""
+
+
+def main() -> None:
+    import optimizers
+    import runs
+
+    args = runs.parse(Args, __doc__)
+    with runs.bad_input():
+        theta = load_published(args.published)
+        optimizers.check_theta(args.published, make_velo(**PUBLISHED), theta)
+        save_theta(args.out, theta, "velo", PUBLISHED, {"published": args.published})
+    print(f"written: {args.out}; next: python evaluate.py --env-name catch --optimizers {args.out} adam")
+
+
+if __name__ == "__main__":
+    main()
