@@ -1,0 +1,102 @@
+"""One flag at a time: meta-train each variant on Catch and small_dense_long, test it, and write results/ablations.md.
+
+    python benchmarks/ablations.py
+
+About an hour and a half on two cores. A row that is already in runs/ablations is not run again.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "runs" / "ablations"
+MARK = "<!-- The table is written by benchmarks/ablations.py; what stands above this line is not. -->"
+
+# 585 iterations and 144 between resets are the paper's for the gridworlds, with 512 units; 64 fit two cores' patience.
+TRAIN = {
+    "catch": "--env-name catch",
+    "small_dense_long": "--env-name small_dense_long --num-units 64 --num-iterations 585",
+}
+TEST = "--num-seeds 10"
+# row: flags of pipeline_train.py; whether its untrained form is a row of its own
+VARIANTS = {
+    "Optim4RL": ("", True),
+    "no pipeline": ("--no-pipeline", False),
+    "GRU": ("--cell gru", True),
+    "log inputs": ("--inputs log", True),
+    "LinearOptim": ("--optimizer linear_optim", True),
+    "L2LGD2": ("--optimizer l2lgd2", True),
+    "STAR": ("--optimizer star", True),
+    "VeLO": ("--optimizer velo", True),
+    "1 inner update": ("--inner-updates 1", False),
+    "10 inner updates": ("--inner-updates 10", False),
+    "20 inner updates": ("--inner-updates 20", False),
+    "16 environments a unit": ("--envs-per-unit 16", False),
+    "64 environments a unit": ("--envs-per-unit 64", False),
+}
+CLASSICAL = "--optimizers sign_sgd adam rmsprop --learning-rates 3e-2 1e-2 3e-3 1e-3 3e-4 1e-4"
+
+
+def run(script: str, flags: str, folder: Path) -> Path:
+    """Run a script of the project into `folder`. -> the run's own folder"""
+    command = [sys.executable, str(ROOT / f"{script}.py"), *flags.split(), "--runs-dir", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return max(folder.glob(f"*__{script}__*"), key=lambda path: path.stat().st_mtime)
+
+
+def table_rows(folder: Path) -> list[list[str]]:
+    """The rows of an evaluation's table: optimizer, step size, return, interval, steps."""
+    lines = (folder / "table.md").read_text().splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def variant(env_name: str, name: str) -> list[list[str]]:
+    """Meta-train and test one variant, unless that was done before. -> row, command, step size, return, interval"""
+    flags, with_untrained = VARIANTS[name]
+    folder = RUNS / env_name / name.replace(" ", "_")
+    train = f"{TRAIN[env_name]} {flags}".strip()
+    if not (folder / "tested").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        theta = run("pipeline_train", train, folder) / "theta.npz"
+        untrained = f" untrained:{theta}" if with_untrained else ""
+        run("evaluate", f"--env-name {env_name} --optimizers {theta}{untrained} {TEST}", folder).rename(folder / "tested")
+    rows = table_rows(folder / "tested")
+    names = (name, f"{name}, untrained")
+    return [[row, f"`{train}`" if row == name else "", *cells[1:4]] for row, cells in zip(names, rows, strict=False)]
+
+
+def classical(env_name: str) -> list[list[str]]:
+    folder = RUNS / env_name / "classical"
+    if not (folder / "tested").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        run("evaluate", f"--env-name {env_name} {CLASSICAL} {TEST}", folder).rename(folder / "tested")
+    names = {"sign_sgd": "sign descent, swept", "adam": "Adam, swept", "rmsprop": "RMSProp, swept"}
+    return [[names[cells[0]], "", *cells[1:4]] for cells in table_rows(folder / "tested")]
+
+
+def write(rows: dict[str, list[list[str]]]) -> None:
+    """The tables, below the mark in results/ablations.md; what is said of them above stays."""
+    path = ROOT / "results" / "ablations.md"
+    said = path.read_text().split(MARK)[0] if path.exists() else "# Ablations\n\n"
+    text = said + MARK + "\n"
+    for env_name, env_rows in rows.items():
+        text += f"\n## {env_name}\n\n| variant | step size | return | 90 % interval | `python pipeline_train.py` with |\n|---|---|---|---|---|\n"
+        text += "".join(
+            f"| {name} | {rate} | {score} | {interval} | {train} |\n" for name, train, rate, score, interval in env_rows
+        )
+    path.write_text(text)
+
+
+def main() -> None:
+    rows: dict[str, list[list[str]]] = {}
+    for env_name in TRAIN:
+        rows[env_name] = classical(env_name)
+        for name in VARIANTS:
+            rows[env_name] += variant(env_name, name)
+            write(rows)
+
+
+if __name__ == "__main__":
+    main()
