@@ -193,6 +193,16 @@ def reset_due(keys, units, due, agent, optimizer):
     return jax.lax.cond(jnp.any(due), reset, lambda units: units, units)
 
 
+def all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
+def only_finite(new: Any, old: Any, judge: Any = None) -> Any:
+    """new where all of it (or of `judge`) is finite, old otherwise."""
+    finite = all_finite(new if judge is None else judge)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+
+
 def train_unit(key, unit, age, agent, optimizer, inner_updates, lifetime):
     """K updates of one agent, then the meta-loss on a fresh rollout. age, lifetime: in meta-iterations.
 
@@ -219,10 +229,14 @@ def train_unit(key, unit, age, agent, optimizer, inner_updates, lifetime):
 
 
 def train_group(theta, keys, units, clocks, task, learned, inner_updates, lifetime):
-    """Reset and train some units side by side. clocks: see unit_clocks. -> sum of their meta-gradients, units, metrics [N]"""
+    """Reset and train some units side by side. clocks: see unit_clocks. -> sum of their meta-gradients, units, metrics [N]
+
+    A unit whose parameters are no longer finite also starts anew; what it would add to the sum is left out, group and all.
+    """
     optimizer = to_optax(learned, theta, task.learning_rate)
     key_reset, key_train = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    units = reset_due(key_reset, units, clocks[0], task.agent, optimizer)
+    broken = ~jax.vmap(all_finite)(units.params)
+    units = reset_due(key_reset, units, clocks[0] | broken, task.agent, optimizer)
     start = (units.params, units.opt_state)
     train = partial(train_unit, agent=task.agent, optimizer=optimizer, inner_updates=inner_updates, lifetime=lifetime)
     units, seen, cotangent, metrics = jax.vmap(train)(key_train, units, clocks[1])
@@ -231,7 +245,8 @@ def train_group(theta, keys, units, clocks, task, learned, inner_updates, lifeti
     else:
         replay = partial(replay_gradient, learned, theta, learning_rate=task.learning_rate)
         gradient = jax.tree.map(lambda g: jnp.sum(g, axis=0), jax.vmap(replay)(start, *seen, cotangent))
-    return gradient, units, metrics
+    gradient = only_finite(gradient, jax.tree.map(jnp.zeros_like, gradient))
+    return gradient, units, metrics | {"broken": broken}
 
 
 def train_units(theta, keys, units, clocks, train: Callable, mesh):
@@ -300,12 +315,15 @@ def make_meta_step(args: Args, tasks: list[Task], learned: LearnedOptimizer, mes
             gradient, units, metrics = train_units(state.theta, keys, units, clocks, train, mesh)
             gradients.append(gradient)
             all_units.append(units)
-            means = {"meta_loss": jnp.mean(metrics["meta_loss"]), "return": jnp.nanmean(metrics["return"])}
-            all_metrics.append(means | {"meta_grad_norm": optax.tree.norm(gradient)})
+            means = {"meta_loss": jnp.nanmean(metrics["meta_loss"]), "return": jnp.nanmean(metrics["return"])}
+            all_metrics.append(
+                means | {"meta_grad_norm": optax.tree.norm(gradient), "broken_units": jnp.sum(metrics["broken"])}
+            )
         clipped = [clip.update(gradient, clip.init(gradient))[0] for gradient in gradients]
         gradient = jax.tree.map(lambda *gs: sum(gs) / len(gs), *clipped)
         updates, meta_opt_state = meta_optimizer.update(gradient, state.meta_opt_state)
-        theta = optax.apply_updates(state.theta, updates)
+        after = (optax.apply_updates(state.theta, updates), meta_opt_state)
+        theta, meta_opt_state = only_finite(after, (state.theta, state.meta_opt_state), gradient)
         return MetaState(theta, meta_opt_state, tuple(all_units), state.iteration + 1), all_metrics
 
     whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("units"))

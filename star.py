@@ -41,8 +41,8 @@ class State(NamedTuple):
 
 
 def factored_axes(shape: tuple) -> tuple[int, int] | None:
-    """The axes that row and col are means over: the largest and the second largest; None for fewer than two."""
-    if len(shape) < 2:
+    """The axes that row and col are means over: the largest and the second largest; None for fewer, or an empty tensor."""
+    if len(shape) < 2 or 0 in shape:
         return None
     *_, second, largest = np.argsort(shape, kind="stable").tolist()
     return largest, second

@@ -106,7 +106,8 @@ def per_tensor(theta: dict, x: jax.Array, state: tuple) -> tuple:
 
 def update_tensor(bases: dict, mixture, multiplier, g, p, moments: Moments) -> jax.Array:
     """The update of one tensor, before the step size. bases: layers with a leading axis B; mixture: [B]. -> [*shape]"""
-    layers = jax.tree.map(lambda base: 100 * jnp.tensordot(mixture, base, 1) / len(base), bases)
+    # With the 256 bases of the published weights, 100 times the mean; with fewer, weights of the same size.
+    layers = jax.tree.map(lambda base: 6.25 * jnp.tensordot(mixture, base, 1) / len(base) ** 0.5, bases)
     found = features(p, g, moments, eps=0.0)
     found |= {"clipped g": jnp.clip(g, -0.1, 0.1)[None], "g / rms": g * found["rsqrt"]}
     inputs = jnp.concatenate([normalise(found[name]) for name in INPUTS])
@@ -142,7 +143,8 @@ def make_velo(lstm_size: int = 128, num_bases: int = 64, step_size: float | None
         return State(jax.tree.map(init_moments, params), (h, h), loss, jnp.int32(0))
 
     def update(theta, grads, state, params, learning_rate, *, value, fraction):
-        loss, count = update_loss(state.loss, value, state.count, fraction), state.count + 1
+        # What is observed is a constant to the meta-gradient, the loss like the gradient.
+        loss, count = update_loss(state.loss, jax.lax.stop_gradient(value), state.count, fraction), state.count + 1
         treedef = jax.tree.structure(grads)
         gs = [jnp.clip(jax.lax.stop_gradient(g).astype(float), -1000, 1000) for g in jax.tree.leaves(grads)]
         ps = [p.astype(float) for p in jax.tree.leaves(params)]

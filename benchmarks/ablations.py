@@ -81,11 +81,10 @@ def write(rows: dict[str, list[list[str]]]) -> None:
     path = ROOT / "results" / "ablations.md"
     said = path.read_text().split(MARK)[0] if path.exists() else "# Ablations\n\n"
     text = said + MARK + "\n"
+    head = "| variant | step size | return | 90 % interval | `python pipeline_train.py` with |\n|---|---|---|---|---|\n"
     for env_name, env_rows in rows.items():
-        text += f"\n## {env_name}\n\n| variant | step size | return | 90 % interval | `python pipeline_train.py` with |\n|---|---|---|---|---|\n"
-        text += "".join(
-            f"| {name} | {rate} | {score} | {interval} | {train} |\n" for name, train, rate, score, interval in env_rows
-        )
+        lines = [f"| {name} | {rate} | {score} | {interval} | {train} |" for name, train, rate, score, interval in env_rows]
+        text += f"\n## {env_name}\n\n{head}" + "\n".join(lines) + "\n"
     path.write_text(text)
 
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 import a2c
 import gridworld
+import optimizers
 import pipeline_train
 import ppo
 from meta_gradient import replay_gradient, streamed_replay_gradient
@@ -47,9 +48,9 @@ def make_ppo_task():
 TASKS = {"a2c 1": lambda: make_task(1), "a2c 4": lambda: make_task(4), "ppo": make_ppo_task}
 
 
-def make_units(task, learned, num_units, seed=0):
+def make_units(task, learned, num_units, seed=0, shift=0.1):
     """Units whose optimizer states are not all zero, and a theta with every part at work."""
-    theta = jax.tree.map(lambda x: x + 0.1, learned.init_theta(jax.random.key(seed)))
+    theta = jax.tree.map(lambda x: x + shift, learned.init_theta(jax.random.key(seed)))
     optimizer = to_optax(learned, theta, task.learning_rate)
     units = jax.vmap(task.agent.init, (0, None))(jax.random.split(jax.random.key(seed + 1), num_units), optimizer)
     learn = jax.jit(jax.vmap(lambda key, unit: task.agent.learn(key, unit, optimizer)[0]))
@@ -72,20 +73,28 @@ def pick(tree, i):
 # --- The meta-gradient ---
 
 
-@pytest.mark.parametrize(
-    "cell, inputs, agent", [("lstm", "raw", "a2c 4"), ("lstm", "raw", "ppo"), *((*kind, "a2c 1") for kind in KINDS)]
-)
-def test_streamed_meta_gradient_is_jax_grad_through_everything(cell, inputs, agent):
-    num_units, inner_updates = 3, 4
-    task, learned = TASKS[agent](), make_optim4rl(cell, inputs)
-    theta, units = make_units(task, learned, num_units)
+OTHERS = {
+    "linear_optim": optimizers.make_linear_optim,
+    "l2lgd2": optimizers.make_l2lgd2,
+    "star": optimizers.make_star,
+    "velo": lambda: optimizers.make_velo(lstm_size=8, num_bases=4),
+}
+LEARNED = OTHERS | {f"{cell} {inputs}": functools.partial(make_optim4rl, cell, inputs) for cell, inputs in KINDS}
+CASES = [("lstm raw", "a2c 4"), ("lstm raw", "ppo"), *((kind, "a2c 1") for kind in LEARNED)]
+
+
+@pytest.mark.parametrize("kind, agent", CASES)
+def test_meta_gradient_is_jax_grad_through_everything(kind, agent):
+    num_units, inner_updates = 2, 3
+    task, learned = TASKS[agent](), LEARNED[kind]()
+    theta, units = make_units(task, learned, num_units, shift=0.01 if kind == "velo" else 0.1)
     keys = jax.random.split(jax.random.key(7), num_units)
     num_params = sum(x.size for x in jax.tree.leaves(pick(units.params, 0)))
     assert num_params > BLOCK and num_params % BLOCK
 
     @jax.jit
-    def learn(theta, key, unit):
-        return task.agent.learn(key, unit, to_optax(learned, theta, task.learning_rate))[0]
+    def learn(theta, key, unit, progress):
+        return task.agent.learn(key, unit, to_optax(learned, theta, task.learning_rate), progress)[0]
 
     def meta_loss(theta):
         """Rollouts and all: nothing is recorded, nothing replayed."""
@@ -93,15 +102,17 @@ def test_streamed_meta_gradient_is_jax_grad_through_everything(cell, inputs, age
         for i in range(num_units):
             key_inner, key_meta = jax.random.split(jax.random.split(keys[i])[1])
             unit = pick(units, i)
-            for key in jax.random.split(key_inner, inner_updates):
-                unit = learn(theta, key, unit)
+            for number, key in enumerate(jax.random.split(key_inner, inner_updates)):
+                progress = (jnp.float32((6 + number) / 27), jnp.float32((7 + number) / 27))
+                unit = learn(theta, key, unit, progress)
             total += jax.jit(task.agent.loss)(key_meta, unit)[0]
         return total
 
     loss, expected = jax.value_and_grad(meta_loss)(theta)
     group = jax.jit(lambda *a: train_group(*a, task=task, learned=learned, inner_updates=inner_updates, lifetime=9))
-    gradient, _, metrics = group(theta, keys, units, young(num_units))
+    gradient, _, metrics = group(theta, keys, units, (jnp.zeros(num_units, bool), jnp.full(num_units, 2)))
     assert relative(gradient, expected) < 1e-5
+    gradient.pop("start", None)  # VeLO's, read at the first update only, which was before
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
     np.testing.assert_allclose(jnp.sum(metrics["meta_loss"]), loss, rtol=1e-5)
 
@@ -294,6 +305,33 @@ def test_inner_loop_records_what_it_applied():
         updates, state = optimizer.update(pick(grads, k), state)
         params = optax.apply_updates(params, updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, after.params)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, 1e30])
+def test_a_unit_that_goes_wrong_is_left_out_and_starts_anew(value):
+    """One that comes in with NaN is new at once; one whose numbers overflow on the way adds nothing, and is new next time."""
+    task, learned = make_task(), make_optim4rl()
+    theta, units = make_units(task, learned, 3)
+    bad = units._replace(params=jax.tree.map(lambda x: x.at[1].set(value), units.params))
+    keys, mesh = jax.random.split(jax.random.key(7), 3), jax.sharding.Mesh(jax.devices()[:1], "units")
+    train = functools.partial(train_group, task=task, learned=learned, inner_updates=2, lifetime=9)
+    train_units = jax.jit(functools.partial(pipeline_train.train_units, train=train, mesh=mesh))
+    gradient, after, metrics = train_units(theta, keys, bad, young(3))
+    np.testing.assert_array_equal(metrics["broken"], [False, bool(jnp.isnan(value)), False])
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(gradient))
+    good = jnp.array([0, 2])
+    whole = jax.jit(train)(theta, keys[good], pick(units, good), young(2))[0]
+    left_out = relative(jax.tree.map(lambda g: 3 * g, gradient), whole) < 1e-5
+    assert left_out == (value == 1e30)
+    _, after, metrics = train_units(theta, keys, after, young(3))
+    np.testing.assert_array_equal(metrics["broken"], [False, value == 1e30, False])
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(after.params))
+
+
+def test_a_meta_gradient_that_is_not_finite_changes_nothing():
+    new, old = {"a": jnp.ones(2), "b": jnp.array([1, 2])}, {"a": jnp.zeros(2), "b": jnp.array([3, 4])}
+    for judge, expected in (({"g": jnp.array([1.0, jnp.inf])}, old), ({"g": jnp.array([1.0])}, new)):
+        jax.tree.map(np.testing.assert_array_equal, pipeline_train.only_finite(new, old, judge), expected)
 
 
 def test_the_papers_settings_are_the_defaults():

@@ -1,0 +1,365 @@
+"""One table of tests for every learned optimizer, and each against its equations. (Optim4RL's own are in test_optim4rl.py.)"""
+
+import functools
+import sys
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optimizers
+import star
+import velo
+from meta_gradient import replay_gradient
+from optim4rl import save_theta, to_optax
+
+KINDS = {
+    **{kind: functools.partial(optimizers.LEARNED[kind], grad_clip=None) for kind in ("optim4rl", "linear_optim", "l2lgd2")},
+    "star": star.make_star,
+    "velo": functools.partial(velo.make_velo, lstm_size=16, num_bases=8),
+}
+EXTRA = {"value": jnp.float32(2.0), "fraction": jnp.float32(0.25)}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def make(kind, seed=0):
+    learned = KINDS[kind]()
+    return learned, learned.init_theta(jax.random.key(seed))
+
+
+def odd_params():
+    ones = {"a": jnp.ones((3, 5)), "c": jnp.full((2, 3, 3), 0.5), "d": jnp.ones(7, jnp.bfloat16)}
+    return ones | {"list": [jnp.float32(2.0), None, jnp.zeros((0, 4))], "none": None}
+
+
+def spec(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+# --- All of them ---
+
+
+@every_kind
+def test_shapes_dtypes_and_structure_stay(kind):
+    learned, theta = make(kind)
+    optimizer, params = to_optax(learned, theta, 0.01), odd_params()
+    state = optimizer.init(params)
+    updates, after = jax.jit(optimizer.update)(params, state, params, **EXTRA)
+    assert spec(updates) == spec(params) and spec(after) == spec(state)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((updates, after)))
+    again, _ = jax.jit(optimizer.update)(params, state, params, **EXTRA)
+    jax.tree.map(np.testing.assert_array_equal, updates, again)
+
+
+@every_kind
+def test_in_a_chain_with_clipping_and_decay(kind):
+    learned, theta = make(kind)
+    alone, params = to_optax(learned, theta, 0.01), {"w": jnp.linspace(-3.0, 3.0, 12).reshape(4, 3), "b": jnp.ones(3)}
+    chained = optax.chain(optax.clip(0.5), alone, optax.scale(2.0))
+    updates, _ = chained.update(params, chained.init(params), params, **EXTRA)
+    clipped = jax.tree.map(lambda g: jnp.clip(g, -0.5, 0.5), params)
+    expected, _ = alone.update(clipped, alone.init(params), params, **EXTRA)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 2 * b, rtol=1e-6), updates, expected)
+
+
+@every_kind
+def test_a_saved_file_is_the_same_optimizer(kind, tmp_path):
+    learned, theta = make(kind)
+    config = {"lstm_size": 16, "num_bases": 8} if kind == "velo" else {} if kind == "star" else {"grad_clip": None}
+    save_theta(tmp_path / "theta.npz", theta, kind, config, {})
+    params = {"w": jnp.ones((2, 3))}
+    one, other = to_optax(learned, theta, 0.1), optimizers.make_optimizer(str(tmp_path / "theta.npz"), 0.1)
+    updates = [o.update(params, o.init(params), params, **EXTRA)[0]["w"] for o in (one, other)]
+    np.testing.assert_array_equal(*updates)
+    fresh = optimizers.make_optimizer(f"untrained:{tmp_path / 'theta.npz'}", 0.1)
+    np.testing.assert_array_equal(fresh.update(params, fresh.init(params), params, **EXTRA)[0]["w"], updates[0])
+
+
+FUNCTIONS = {
+    "quadratic": lambda x: 0.5 * jnp.sum(jnp.array([1.0, 10.0]) * x["w"] ** 2) + 0.5 * x["b"] ** 2,
+    "rosenbrock": lambda x: (1 - x["w"][0]) ** 2 + 100 * (x["w"][1] - x["w"][0] ** 2) ** 2 + x["b"] ** 2,
+}
+
+
+@every_kind
+@pytest.mark.slow
+def test_meta_trained_for_a_minute_it_descends(kind):
+    """Meta-trained by replays on random quadratics and on Rosenbrock's function from random starts; tested from others."""
+    learned, theta = make(kind)
+    rate, inner, total = 0.02, 20, 200
+    losses = list(FUNCTIONS.values())
+
+    def descend(theta, x, which, num_steps):
+        optimizer = to_optax(learned, theta, rate)
+
+        def step(carry, t):
+            x, state = carry
+            loss, grad = jax.value_and_grad(lambda x: jax.lax.switch(which, losses, x))(x)
+            extra = {"value": loss, "fraction": t / total}
+            updates, state = optimizer.update(grad, state, x, **extra)
+            return (optax.apply_updates(x, updates), state), (loss, grad, extra)
+
+        return jax.lax.scan(step, (x, optimizer.init(x)), jnp.arange(num_steps, dtype=jnp.float32))
+
+    def meta_gradient(theta, key):
+        key, key_length = jax.random.split(key)
+        which = jax.random.randint(key, (), 0, 2)
+        x = {"w": jax.random.uniform(key, (2,), minval=-1.5, maxval=1.5), "b": jnp.float32(1.0)}
+        x = descend(theta, x, which, 1)[0][0]
+        state = learned.init_state(x)
+        (after, _), (_, grads, extra) = descend(theta, x, which, inner)
+        scale = 1 / (1e-3 + jax.lax.switch(which, losses, x))  # so that no start counts for more than another
+        cotangent = jax.tree.map(lambda g: scale * g, jax.grad(lambda x: jax.lax.switch(which, losses, x))(after))
+        return replay_gradient(learned, theta, (x, state), grads, extra, cotangent, rate)
+
+    meta_optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-3))
+
+    @jax.jit
+    def meta_step(theta, meta_state, key):
+        gradients = jax.vmap(meta_gradient, (None, 0))(theta, jax.random.split(key, 16))
+        updates, meta_state = meta_optimizer.update(jax.tree.map(lambda g: g.mean(0), gradients), meta_state)
+        return optax.apply_updates(theta, updates), meta_state
+
+    meta_state = meta_optimizer.init(theta)
+    for number in range(300):
+        theta, meta_state = meta_step(theta, meta_state, jax.random.key(number))
+    for which, name in enumerate(FUNCTIONS):
+        start = {"w": jnp.array([-1.2, 1.0]), "b": jnp.float32(-1.0)}
+        curve = np.asarray(jax.jit(lambda x, which=which: descend(theta, x, which, total))(start)[1][0])
+        print(kind, name, curve[0], curve[-1])
+        assert curve[-20:].mean() < 0.25 * curve[0], (name, curve[0], curve[-1])
+
+
+# --- LinearOptim and L2LGD2 ---
+
+
+def set_readout(theta, biases):
+    """A read-out that gives these numbers whatever the network says."""
+    layer = theta["readout"]["0"]
+    return theta | {"readout": {"0": {"w": jnp.zeros_like(layer["w"]), "b": jnp.array(biases)}}}
+
+
+def test_linear_optim_without_its_second_term_is_sgd():
+    learned, theta = make("linear_optim")
+    theta, grads = set_readout(theta, [0.7, -jnp.inf, 3.0]), jnp.array([0.3, -2.0, 0.0, 1e-5])
+    optimizer, sgd = to_optax(learned, theta, 0.1), optax.sgd(0.1 * np.exp(0.7))
+    updates, _ = optimizer.update(grads, optimizer.init(grads))
+    np.testing.assert_allclose(updates, sgd.update(grads, sgd.init(grads))[0], rtol=1e-6)
+
+
+def test_linear_optim_by_hand():
+    learned, theta = make("linear_optim")
+    grads = jnp.array([0.3, -2.0])
+    optimizer = to_optax(learned, set_readout(theta, [0.7, -0.2, 3.0]), 0.1)
+    updates, _ = optimizer.update(grads, optimizer.init(grads))
+    np.testing.assert_allclose(updates, -0.1 * (np.exp(0.7) * np.array([0.3, -2.0]) + np.exp(-0.2) * 3.0), rtol=1e-6)
+
+
+def test_l2lgd2_inputs_meet_where_they_change():
+    edge = np.exp(-10.0)
+    below, above = (optimizers.preprocess(jnp.array([edge, -edge]) * scale) for scale in (1 - 1e-5, 1 + 1e-5))
+    np.testing.assert_allclose(below, above, atol=1e-4)
+    np.testing.assert_allclose(optimizers.preprocess(jnp.array([1.0, -edge**0.5, edge / 4, 0.0])).T,
+                               [[0, 1], [-0.5, -1], [-1, 0.25], [-1, 0]], atol=1e-6)  # fmt: skip
+
+
+def test_l2lgd2_scales_the_gradient():
+    learned, theta = make("l2lgd2")
+    grads = jnp.array([0.3, -2.0, 1e-7])
+    optimizer = to_optax(learned, set_readout(theta, [-0.4]), 0.1)
+    np.testing.assert_allclose(optimizer.update(grads, optimizer.init(grads))[0], -0.1 * np.exp(-0.4) * grads, rtol=1e-6)
+
+
+# --- STAR ---
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (3, 4), (5,), (2, 6, 3), (3, 3), ()])
+def test_adafactor_is_optaxs(shape):
+    """optax's decay at its step t is 1 - t^-0.8; ours is given the same."""
+    reference = optax.scale_by_factored_rms(min_dim_size_to_factor=1, decay_rate=0.8, epsilon=1e-30)
+    param = jnp.zeros(shape)
+    state, moments = reference.init(param), star.init_moments(param)
+    for t in range(1, 6):
+        g = jax.random.normal(jax.random.key(t), shape) + 0.1
+        decays = {name: jnp.full(len(initial), 1 - t**-0.8) for name, initial in star.DECAYS.items()}
+        expected, state = reference.update(g, state, param)
+        moments = star.update_moments(moments, g, decays)
+        np.testing.assert_allclose(g * star.adafactor_scales(moments, shape)[1], expected, rtol=1e-4)
+
+
+def test_star_is_the_nominal_term_where_the_network_is_silent_and_more_where_not():
+    learned, theta = make("star")
+    last = {"w": jnp.zeros((2, 4)), "b": jnp.zeros(2)}
+    p, grads = {"w": jnp.ones((2, 3))}, [np.random.default_rng(t).normal(size=(2, 3)) for t in range(4)]
+    decays, m, v = np.array([0.9, 0.99, 0.999])[:, None, None], 0.0, 0.0
+    for bias, expected in (([0.0, 5.0], 0.0), ([2.0, 300.0], -0.1 * 2.0 * np.exp(0.3))):
+        silent = theta | {"network": theta["network"] | {"2": last | {"b": jnp.array(bias)}}}
+        optimizer = to_optax(learned, silent, 0.1)
+        state, m, v = optimizer.init(p), 0.0, 0.0
+        for g in grads:
+            updates, state = optimizer.update({"w": jnp.asarray(g, jnp.float32)}, state, p)
+            m, v = decays * m + (1 - decays) * g, 0.999 * v + 0.001 * g * g
+            nominal = -1e-3 * np.mean(m / np.sqrt(v + 1e-6), axis=0)
+            np.testing.assert_allclose(updates["w"], nominal + expected, rtol=1e-4, atol=1e-7)
+
+
+def test_stars_decays_move_with_theta():
+    _, theta = make("star")
+    np.testing.assert_allclose(star.decays_of(theta)["momentum"], [0.9, 0.99, 0.999], rtol=1e-6)
+    moved = star.decays_of(theta | {"decays": theta["decays"] | {"momentum": jnp.full(3, np.log(2) / 10)}})
+    np.testing.assert_allclose(moved["momentum"], [0.8, 0.98, 0.998], rtol=1e-5)
+
+
+def test_stars_features_do_not_depend_on_the_gradients_scale():
+    learned, theta = make("star")
+    theta = theta | {"network": jax.tree.map(lambda x: x, theta["network"])}
+    g, p = jax.random.normal(jax.random.key(1), (8, 4)), jnp.zeros((8, 4))
+    moments = star.update_moments(star.init_moments(p), g, {n: jnp.array(d) for n, d in star.DECAYS.items()})
+    found = star.features(p, g, moments)
+    for name in ("g", "m", "adafactor g"):
+        mean_square = np.mean(np.square(star.normalise(100 * found[name])), axis=(1, 2))
+        np.testing.assert_allclose(mean_square, 1.0, rtol=1e-2)
+
+
+# --- VeLO ---
+
+
+def published_weights(rng, lstm_size, num_bases):
+    """A file of the published structure (Haiku's names, weights [inputs, outputs]) with numbers of its own."""
+    sizes = [1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3]
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32) * 0.3  # noqa: E731
+    linear = lambda n, m: {"w": draw(n, m), "b": draw(m)}  # noqa: E731
+    rnn = {name: linear(30, lstm_size) for name in ("linear", "linear_1", "linear_2")}
+    rnn |= {"rnn/linear": linear(2 * lstm_size, 4 * lstm_size)}
+    rnn |= {"rnn_to_controls": linear(lstm_size, num_bases), "step_size": linear(lstm_size, 1)}
+    bases = {f"w0__{i}": draw(num_bases, n, 4) for i, n in enumerate(sizes)}
+    bases |= {"b0": draw(num_bases, 4), "w1": draw(num_bases, 4, 4), "b1": draw(num_bases, 4)}
+    bases |= {"w2": draw(num_bases, 4, 3), "b2": draw(num_bases, 3)}
+    start = {"hidden": draw(1, lstm_size), "cell": draw(1, lstm_size)}
+    return {"params": {"lstm_init_state": start, "rnn_params": rnn, "ff_mod_stack": {"~": bases}}, "gen_id": "", "step": 1}
+
+
+class Reference:
+    """VeLO in numpy, from the published layout: one vector of features per parameter, features last, matrices only."""
+
+    decays = np.array([0.9, 0.99, 0.999])
+
+    def __init__(self, stored, params, num_steps):
+        self.w, self.num_steps, self.t = stored["params"], num_steps, 0
+        tile = lambda x: np.repeat(x, len(params), axis=0)  # noqa: E731
+        self.h, self.c = (tile(self.w["lstm_init_state"][name]) for name in ("hidden", "cell"))
+        self.m = [np.zeros((*p.shape, 3)) for p in params]
+        self.v = [np.zeros((*p.shape, 1)) for p in params]
+        self.full = [np.zeros((*p.shape, 3)) for p in params]
+        self.row = [np.zeros((p.shape[0], 3)) if p.ndim == 2 else None for p in params]
+        self.col = [np.zeros((p.shape[-1], 3)) if p.ndim == 2 else None for p in params]
+        self.loss_decays = np.exp(-1 / np.logspace(1, np.log10(num_steps), 10))
+        self.loss_sums, self.lowest = np.zeros(10), np.full(10, 1e12)
+
+    def loss(self, loss):
+        d, t = self.loss_decays, self.t
+        if t:
+            loss = min(2 * abs((self.loss_sums / (1 - d ** (t + 1))).max()), loss)
+        self.loss_sums = d * self.loss_sums + (1 - d) * loss
+        means = self.loss_sums / (1 - d ** (t + 1))
+        self.lowest = np.minimum(self.lowest, means)
+        found = (means[:-1] - self.lowest[:-1]) / np.maximum(means[1:] - self.lowest[:-1], 1e-8)
+        return np.clip(found - 1, -1, 1) * (t + 1 > 2)
+
+    def tensor_features(self, i, p, loss):
+        scale = 1 / np.sqrt(max(np.mean(p**2), 1e-9))
+        m, v = scale * self.m[i].reshape(-1, 3), scale * self.v[i].reshape(-1, 1)
+        log = lambda x: np.clip(np.log(1e-8 + np.abs(10 * x)), -5, 5) * 0.5  # noqa: E731
+        rank = np.eye(5)[sum(n > 1 for n in p.shape)]
+        done = np.tanh((self.t / self.num_steps - np.array([0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1])) * 10)
+        var_v = np.mean((v - m.mean(0)) ** 2, axis=0)
+        return np.concatenate([done, loss, log(v.mean(0)), rank, log(m.var(0)), log(var_v)])
+
+    def lstm(self, x):
+        rnn = self.w["rnn_params"]
+        linear = lambda name, x: x @ rnn[name]["w"] + rnn[name]["b"]  # noqa: E731
+        sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+        x = linear("linear_2", x) + np.maximum(linear("linear_1", x), 0).max(axis=0)
+        i, g, f, o = np.split(linear("rnn/linear", np.concatenate([x, self.h], axis=1)), 4, axis=1)
+        self.c = sigmoid(f + 1) * self.c + sigmoid(i) * np.tanh(g)
+        self.h = sigmoid(o) * np.tanh(self.c)
+        return linear("rnn_to_controls", self.h), linear("step_size", self.h)[:, 0]
+
+    def tensor_update(self, i, p, g, control, multiplier):
+        d, e = self.decays, np.expand_dims
+        self.m[i] = d * self.m[i] + (1 - d) * e(g, -1)
+        self.v[i] = 0.999 * self.v[i] + 0.001 * e(g * g, -1)
+        m, v, square = self.m[i], self.v[i], e(g * g + 1e-30, -1)
+        if p.ndim == 2:
+            rows, cols = p.shape  # the larger axis is the one that `row` is a mean over
+            along, across = (1, 0) if cols >= rows else (0, 1)
+            if self.row[i].shape[0] != p.shape[across]:
+                self.row[i], self.col[i] = np.zeros((p.shape[across], 3)), np.zeros((p.shape[along], 3))
+            self.row[i] = d * self.row[i] + (1 - d) * square.mean(along)
+            self.col[i] = d * self.col[i] + (1 - d) * square.mean(across)
+            row, col = e(self.row[i], along), e(self.col[i], across)
+            scale = 1 / np.sqrt(np.maximum(row / (self.row[i].mean(0) + 1e-9), 1e-9) * np.maximum(col, 1e-9))
+            row, col = (np.broadcast_to(x, (*p.shape, 3)) for x in (row, col))
+            m_scaled, g_scaled = m * scale, e(g, -1) * scale
+        else:
+            self.full[i] = d * self.full[i] + (1 - d) * square
+            row = col = self.full[i]
+            m_scaled, g_scaled = m / np.sqrt(row), e(g, -1) / np.sqrt(np.maximum(row + 1e-9, 1e-9))
+        rsqrt = 1 / np.sqrt(v + 1e-6)
+        inputs = [e(g, -1), e(np.clip(g, -0.1, 0.1), -1), e(p, -1), m, v, m * rsqrt, rsqrt, g_scaled, e(g, -1) * rsqrt]
+        inputs += [row, col, 1 / np.sqrt(row + 1e-8), 1 / np.sqrt(col + 1e-8), m_scaled]
+        axes = tuple(range(p.ndim))
+        inputs = [x / np.sqrt(1e-5 + np.mean(x**2, axis=axes, keepdims=True)) for x in inputs]
+        bases = self.w["ff_mod_stack"]["~"]
+        layer = lambda name: 100 * np.mean(bases[name] * control.reshape(-1, *[1] * (bases[name].ndim - 1)), axis=0)  # noqa: E731
+        hidden = sum(x @ layer(f"w0__{k}") for k, x in enumerate(inputs)) + layer("b0")
+        hidden = np.maximum(hidden, 0) @ layer("w1") + layer("b1")
+        out = np.maximum(hidden, 0) @ layer("w2") + layer("b2")
+        return -1e-3 * multiplier * out[..., 0] * np.exp(1e-3 * out[..., 1]) * np.sqrt(np.mean(p**2) + 1e-9)
+
+    def update(self, params, grads, loss):
+        loss = self.loss(loss)
+        controls, multipliers = self.lstm(np.stack([self.tensor_features(i, p, loss) for i, p in enumerate(params)]))
+        each = zip(range(len(params)), params, grads, controls, multipliers, strict=True)
+        updates = [self.tensor_update(*one) for one in each]
+        self.t += 1
+        return updates
+
+
+def test_velo_from_a_published_file_is_the_published_equations(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(velo, "PUBLISHED", {"lstm_size": 6, "num_bases": 256, "step_size": 1e-3})
+    rng = np.random.default_rng(0)
+    stored = published_weights(rng, 6, 256)
+    (tmp_path / "params").write_bytes(flax.serialization.msgpack_serialize(stored))
+    monkeypatch.setattr(sys, "argv", ["velo.py", str(tmp_path / "params"), str(tmp_path / "velo.npz")])
+    velo.main()
+    assert "velo.npz" in capsys.readouterr().out
+
+    optimizer = optimizers.make_optimizer(str(tmp_path / "velo.npz"), 123.0)  # its step size is its own
+    params = [rng.normal(size=shape) for shape in ((4, 3), (5,), (2, 6))]
+    reference = Reference(stored, params, num_steps=40)
+    with jax.enable_x64(True):
+        state, update = optimizer.init(params), jax.jit(optimizer.update)
+        for t in range(6):
+            grads, loss = [rng.normal(size=p.shape) * 0.2 for p in params], 3.0 - 0.4 * t + 2 * rng.normal()
+            updates, state = update(grads, state, params, value=loss, fraction=t / 40)
+            expected = reference.update(params, grads, loss)
+            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), updates, expected)
+            params = [p + 10 * u for p, u in zip(params, expected, strict=True)]
+
+
+@pytest.mark.parametrize("content", [b"", b"not msgpack", flax.serialization.msgpack_serialize({"params": {"a": 1}})])
+def test_velo_refuses_another_file(tmp_path, content):
+    (tmp_path / "params").write_bytes(content)
+    with pytest.raises(ValueError, match="not VeLO's published weights"):
+        velo.load_published(str(tmp_path / "params"))
+
+
+def test_velo_asks_for_what_it_reads():
+    learned, theta = make("velo")
+    optimizer = to_optax(learned, theta, 0.1)
+    with pytest.raises(TypeError, match="'value' and 'fraction'"):
+        optimizer.update(jnp.ones(3), optimizer.init(jnp.ones(3)), jnp.ones(3))
