@@ -82,55 +82,57 @@ FUNCTIONS = {
     "quadratic": lambda x: 0.5 * jnp.sum(jnp.array([1.0, 10.0]) * x["w"] ** 2) + 0.5 * x["b"] ** 2,
     "rosenbrock": lambda x: (1 - x["w"][0]) ** 2 + 100 * (x["w"][1] - x["w"][0] ** 2) ** 2 + x["b"] ** 2,
 }
+RATES = {"quadratic": 0.02, "rosenbrock": 0.005}
 
 
-@every_kind
 @pytest.mark.slow
-def test_meta_trained_for_a_minute_it_descends(kind):
-    """Meta-trained by replays on random quadratics and on Rosenbrock's function from random starts; tested from others."""
-    learned, theta = make(kind)
-    rate, inner, total = 0.02, 20, 200
-    losses = list(FUNCTIONS.values())
+@pytest.mark.parametrize("name", FUNCTIONS)
+@every_kind
+def test_meta_trained_for_a_minute_it_descends(kind, name):
+    """Meta-trained by replays of 20 steps from points near and far along the way; tested from a start and for 200 steps."""
+    (learned, theta), loss_of = make(kind), FUNCTIONS[name]
+    # Steps in proportion to the gradient must be smaller on Rosenbrock's walls, where the curvature is 1,000.
+    rate = 2e-4 if name == "rosenbrock" and kind in ("linear_optim", "l2lgd2") else RATES[name]
 
-    def descend(theta, x, which, num_steps):
+    def descend(theta, x, state, begin, num_steps):
         optimizer = to_optax(learned, theta, rate)
 
         def step(carry, t):
             x, state = carry
-            loss, grad = jax.value_and_grad(lambda x: jax.lax.switch(which, losses, x))(x)
-            extra = {"value": loss, "fraction": t / total}
+            loss, grad = jax.value_and_grad(loss_of)(x)
+            extra = {"value": loss, "fraction": t / 200}
             updates, state = optimizer.update(grad, state, x, **extra)
             return (optax.apply_updates(x, updates), state), (loss, grad, extra)
 
-        return jax.lax.scan(step, (x, optimizer.init(x)), jnp.arange(num_steps, dtype=jnp.float32))
+        return jax.lax.scan(step, (x, state), begin + jnp.arange(num_steps, dtype=jnp.float32))
 
     def meta_gradient(theta, key):
-        key, key_length = jax.random.split(key)
-        which = jax.random.randint(key, (), 0, 2)
         x = {"w": jax.random.uniform(key, (2,), minval=-1.5, maxval=1.5), "b": jnp.float32(1.0)}
-        x = descend(theta, x, which, 1)[0][0]
-        state = learned.init_state(x)
-        (after, _), (_, grads, extra) = descend(theta, x, which, inner)
-        scale = 1 / (1e-3 + jax.lax.switch(which, losses, x))  # so that no start counts for more than another
-        cotangent = jax.tree.map(lambda g: scale * g, jax.grad(lambda x: jax.lax.switch(which, losses, x))(after))
-        return replay_gradient(learned, theta, (x, state), grads, extra, cotangent, rate)
+        start = (x, learned.init_state(x))
+        far = descend(theta, *start, 0, 100)[0]
+        begin = 100 * jax.random.bernoulli(key).astype(jnp.int32)
+        start = jax.tree.map(lambda near, far: jnp.where(begin, far, near), start, far)
+        (after, _), (_, grads, extra) = descend(theta, *start, begin, 20)
+        scale = 1 / (1e-3 + loss_of(start[0]))  # so that no start counts for more than another
+        cotangent = jax.tree.map(lambda g: scale * g, jax.grad(loss_of)(after))
+        return replay_gradient(learned, theta, start, grads, extra, cotangent, rate)
 
     meta_optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-3))
 
     @jax.jit
     def meta_step(theta, meta_state, key):
         gradients = jax.vmap(meta_gradient, (None, 0))(theta, jax.random.split(key, 16))
-        updates, meta_state = meta_optimizer.update(jax.tree.map(lambda g: g.mean(0), gradients), meta_state)
+        gradient = jax.tree.map(lambda g: jnp.nan_to_num(g, posinf=0, neginf=0).mean(0), gradients)
+        updates, meta_state = meta_optimizer.update(gradient, meta_state)
         return optax.apply_updates(theta, updates), meta_state
 
     meta_state = meta_optimizer.init(theta)
-    for number in range(300):
+    for number in range(200):
         theta, meta_state = meta_step(theta, meta_state, jax.random.key(number))
-    for which, name in enumerate(FUNCTIONS):
-        start = {"w": jnp.array([-1.2, 1.0]), "b": jnp.float32(-1.0)}
-        curve = np.asarray(jax.jit(lambda x, which=which: descend(theta, x, which, total))(start)[1][0])
-        print(kind, name, curve[0], curve[-1])
-        assert curve[-20:].mean() < 0.25 * curve[0], (name, curve[0], curve[-1])
+    start = {"w": jnp.array([-1.2, 1.0]), "b": jnp.float32(-1.0)}
+    curve = np.asarray(jax.jit(lambda x: descend(theta, x, learned.init_state(x), 0, 200))(start)[1][0])
+    print(kind, name, curve[0], curve[-1])
+    assert curve[-20:].mean() < 0.25 * curve[0]
 
 
 # --- LinearOptim and L2LGD2 ---
