@@ -189,6 +189,7 @@ class AgentState(NamedTuple):
     params: dict
     opt_state: Any
     streams: Stream  # [B]
+    reward_factor: jax.Array  # [], on top of args.reward_scale; meta-training may spread it over agents
 
 
 def make_agent(env: Any, args: Args) -> Agent:
@@ -198,12 +199,14 @@ def make_agent(env: Any, args: Args) -> Agent:
         key_params, key_envs = jax.random.split(key)
         params = init_network(key_params, env.obs_shape, env.num_actions, **network_size(args.env_name))
         streams = jax.vmap(partial(start_stream, env=env))(jax.random.split(key_envs, args.num_envs))
-        return AgentState(params, optimizer.init(params), streams)
+        return AgentState(params, optimizer.init(params), streams, jnp.ones(()))
 
     def fresh_batch(key, state):
         act = partial(rollout, env=env, num_steps=args.rollout_steps)
         batches, streams = jax.vmap(act, (0, None, 0))(jax.random.split(key, args.num_envs), state.params, state.streams)
-        return jax.lax.stop_gradient(batches), state._replace(streams=streams)
+        reward = jnp.mean(batches.reward)
+        batches = jax.lax.stop_gradient(batches._replace(reward=state.reward_factor * batches.reward))
+        return batches, reward, state._replace(streams=streams)
 
     def mean_loss(params, batches):
         # On a CPU a few environments at a time, forward and again backward, so that what they need stays in the cache.
@@ -213,16 +216,16 @@ def make_agent(env: Any, args: Args) -> Agent:
 
     def learn(key, state, optimizer, progress=(0.0, 1.0)):
         """progress: how much of training is done before this update and after it, from 0 to 1; some optimizers read it."""
-        batches, state = fresh_batch(key, state)
+        batches, reward, state = fresh_batch(key, state)
         loss, grads = jax.value_and_grad(mean_loss)(state.params, batches)
         extra_args = {"value": loss, "fraction": jnp.float32(progress[0])}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra_args)
         state = state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
-        metrics = {"return": jnp.nanmean(state.streams.last_return), "loss": loss}
+        metrics = {"return": jnp.nanmean(state.streams.last_return), "reward": reward, "loss": loss}
         return state, jax.tree.map(lambda x: x[None], (grads, extra_args)), metrics
 
     def loss(key, state):
-        batches, state = fresh_batch(key, jax.lax.stop_gradient(state)._replace(params=state.params))
+        batches, _, state = fresh_batch(key, jax.lax.stop_gradient(state)._replace(params=state.params))
         return mean_loss(state.params, batches), state
 
     return Agent(init, learn, loss, steps_per_update(args))
@@ -231,7 +234,7 @@ def make_agent(env: Any, args: Args) -> Agent:
 def train(args: Args, env: Any, optimizer: optax.GradientTransformation, on_update: Callable) -> dict:
     """Train args.num_seeds agents side by side. on_update(number of updates done, metrics) is called after each update.
 
-    -> {"return": [num_seeds, updates], "loss": [num_seeds, updates]}, the return that of the last episodes to end
+    -> {"return", "reward", "loss": [num_seeds, updates]}, the return of the last episodes to end, the mean reward of a step
     """
     agent = make_agent(env, args)
     optimizer = optax.with_extra_args_support(optimizer)

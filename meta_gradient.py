@@ -1,23 +1,89 @@
-"""The derivative of the meta-loss with respect to theta, by replaying recorded updates.
+"""Two estimators of the meta-gradient, d meta-loss / d theta. Each trains some units for K updates on the way:
 
-Agent-gradients are constants to the meta-gradient (optim4rl.py stops the derivative there). So with g_1 .. g_K recorded,
+    estimator(theta, key, units, ages, signs, ...) -> sum of the units' meta-gradients, units, metrics
+
+**backprop**, the paper's. The meta-loss is the agent loss on one more rollout. Agent-gradients are constants to the
+meta-gradient (optim4rl.py stops the derivative there), so with g_1 .. g_K recorded,
 
     params_K(theta) = params_0 + sum_k update_k(theta; g_1 .. g_k)
     d meta-loss / d theta = cotangent * d params_K / d theta,    cotangent = d meta-loss / d params_K
 
 and no derivative of rollouts, losses or agent-gradients is needed: it is the same as jax.grad through everything.
 
-Legend: N units, K recorded gradients, M blocks of C coordinates (optim4rl.py).
+**pes**, persistent evolution strategies (Vicol, Metz & Sohl-Dickstein 2021, arXiv 2112.13835). The meta-loss is minus the mean
+reward of the K updates' rollouts. Each unit learns with a perturbed theta, another one every K updates, and
+
+    d meta-loss / d theta ~ mean over units of meta-loss * (sum of the unit's perturbations since it started) / sigma^2
+
+without bias from the K updates being only a window of a life, and without a derivative. Units come in antithetic pairs that
+share their keys and differ in the sign of their perturbations.
+
+Legend: N units, K inner updates, S gradient steps of one, M blocks of C coordinates (optim4rl.py).
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optim4rl import LearnedOptimizer, to_blocks
+from optim4rl import LearnedOptimizer, to_blocks, to_optax
+
+
+class Unit(NamedTuple):
+    agent: Any  # the state of an a2c.Agent or ppo.Agent
+    learning_rate: jax.Array  # []
+    perturbation: Any  # pes: like theta, the sum of perturbations since the unit started; backprop: ()
+
+
+def inner_loop(key, unit, age, theta, agent, learned, inner_updates, lifetime):
+    """K updates of one unit's agent. age, lifetime: in meta-iterations.
+
+    -> state of the agent, what the optimizer was given (grads, extra_args), each [K, S, ...], metrics [K]
+    """
+    optimizer = to_optax(learned, theta, unit.learning_rate)
+
+    def update(state, key_and_number):
+        key, number = key_and_number
+        done = age * inner_updates + number
+        progress = (done / (lifetime * inner_updates), (done + 1) / (lifetime * inner_updates))
+        state, seen, metrics = agent.learn(key, state, optimizer, progress)
+        return state, (seen, metrics)
+
+    keys = jax.random.split(key, inner_updates)
+    state, (seen, metrics) = jax.lax.scan(update, unit.agent, (keys, jnp.arange(inner_updates)))
+    return state, seen, metrics
+
+
+# --- backprop ---
+
+
+def backprop(theta, keys, units, ages, signs, agent, learned, inner_updates, lifetime):
+    """The paper's meta-gradient, by recording and replaying. keys, ages: [N] -> its sum over units, units, metrics [N]"""
+    del signs
+    start = units.agent
+
+    def train(key, unit, age):
+        key_inner, key_meta = jax.random.split(key)
+        state, seen, metrics = inner_loop(key_inner, unit, age, theta, agent, learned, inner_updates, lifetime)
+
+        def meta_loss(params):
+            return agent.loss(key_meta, state._replace(params=params))
+
+        (loss, state), cotangent = jax.value_and_grad(meta_loss, has_aux=True)(state.params)
+        seen = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen)
+        return unit._replace(agent=state), seen, cotangent, {"meta_loss": loss, "return": metrics["return"][-1]}
+
+    units, seen, cotangent, metrics = jax.vmap(train)(keys, units, ages)
+    if learned.rule:
+        gradient = streamed_replay_gradient(learned.rule, theta, start.opt_state, seen[0], cotangent, units.learning_rate)
+    else:
+        replay = jax.vmap(partial(replay_gradient, learned, theta))
+        gradients = replay((start.params, start.opt_state), *seen, cotangent, units.learning_rate)
+        gradient = jax.tree.map(lambda g: jnp.sum(g, axis=0), gradients)
+    return gradient, units, metrics
 
 
 def replay_gradient(learned: LearnedOptimizer, theta, start, grads, extra_args, cotangent, learning_rate) -> Any:
@@ -40,7 +106,7 @@ def replay_gradient(learned: LearnedOptimizer, theta, start, grads, extra_args, 
     return jax.grad(replayed)(theta)
 
 
-def streamed_replay_gradient(rule: Callable, theta, opt_state, grads, cotangent, learning_rate) -> Any:
+def streamed_replay_gradient(rule: Callable, theta, opt_state, grads, cotangent, learning_rates) -> Any:
     """The sum of replay_gradient over units, for a coordinate-wise optimizer, in the memory of one block.
 
     Updates add up and no coordinate sees another, so the replay falls apart into blocks: forward and backward through the
@@ -49,12 +115,12 @@ def streamed_replay_gradient(rule: Callable, theta, opt_state, grads, cotangent,
     blocks = (
         jnp.moveaxis(jax.vmap(jax.vmap(to_blocks))(grads), 1, 2),  # [N, M, K, C]
         opt_state,
-        jax.vmap(to_blocks)(cotangent),  # [N, M, C]
+        -learning_rates[:, None, None] * jax.vmap(to_blocks)(cotangent),  # [N, M, C]
     )
     blocks = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)
 
     def moved(theta, block):
-        """<cotangent, sum of the updates>: how far along the cotangent the block is moved."""
+        """<cotangent, sum of the steps>: how far along the cotangent the block is moved."""
         grads, state, cotangent = block
 
         def step(state, g):
@@ -64,7 +130,7 @@ def streamed_replay_gradient(rule: Callable, theta, opt_state, grads, cotangent,
         # Few updates: keep what their derivatives need, in the cache. Many: keep only the states, compute the rest anew.
         few = grads.shape[0] <= 4
         steps = jax.lax.scan(step if few else jax.checkpoint(step), state, grads, unroll=few)[1]
-        return -learning_rate * jnp.vdot(cotangent, jnp.sum(steps, axis=0))
+        return jnp.vdot(cotangent, jnp.sum(steps, axis=0))
 
     if jax.default_backend() != "cpu":  # an accelerator wants all the blocks at once
         return jax.grad(lambda theta: jnp.sum(jax.vmap(moved, (None, 0))(theta, blocks)))(theta)
@@ -73,3 +139,27 @@ def streamed_replay_gradient(rule: Callable, theta, opt_state, grads, cotangent,
         return jax.tree.map(jnp.add, total, jax.grad(moved)(theta, block)), None
 
     return jax.lax.scan(add_block, jax.tree.map(jnp.zeros_like, theta), blocks)[0]
+
+
+# --- pes ---
+
+
+def pes(theta, keys, units, ages, signs, agent, learned, inner_updates, lifetime, sigma):
+    """Persistent evolution strategies. keys: [N], the same for the two of a pair; signs: [N], 1 and -1 of each pair.
+
+    -> the sum over units of their estimates, units, metrics [N]
+    """
+
+    def train(key, unit, age, sign):
+        key_perturb, key_inner = jax.random.split(key)
+        noise = optax.tree.random_like(key_perturb, theta, jax.random.normal)
+        perturbed = optax.tree.add_scale(theta, sign * sigma, noise)
+        state, _, metrics = inner_loop(key_inner, unit, age, perturbed, agent, learned, inner_updates, lifetime)
+        perturbation = optax.tree.add_scale(unit.perturbation, sign * sigma, noise)
+        loss = -jnp.mean(metrics["reward"])
+        gradient = optax.tree.scale(loss / sigma**2, perturbation)
+        metrics = {"meta_loss": loss, "return": metrics["return"][-1]}
+        return gradient, Unit(state, unit.learning_rate, perturbation), metrics
+
+    gradients, units, metrics = jax.vmap(train)(keys, units, ages, signs)
+    return jax.tree.map(lambda g: jnp.sum(g, axis=0), gradients), units, metrics

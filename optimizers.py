@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from momentum4rl import make_momentum4rl
 from optim4rl import (
     CELLS,
     LearnedOptimizer,
@@ -86,6 +87,7 @@ CLASSICAL: dict[str, Callable] = {
 # kind: function that makes the LearnedOptimizer from the arguments kept in a theta file's header
 LEARNED: dict[str, Callable] = {
     "optim4rl": make_optim4rl,
+    "momentum4rl": make_momentum4rl,
     "linear_optim": make_linear_optim,
     "l2lgd2": make_l2lgd2,
     "star": make_star,

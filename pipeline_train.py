@@ -33,7 +33,7 @@ import gridworld
 import optimizers
 import ppo
 import runs
-from meta_gradient import replay_gradient, streamed_replay_gradient
+from meta_gradient import Unit, backprop, pes
 from optim4rl import LearnedOptimizer, save_theta, to_optax
 
 COMPILER_OPTIONS = {
@@ -51,7 +51,7 @@ class Args:
     """the same seed gives the same theta"""
     # --- The optimizer to train ---
     optimizer: str = "optim4rl"
-    """the kind of learned optimizer: optim4rl, linear_optim, l2lgd2, star or velo"""
+    """the kind of learned optimizer: optim4rl, momentum4rl (not in the paper), linear_optim, l2lgd2, star or velo"""
     cell: Literal["lstm", "gru"] = "lstm"
     """recurrent cell (not of star, velo); the authors' code has gru"""
     inputs: Literal["raw", "log"] = "raw"
@@ -84,7 +84,15 @@ class Args:
     """rewards are multiplied by this: one, or one for each environment (paper: by environment)"""
     backend: str = "spring"
     """physics of Brax's tasks: spring, generalized, positional or mjx"""
+    reward_scale_range: tuple[float, float] = (1.0, 1.0)
+    """each unit's reward scale is this range's times the environment's, drawn anew when it starts, e.g. 0.1 100"""
+    learning_rate_range: tuple[float, float] = (1.0, 1.0)
+    """likewise each unit's step size"""
     # --- The meta-gradient ---
+    meta_estimator: Literal["backprop", "pes"] = "backprop"
+    """the paper's meta-gradient of the agents' loss, or persistent evolution strategies on their reward"""
+    sigma: float = 0.05
+    """pes: standard deviation of the perturbations of theta"""
     meta_learning_rate: float | None = None
     """step size of Adam on theta (paper: 1e-5 to 1e-3; catch to 1e-2)"""
     meta_clip: Literal["global_norm", "elementwise", "none"] = "global_norm"
@@ -171,24 +179,51 @@ def reset_slots(num_units: int, reset_interval: int) -> np.ndarray:
     return np.floor(np.linspace(0, reset_interval - 1, num_units)).astype(np.int32)
 
 
-def unit_clocks(iteration: jax.Array, args: Any) -> tuple[jax.Array, jax.Array]:
-    """Which units start anew now, [N] bool, and how many meta-iterations ago each started, [N] int32.
+class Schedule(NamedTuple):
+    """What a meta-iteration means to each unit."""
 
-    Until its first reset, and always without the pipeline, a unit is as old as training.
-    """
-    since_reset = (iteration - reset_slots(args.num_units, args.reset_interval)) % args.reset_interval
-    ages = jnp.minimum(since_reset, iteration) if args.pipeline else jnp.full(args.num_units, iteration)
-    return (since_reset == 0) & args.pipeline, ages
+    due: jax.Array  # [N] bool, starts anew
+    age: jax.Array  # [N] int32, meta-iterations since it started
+    sign: jax.Array  # [N], of its perturbation (meta_gradient.pes)
+    key: jax.Array  # [N]
 
 
-def reset_due(keys, units, due, agent, optimizer):
-    """Whole new agents (parameters, optimizer state, environments) where due; the others as they were. due: [N] bool."""
+def schedule(key: jax.Array, iteration: jax.Array, args: Any) -> Schedule:
+    """Until its first reset, and always without the pipeline, a unit is as old as training. With pes, pairs share keys and
+    slots."""
+    pair = 2 if args.meta_estimator == "pes" else 1
+    slots = np.repeat(reset_slots(args.num_units // pair, args.reset_interval), pair)
+    since_reset = (iteration - slots) % args.reset_interval
+    age = jnp.minimum(since_reset, iteration) if args.pipeline else jnp.full(args.num_units, iteration)
+    number = jnp.arange(args.num_units)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, number // pair)
+    return Schedule((since_reset == 0) & args.pipeline, age, 1.0 - 2 * (number % 2), keys)
+
+
+def spread(key: jax.Array, limits: tuple) -> jax.Array:
+    """A number between the limits, uniform in its logarithm."""
+    low, high = jnp.log(jnp.array(limits))
+    return jnp.exp(jax.random.uniform(key, minval=low, maxval=high))
+
+
+def new_unit(key: jax.Array, theta: Any, task: Task, learned: LearnedOptimizer, args: Any) -> Unit:
+    """A unit that starts now: an agent that has learned nothing, a step size and a reward scale from their ranges."""
+    key_agent, key_rate, key_reward = jax.random.split(key, 3)
+    agent = task.agent.init(key_agent, to_optax(learned, theta, 1.0))
+    agent = agent._replace(reward_factor=spread(key_reward, args.reward_scale_range))
+    rate = task.learning_rate * spread(key_rate, args.learning_rate_range)
+    perturbation = jax.tree.map(jnp.zeros_like, theta) if args.meta_estimator == "pes" else ()
+    return Unit(agent, rate, perturbation)
+
+
+def reset_due(keys, units, due, new: Callable):
+    """Whole new units (parameters, optimizer state, environments) where due; the others as they were. due: [N] bool."""
 
     def reset(units):
         def choose(new, old):
             return jnp.where(due.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
-        return jax.tree.map(choose, jax.vmap(agent.init, (0, None))(keys, optimizer), units)
+        return jax.tree.map(choose, jax.vmap(new)(keys), units)
 
     return jax.lax.cond(jnp.any(due), reset, lambda units: units, units)
 
@@ -203,63 +238,35 @@ def only_finite(new: Any, old: Any, judge: Any = None) -> Any:
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
 
 
-def train_unit(key, unit, age, agent, optimizer, inner_updates, lifetime):
-    """K updates of one agent, then the meta-loss on a fresh rollout. age, lifetime: in meta-iterations.
-
-    -> unit, what the optimizer was given (grads, extra_args), each [K * S, ...], cotangent d meta-loss / d params, metrics
-    """
-    key_inner, key_meta = jax.random.split(key)
-
-    def inner_update(unit, key_and_number):
-        key, number = key_and_number
-        done = age * inner_updates + number
-        progress = (done / (lifetime * inner_updates), (done + 1) / (lifetime * inner_updates))
-        unit, seen, metrics = agent.learn(key, unit, optimizer, progress)
-        return unit, (seen, metrics)
-
-    keys = jax.random.split(key_inner, inner_updates)
-    unit, (seen, metrics) = jax.lax.scan(inner_update, unit, (keys, jnp.arange(inner_updates)))
-
-    def meta_loss(params):
-        return agent.loss(key_meta, unit._replace(params=params))
-
-    (loss, unit), cotangent = jax.value_and_grad(meta_loss, has_aux=True)(unit.params)
-    seen = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen)
-    return unit, seen, cotangent, {"meta_loss": loss, "return": metrics["return"][-1]}
-
-
-def train_group(theta, keys, units, clocks, task, learned, inner_updates, lifetime):
-    """Reset and train some units side by side. clocks: see unit_clocks. -> sum of their meta-gradients, units, metrics [N]
+def train_group(theta, schedule: Schedule, units, task, learned, args):
+    """Reset and train some units side by side. -> sum of their meta-gradients, units, metrics [N]
 
     A unit whose parameters are no longer finite also starts anew; what it would add to the sum is left out, group and all.
     """
-    optimizer = to_optax(learned, theta, task.learning_rate)
-    key_reset, key_train = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    broken = ~jax.vmap(all_finite)(units.params)
-    units = reset_due(key_reset, units, clocks[0] | broken, task.agent, optimizer)
-    start = (units.params, units.opt_state)
-    train = partial(train_unit, agent=task.agent, optimizer=optimizer, inner_updates=inner_updates, lifetime=lifetime)
-    units, seen, cotangent, metrics = jax.vmap(train)(key_train, units, clocks[1])
-    if learned.rule:
-        gradient = streamed_replay_gradient(learned.rule, theta, start[1], seen[0], cotangent, task.learning_rate)
-    else:
-        replay = partial(replay_gradient, learned, theta, learning_rate=task.learning_rate)
-        gradient = jax.tree.map(lambda g: jnp.sum(g, axis=0), jax.vmap(replay)(start, *seen, cotangent))
+    key_reset, key_train = jnp.moveaxis(jax.vmap(jax.random.split)(schedule.key), 1, 0)
+    broken = ~jax.vmap(all_finite)(units.agent.params)
+    new = partial(new_unit, theta=theta, task=task, learned=learned, args=args)
+    units = reset_due(key_reset, units, schedule.due | broken, new)
+    estimate = partial(pes, sigma=args.sigma) if args.meta_estimator == "pes" else backprop
+    lifetime = args.reset_interval if args.pipeline else args.num_iterations
+    estimate = partial(estimate, agent=task.agent, learned=learned, inner_updates=args.inner_updates, lifetime=lifetime)
+    gradient, units, metrics = estimate(theta, key_train, units, schedule.age, schedule.sign)
     gradient = only_finite(gradient, jax.tree.map(jnp.zeros_like, gradient))
     return gradient, units, metrics | {"broken": broken}
 
 
-def train_units(theta, keys, units, clocks, train: Callable, mesh):
+def train_units(theta, schedule: Schedule, units, train: Callable, mesh):
     """All of a task's units: spread over the devices, on each device group by group. -> mean meta-gradient, units, metrics"""
-    per_device = keys.size // mesh.size
+    num_units = schedule.key.size
+    per_device = num_units // mesh.size
     # On a CPU one unit at a time stays in the cache; an accelerator wants many, as far as its memory goes.
     most = 1 if jax.default_backend() == "cpu" else 64
     group = max(size for size in range(1, most + 1) if per_device % size == 0)
 
-    def on_device(theta, keys, units, clocks):
+    def on_device(theta, schedule, units):
         def on_group(carry, start):
             total, units = carry
-            some = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, group), (keys, units, clocks))
+            some = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, group), (schedule, units))
             some = jax.lax.optimization_barrier(some)  # a copy of these few, lest XLA copies all to update them in place
             gradient, some, metrics = train(theta, *some)
             units = jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, 0), units, some)
@@ -273,10 +280,10 @@ def train_units(theta, keys, units, clocks, train: Callable, mesh):
 
     split, whole = PartitionSpec("units"), PartitionSpec()
     on_devices = jax.shard_map(
-        on_device, mesh=mesh, in_specs=(whole, split, split, split), out_specs=(whole, split, split), check_vma=False
+        on_device, mesh=mesh, in_specs=(whole, split, split), out_specs=(whole, split, split), check_vma=False
     )
-    total, units, metrics = on_devices(theta, keys, units, clocks)
-    return jax.tree.map(lambda g: g / keys.size, total), units, metrics
+    total, units, metrics = on_devices(theta, schedule, units)
+    return jax.tree.map(lambda g: g / num_units, total), units, metrics
 
 
 # --- Meta-training ---
@@ -293,26 +300,23 @@ def make_meta_step(args: Args, tasks: list[Task], learned: LearnedOptimizer, mes
     """
     meta_optimizer = optax.adam(args.meta_learning_rate)
     clip = clipping(args.meta_clip)
-    lifetime = args.reset_interval if args.pipeline else args.num_iterations
 
     def init(key):
         key_theta, key_units = jax.random.split(key)
         theta = learned.init_theta(key_theta)
-        optimizer = to_optax(learned, theta, 1.0)
         units = []
         for i, task in enumerate(tasks):
-            keys = jax.random.split(jax.random.fold_in(key_units, i), args.num_units)
-            units.append(jax.vmap(task.agent.init, (0, None))(keys, optimizer))
+            keys = schedule(jax.random.fold_in(key_units, i), 0, args).key
+            units.append(jax.vmap(partial(new_unit, theta=theta, task=task, learned=learned, args=args))(keys))
         return MetaState(theta, meta_optimizer.init(theta), tuple(units), jnp.int32(0))
 
     def step(key, state):
-        clocks = unit_clocks(state.iteration, args)
         gradients, all_units, all_metrics = [], [], []
         for i, (task, units) in enumerate(zip(tasks, state.units, strict=True)):
             key_task = jax.random.fold_in(jax.random.fold_in(key, state.iteration), i)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key_task, jnp.arange(args.num_units))
-            train = partial(train_group, task=task, learned=learned, inner_updates=args.inner_updates, lifetime=lifetime)
-            gradient, units, metrics = train_units(state.theta, keys, units, clocks, train, mesh)
+            train = partial(train_group, task=task, learned=learned, args=args)
+            plan = schedule(key_task, state.iteration, args)
+            gradient, units, metrics = train_units(state.theta, plan, units, train, mesh)
             gradients.append(gradient)
             all_units.append(units)
             means = {"meta_loss": jnp.nanmean(metrics["meta_loss"]), "return": jnp.nanmean(metrics["return"])}
@@ -397,10 +401,16 @@ def fill_in(args: Args) -> Args:
         args = dataclasses.replace(args, **{name: values * len(settings) if len(values) == 1 else values})
     runs.check_positive(args, "num_units", "envs_per_unit", "inner_updates", "reset_interval", "total_steps", "num_iterations")
     runs.check_positive(args, "hidden_size", "readout_layers", "learning_rate", "reward_scale", "meta_learning_rate")
-    runs.check_positive(args, "num_devices", "checkpoint_every", "num_processes")
+    runs.check_positive(args, "num_devices", "checkpoint_every", "num_processes", "sigma")
     for name, num_envs in zip(args.env_name, args.envs_per_unit, strict=True):
         if name not in gridworld.NAMES and num_envs % 2:
             raise ValueError(f"--envs-per-unit must be even for {name} (a minibatch is half of them), got {num_envs}")
+    for name in ("reward_scale_range", "learning_rate_range"):
+        low, high = getattr(args, name)
+        if not 0 < low <= high < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} must be two numbers above 0, the lower first, got {low:g} {high:g}")
+    if args.meta_estimator == "pes" and args.num_units % 2:
+        raise ValueError(f"--num-units must be even with pes (antithetic pairs), got {args.num_units}")
     if not args.grad_clip > 0:
         raise ValueError(f"--grad-clip must be above 0, or inf for no clipping, got {args.grad_clip:g}")
     num_iterations = args.num_iterations or int(args.total_steps) // steps_per_iteration(args)
@@ -411,9 +421,9 @@ def fill_in(args: Args) -> Args:
 
 
 def steps_per_iteration(args: Args) -> int:
-    """Steps of one meta-iteration in the first environment: K updates' rollouts and the meta-loss's, of every unit."""
-    first = all_agent_args(args)[0]
-    return args.num_units * (args.inner_updates + 1) * (a2c if isinstance(first, a2c.Args) else ppo).steps_per_update(first)
+    """Steps of one meta-iteration in the first environment: K updates' rollouts and backprop's meta-loss's, of every unit."""
+    first, rollouts = all_agent_args(args)[0], args.inner_updates + (args.meta_estimator == "backprop")
+    return args.num_units * rollouts * (a2c if isinstance(first, a2c.Args) else ppo).steps_per_update(first)
 
 
 def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: Mesh, on_iteration: Callable) -> MetaState:

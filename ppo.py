@@ -362,6 +362,7 @@ class AgentState(NamedTuple):
     opt_state: Any
     streams: Stream  # [B]
     normaliser: Normaliser
+    reward_factor: jax.Array  # [], on top of args.reward_scale; meta-training may spread it over agents
 
 
 def make_agent(env: Env, args: Args) -> Agent:
@@ -378,7 +379,7 @@ def make_agent(env: Env, args: Args) -> Agent:
         zeros, ones = jnp.zeros(env.obs_size), jnp.ones(env.obs_size)
         batch, streams = act(key_first, params, Normaliser(jnp.ones(()), zeros, ones), streams)
         normaliser = update_normaliser(Normaliser(jnp.zeros(()), zeros, zeros), batch.obs[:, :-1])
-        return AgentState(params, optimizer.init(params), streams, normaliser)
+        return AgentState(params, optimizer.init(params), streams, normaliser, jnp.ones(()))
 
     def act(key, params, normaliser, streams):
         """One rollout in every environment. -> Batch [B, ...], streams"""
@@ -386,7 +387,7 @@ def make_agent(env: Env, args: Args) -> Agent:
         return jax.vmap(one, (0, None, None, 0))(jax.random.split(key, args.num_envs), params, normaliser, streams)
 
     def collect(key, state):
-        """As many rollouts as one update learns from. -> Batch [num_rollouts, ...], state"""
+        """As many rollouts as one update learns from. -> Batch [num_rollouts, ...], mean reward of a step, state"""
 
         def again(streams, key):
             batch, streams = act(key, state.params, state.normaliser, streams)
@@ -394,12 +395,14 @@ def make_agent(env: Env, args: Args) -> Agent:
 
         streams, batches = jax.lax.scan(again, state.streams, jax.random.split(key, num_rollouts // args.num_envs))
         batch = jax.tree.map(lambda x: x.reshape(num_rollouts, *x.shape[2:]), batches)
-        return jax.lax.stop_gradient(batch), state._replace(streams=streams)
+        reward = jnp.mean(batch.reward)
+        batch = jax.lax.stop_gradient(batch._replace(reward=state.reward_factor * batch.reward))
+        return batch, reward, state._replace(streams=streams)
 
     def learn(key, state, optimizer, progress=(0.0, 1.0)):
         """progress: how much of training is done before this update and after it, from 0 to 1; some optimizers read it."""
         key_collect, key_epochs = jax.random.split(key)
-        batch, state = collect(key_collect, state)
+        batch, reward, state = collect(key_collect, state)
 
         def gradient_step(carry, minibatch):
             params, opt_state = carry
@@ -424,15 +427,17 @@ def make_agent(env: Env, args: Args) -> Agent:
         (params, opt_state), seen = jax.lax.scan(epoch, start, (keys, fractions.astype(jnp.float32)))
         seen = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen)
         healthy = all_finite((batch.obs, batch.reward, params))
-        metrics = {"return": jnp.nanmean(state.streams.last_return), "loss": jnp.mean(seen[1]["value"]), "healthy": healthy}
+        metrics = {"return": jnp.nanmean(state.streams.last_return), "reward": reward, "loss": jnp.mean(seen[1]["value"])}
+        metrics |= {"healthy": healthy}
         # What was acted with is also learned with, so that the ratio starts at 1; the statistics are then brought up to date.
         normaliser = update_normaliser(state.normaliser, batch.obs[:, :-1])
-        return AgentState(params, opt_state, state.streams, normaliser), seen, metrics
+        state = state._replace(params=params, opt_state=opt_state, normaliser=normaliser)
+        return state, seen, metrics
 
     def loss(key, state):
         key_collect, key_entropy = jax.random.split(key)
         params = state.params
-        batch, state = collect(key_collect, jax.lax.stop_gradient(state))
+        batch, _, state = collect(key_collect, jax.lax.stop_gradient(state))
         return ppo_loss(params, state.normaliser, batch, key_entropy, args), state._replace(params=params)
 
     return Agent(init, learn, loss, steps_per_update(args))
@@ -463,7 +468,7 @@ def train(args: Args, env: Env, optimizer: optax.GradientTransformation, on_upda
 
     A seed whose simulation, loss or parameters are no longer finite is left as it was before, and its metrics are NaN from
     then on; when none is left, training ends.
-    -> {"return", "loss": [num_seeds, updates], "eval_return": [num_seeds, evaluations], "eval_steps": [evaluations]}
+    -> {"return", "reward", "loss": [num_seeds, updates], "eval_return": [num_seeds, evaluations], "eval_steps": [evaluations]}
     """
     agent = make_agent(env, args)
     optimizer = optax.with_extra_args_support(optax.chain(optax.clip(args.grad_clip), optimizer))

@@ -16,9 +16,9 @@ import gridworld
 import optimizers
 import pipeline_train
 import ppo
-from meta_gradient import replay_gradient, streamed_replay_gradient
+from meta_gradient import Unit, inner_loop, replay_gradient, streamed_replay_gradient
 from optim4rl import BLOCK, make_optim4rl, to_optax
-from pipeline_train import Args, Task, fill_in, make_meta_step, reset_slots, set_up, train_group, train_unit
+from pipeline_train import Args, Schedule, Task, fill_in, make_meta_step, reset_slots, schedule, set_up, train_group
 
 KINDS = [(cell, inputs) for cell in ("lstm", "gru") for inputs in ("raw", "log")]
 
@@ -52,18 +52,26 @@ def make_units(task, learned, num_units, seed=0, shift=0.1):
     """Units whose optimizer states are not all zero, and a theta with every part at work."""
     theta = jax.tree.map(lambda x: x + shift, learned.init_theta(jax.random.key(seed)))
     optimizer = to_optax(learned, theta, task.learning_rate)
-    units = jax.vmap(task.agent.init, (0, None))(jax.random.split(jax.random.key(seed + 1), num_units), optimizer)
-    learn = jax.jit(jax.vmap(lambda key, unit: task.agent.learn(key, unit, optimizer)[0]))
-    return theta, learn(jax.random.split(jax.random.key(seed + 2), num_units), units)
+    agents = jax.vmap(task.agent.init, (0, None))(jax.random.split(jax.random.key(seed + 1), num_units), optimizer)
+    learn = jax.jit(jax.vmap(lambda key, agent: task.agent.learn(key, agent, optimizer)[0]))
+    agents = learn(jax.random.split(jax.random.key(seed + 2), num_units), agents)
+    return theta, Unit(agents, jnp.full(num_units, task.learning_rate), ())
 
 
 def relative(a, b):
     return float(optax.tree.norm(optax.tree.sub(a, b)) / optax.tree.norm(b))
 
 
-def young(num_units):
-    """Clocks of units that started just now, and are not to start again."""
-    return jnp.zeros(num_units, bool), jnp.zeros(num_units, jnp.int32)
+def planned(num_units, age=0, seed=7):
+    """A schedule in which no unit is to start anew."""
+    keys, ages = jax.random.split(jax.random.key(seed), num_units), jnp.full(num_units, age)
+    return Schedule(jnp.zeros(num_units, bool), ages, jnp.ones(num_units), keys)
+
+
+def group_of(task, learned, **changes):
+    """train_group, jitted, of this task and optimizer."""
+    args = small_args(**{"reset_interval": 9, **changes})
+    return jax.jit(functools.partial(train_group, task=task, learned=learned, args=args))
 
 
 def pick(tree, i):
@@ -88,29 +96,28 @@ def test_meta_gradient_is_jax_grad_through_everything(kind, agent):
     num_units, inner_updates = 2, 3
     task, learned = TASKS[agent](), LEARNED[kind]()
     theta, units = make_units(task, learned, num_units, shift=0.01 if kind == "velo" else 0.1)
-    keys = jax.random.split(jax.random.key(7), num_units)
-    num_params = sum(x.size for x in jax.tree.leaves(pick(units.params, 0)))
+    plan = planned(num_units, age=2)
+    num_params = sum(x.size for x in jax.tree.leaves(pick(units.agent.params, 0)))
     assert num_params > BLOCK and num_params % BLOCK
 
     @jax.jit
-    def learn(theta, key, unit, progress):
-        return task.agent.learn(key, unit, to_optax(learned, theta, task.learning_rate), progress)[0]
+    def learn(theta, key, agent, progress):
+        return task.agent.learn(key, agent, to_optax(learned, theta, task.learning_rate), progress)[0]
 
     def meta_loss(theta):
         """Rollouts and all: nothing is recorded, nothing replayed."""
         total = 0.0
         for i in range(num_units):
-            key_inner, key_meta = jax.random.split(jax.random.split(keys[i])[1])
-            unit = pick(units, i)
+            key_inner, key_meta = jax.random.split(jax.random.split(plan.key[i])[1])
+            agent = pick(units.agent, i)
             for number, key in enumerate(jax.random.split(key_inner, inner_updates)):
                 progress = (jnp.float32((6 + number) / 27), jnp.float32((7 + number) / 27))
-                unit = learn(theta, key, unit, progress)
-            total += jax.jit(task.agent.loss)(key_meta, unit)[0]
+                agent = learn(theta, key, agent, progress)
+            total += jax.jit(task.agent.loss)(key_meta, agent)[0]
         return total
 
     loss, expected = jax.value_and_grad(meta_loss)(theta)
-    group = jax.jit(lambda *a: train_group(*a, task=task, learned=learned, inner_updates=inner_updates, lifetime=9))
-    gradient, _, metrics = group(theta, keys, units, (jnp.zeros(num_units, bool), jnp.full(num_units, 2)))
+    gradient, _, metrics = group_of(task, learned, inner_updates=inner_updates)(theta, plan, units)
     assert relative(gradient, expected) < 1e-5
     gradient.pop("start", None)  # VeLO's, read at the first update only, which was before
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
@@ -121,10 +128,8 @@ def test_meta_gradient_is_jax_grad_through_everything(kind, agent):
 def test_unstreamed_replay_gives_the_same(cell, inputs):
     task, learned = make_task(), make_optim4rl(cell, inputs)
     theta, units = make_units(task, learned, 2)
-    keys = jax.random.split(jax.random.key(7), 2)
-    group = functools.partial(train_group, task=task, inner_updates=3, lifetime=9)
-    streamed = jax.jit(functools.partial(group, learned=learned))(theta, keys, units, young(2))[0]
-    unstreamed = jax.jit(functools.partial(group, learned=learned._replace(rule=None)))(theta, keys, units, young(2))[0]
+    streamed = group_of(task, learned, inner_updates=3)(theta, planned(2), units)[0]
+    unstreamed = group_of(task, learned._replace(rule=None), inner_updates=3)(theta, planned(2), units)[0]
     assert relative(streamed, unstreamed) < 1e-5
 
 
@@ -150,7 +155,7 @@ def test_meta_gradient_against_finite_differences_in_float64(cell, inputs):
 
         cotangent = jax.grad(loss_of)(replayed(theta))
         one_unit = jax.tree.map(lambda x: x[None], (start[1], grads, cotangent))
-        streamed = streamed_replay_gradient(learned.rule, theta, *one_unit, 0.1)
+        streamed = streamed_replay_gradient(learned.rule, theta, *one_unit, jnp.array([0.1]))
         unstreamed = replay_gradient(learned, theta, start, grads, {}, cotangent, 0.1)
         loss = jax.jit(lambda theta: loss_of(replayed(theta)))
         for seed in range(5):
@@ -184,27 +189,49 @@ def test_reset_slots_by_hand(num_units, reset_interval, slots):
 def test_clocks_count_from_each_reset(pipeline):
     args, ages = small_args(pipeline=pipeline), np.zeros(4, int)
     for t in range(8):
-        due, after = pipeline_train.unit_clocks(jnp.int32(t), args)
+        plan = schedule(jax.random.key(t), jnp.int32(t), args)
         expected_due = [pipeline and t % 3 == slot for slot in reset_slots(4, 3)]
         ages = np.where(expected_due, 0, ages)
-        np.testing.assert_array_equal(due, expected_due)
-        np.testing.assert_array_equal(after, ages)
+        np.testing.assert_array_equal(plan.due, expected_due)
+        np.testing.assert_array_equal(plan.age, ages)
+        assert len(set(map(tuple, jax.random.key_data(plan.key).tolist()))) == 4
         ages = ages + 1
 
 
 def test_a_due_unit_is_reset_whole_and_the_others_not_at_all():
     task, learned = make_task(2), make_optim4rl()
     theta, units = make_units(task, learned, 4)
-    optimizer, keys = to_optax(learned, theta, task.learning_rate), jax.random.split(jax.random.key(3), 4)
-    due = jnp.array([False, True, False, True])
-    after = jax.jit(lambda *a: pipeline_train.reset_due(*a, task.agent, optimizer))(keys, units, due)
+    due, keys = jnp.array([False, True, False, True]), jax.random.split(jax.random.key(3), 4)
+    new = functools.partial(pipeline_train.new_unit, theta=theta, task=task, learned=learned, args=small_args())
+    after = jax.jit(functools.partial(pipeline_train.reset_due, new=new))(keys, units, due)
     for i in range(4):
         if due[i]:
             same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6)  # noqa: E731
-            jax.tree.map(same, pick(after, i), task.agent.init(keys[i], optimizer))
+            jax.tree.map(same, pick(after, i), new(keys[i]))
         else:
             jax.tree.map(np.testing.assert_array_equal, pick(after, i), pick(units, i))
-    assert np.abs(units.opt_state[0][0]).max() > 0 and np.abs(after.opt_state[0][0][1]).max() == 0
+    before, after = (tree.agent.opt_state[0][0] for tree in (units, after))
+    assert np.abs(before).max() > 0 and np.abs(after[1]).max() == 0
+
+
+def test_step_sizes_and_reward_scales_are_spread_over_units():
+    task, learned = make_task(), make_optim4rl()
+    args = small_args(learning_rate_range=(0.1, 10.0), reward_scale_range=(1.0, 100.0))
+    theta = learned.init_theta(jax.random.key(0))
+    new = functools.partial(pipeline_train.new_unit, theta=theta, task=task, learned=learned, args=args)
+    units = jax.vmap(new)(jax.random.split(jax.random.key(1), 200))
+    for values, low, high in ((units.learning_rate / task.learning_rate, 0.1, 10), (units.agent.reward_factor, 1, 100)):
+        assert low <= values.min() < low * 1.2 and high / 1.2 < values.max() <= high
+        np.testing.assert_allclose(np.median(values), np.sqrt(low * high), rtol=0.5)
+
+    def moved(unit):
+        agent = task.agent.learn(jax.random.key(2), unit.agent, to_optax(learned, theta, unit.learning_rate))[0]
+        return optax.tree.norm(optax.tree.sub(agent.params, unit.agent.params))
+
+    one = pick(units, 0)
+    np.testing.assert_allclose(moved(one._replace(learning_rate=2 * one.learning_rate)), 2 * moved(one), rtol=1e-3)
+    seen = [task.agent.learn(jax.random.key(2), one.agent._replace(reward_factor=f), optax.sgd(0.1))[1][0] for f in (1.0, 3.0)]
+    assert relative(seen[1]["critic"], seen[0]["critic"]) > 0.5
 
 
 def small_args(**changes):
@@ -236,7 +263,7 @@ def test_units_are_reset_when_the_schedule_says(pipeline):
     for t in range(5):
         for i, slot in enumerate(reset_slots(4, 3)):
             # A gridworld of horizon 50 never ends on its own in a life of 3 iterations of 60 steps: look at the parameters.
-            before, after = (pick(state.units[0].params, i) for state in states[t : t + 2])
+            before, after = (pick(state.units[0].agent.params, i) for state in states[t : t + 2])
             moved = max(float(jnp.abs(p - q).max()) for p, q in zip(*map(jax.tree.leaves, (before, after)), strict=True))
             # Two updates of about the step size each, or a whole new set of weights.
             assert (moved > 0.05) == (pipeline and t % 3 == slot)
@@ -250,7 +277,7 @@ def test_one_two_and_four_devices_give_the_same():
     one, two, four = (iterate(args, num_devices=n) for n in (1, 2, 4))
     for other in (two, four):
         assert relative(other[-1].theta, one[-1].theta) < 1e-5
-        assert relative(other[-1].units[0].params, one[-1].units[0].params) < 1e-4
+        assert relative(other[-1].units[0].agent.params, one[-1].units[0].agent.params) < 1e-4
 
 
 def test_same_seed_same_theta_bit_for_bit():
@@ -283,10 +310,9 @@ def test_several_tasks_mean_of_clipped_gradients():
     gradients = []
     for i, task in enumerate(tasks):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), 0), i)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(4))
-        clocks = jnp.asarray(reset_slots(4, 3)) == 0, jnp.zeros(4, jnp.int32)
-        group = jax.jit(functools.partial(train_group, task=task, learned=learned, inner_updates=2, lifetime=3))
-        gradients.append(jax.tree.map(lambda g: g / 4, group(states[0].theta, keys, states[0].units[i], clocks)[0]))
+        group = jax.jit(functools.partial(train_group, task=task, learned=learned, args=args))
+        plan = schedule(key, jnp.int32(0), args)
+        gradients.append(jax.tree.map(lambda g: g / 4, group(states[0].theta, plan, states[0].units[i])[0]))
     norms = [float(optax.tree.norm(g)) for g in gradients]
     assert max(norms) > 0.5
     clipped = [jax.tree.map(lambda x, n=n: x * min(1, 0.5 / n), g) for g, n in zip(gradients, norms, strict=True)]
@@ -299,10 +325,10 @@ def test_inner_loop_records_what_it_applied():
     task, learned = make_task(), make_optim4rl()
     theta, units = make_units(task, learned, 1)
     unit, optimizer = pick(units, 0), to_optax(learned, theta, task.learning_rate)
-    after, (grads, _), _, _ = train_unit(jax.random.key(0), unit, 0, task.agent, optimizer, 3, 9)
-    params, state = unit.params, unit.opt_state
+    after, (grads, _), _ = inner_loop(jax.random.key(0), unit, 0, theta, task.agent, learned, 3, 9)
+    params, state = unit.agent.params, unit.agent.opt_state
     for k in range(3):
-        updates, state = optimizer.update(pick(grads, k), state)
+        updates, state = optimizer.update(jax.tree.map(lambda g, k=k: g[k, 0], grads), state)
         params = optax.apply_updates(params, updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, after.params)
 
@@ -312,20 +338,20 @@ def test_a_unit_that_goes_wrong_is_left_out_and_starts_anew(value):
     """One that comes in with NaN is new at once; one whose numbers overflow on the way adds nothing, and is new next time."""
     task, learned = make_task(), make_optim4rl()
     theta, units = make_units(task, learned, 3)
-    bad = units._replace(params=jax.tree.map(lambda x: x.at[1].set(value), units.params))
-    keys, mesh = jax.random.split(jax.random.key(7), 3), jax.sharding.Mesh(jax.devices()[:1], "units")
-    train = functools.partial(train_group, task=task, learned=learned, inner_updates=2, lifetime=9)
-    train_units = jax.jit(functools.partial(pipeline_train.train_units, train=train, mesh=mesh))
-    gradient, after, metrics = train_units(theta, keys, bad, young(3))
+    bad_params = jax.tree.map(lambda x: x.at[1].set(value), units.agent.params)
+    bad, mesh = units._replace(agent=units.agent._replace(params=bad_params)), Mesh(jax.devices()[:1], "units")
+    group = group_of(task, learned)
+    train_units = jax.jit(functools.partial(pipeline_train.train_units, train=group, mesh=mesh))
+    gradient, after, metrics = train_units(theta, planned(3), bad)
     np.testing.assert_array_equal(metrics["broken"], [False, bool(jnp.isnan(value)), False])
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(gradient))
     good = jnp.array([0, 2])
-    whole = jax.jit(train)(theta, keys[good], pick(units, good), young(2))[0]
+    whole = group(theta, pick(planned(3), good), pick(units, good))[0]
     left_out = relative(jax.tree.map(lambda g: 3 * g, gradient), whole) < 1e-5
     assert left_out == (value == 1e30)
-    _, after, metrics = train_units(theta, keys, after, young(3))
+    _, after, metrics = train_units(theta, planned(3), after)
     np.testing.assert_array_equal(metrics["broken"], [False, value == 1e30, False])
-    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(after.params))
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(after.agent.params))
 
 
 def test_a_meta_gradient_that_is_not_finite_changes_nothing():
