@@ -16,8 +16,9 @@ import velo
 from meta_gradient import replay_gradient
 from optim4rl import save_theta, to_optax
 
+COORDINATEWISE = ("optim4rl", "momentum4rl", "linear_optim", "l2lgd2")
 KINDS = {
-    **{kind: functools.partial(optimizers.LEARNED[kind], grad_clip=None) for kind in ("optim4rl", "linear_optim", "l2lgd2")},
+    **{kind: functools.partial(optimizers.LEARNED[kind], grad_clip=None) for kind in COORDINATEWISE},
     "star": star.make_star,
     "velo": functools.partial(velo.make_velo, lstm_size=16, num_bases=8),
 }
@@ -173,6 +174,37 @@ def test_l2lgd2_scales_the_gradient():
     grads = jnp.array([0.3, -2.0, 1e-7])
     optimizer = to_optax(learned, set_readout(theta, [-0.4]), 0.1)
     np.testing.assert_allclose(optimizer.update(grads, optimizer.init(grads))[0], -0.1 * np.exp(-0.4) * grads, rtol=1e-6)
+
+
+# --- momentum4rl ---
+
+
+@pytest.mark.parametrize("o1, o2", [(0.0, -jnp.inf), (0.4, 0.7)])
+def test_momentum4rl_is_adam_and_sign_descent_in_the_proportions_of_its_read_outs(o1, o2):
+    learned, theta = make("momentum4rl")
+    readouts = {f"readout{i}": {"0": {"w": jnp.zeros((1, 8)), "b": jnp.array([o])}} for i, o in ((1, o1), (2, o2))}
+    optimizer, adam = to_optax(learned, theta | readouts, 0.1), optax.adam(0.1)
+    params = jnp.zeros(5)
+    state, adam_state = optimizer.init(params), adam.init(params)
+    for seed in range(4):
+        g = jax.random.normal(jax.random.key(seed), (5,)) * jnp.array([1.0, 1e-3, 1e-6, 10.0, 0.0])
+        updates, state = optimizer.update(g, state)
+        expected, adam_state = adam.update(g, adam_state)
+        expected = np.exp(o1) * expected - 0.1 * np.exp(o2 - 1.5) * np.sign(g)
+        np.testing.assert_allclose(updates, expected, rtol=1e-4)
+
+
+def test_momentum4rls_cells_see_magnitude_and_consistency():
+    """Sequences that Optim4RL's raw inputs cannot tell apart lead to different states: small, large, alternating."""
+    learned, theta = make("momentum4rl")
+    optimizer, states = to_optax(learned, theta, 0.1), []
+    for scale, flip in ((1e-5, 1), (1e-2, 1), (1e-2, -1)):
+        state = optimizer.init(jnp.zeros(1))
+        for t in range(6):
+            _, state = optimizer.update(jnp.array([scale * flip**t]), state)
+        states.append(np.asarray(state[0][0][0, :, 0]))
+    for i in range(3):
+        assert np.abs(states[i] - states[i - 1]).max() > 0.02
 
 
 # --- STAR ---
