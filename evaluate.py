@@ -169,12 +169,14 @@ def plan(args: Args) -> list[tuple[str, str, float]]:
         rates, label = [default], name
         if name in optimizers.CLASSICAL and args.learning_rates:
             rates = args.learning_rates
-        elif name.endswith(".npz") and not name.startswith("untrained"):
-            header = optim4rl.load_theta(name)[1]
+        elif name.endswith(".npz"):
+            path = name.removeprefix("untrained:")
+            header = optim4rl.load_theta(path)[1]
             known = dict(zip(header["trained"].get("env_name", ()), header["trained"].get("learning_rate", ()), strict=False))
             rates = [args.learning_rate or known.get(args.env_name, default)]
             kind = "" if header["optimizer"] == "optim4rl" else f"{header['optimizer']}, "
-            label = kind + "/".join(Path(name).with_suffix("").parts[-2:]).split("__")[0] + " (trained)"
+            label = kind + "/".join(Path(path).with_suffix("").parts[-2:]).split("__")[0]
+            label += " (trained)" if path == name else " (untrained)"
         label = label if label not in {made[0] for made in runs_to_make} else name
         runs_to_make += [(label, name, rate) for rate in rates]
     return runs_to_make
