@@ -219,7 +219,8 @@ def make_agent(env: Any, args: Args) -> Agent:
         batches, reward, state = fresh_batch(key, state)
         loss, grads = jax.value_and_grad(mean_loss)(state.params, batches)
         extra_args = {"value": loss, "fraction": jnp.float32(progress[0])}
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra_args)
+        update = optax.with_extra_args_support(optimizer).update
+        updates, opt_state = update(grads, state.opt_state, state.params, **extra_args)
         state = state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
         metrics = {"return": jnp.nanmean(state.streams.last_return), "reward": reward, "loss": loss}
         return state, jax.tree.map(lambda x: x[None], (grads, extra_args)), metrics
@@ -237,7 +238,6 @@ def train(args: Args, env: Any, optimizer: optax.GradientTransformation, on_upda
     -> {"return", "reward", "loss": [num_seeds, updates]}, the return of the last episodes to end, the mean reward of a step
     """
     agent = make_agent(env, args)
-    optimizer = optax.with_extra_args_support(optimizer)
     seeds = args.seed + jnp.arange(args.num_seeds)
     keys_init, keys = jnp.moveaxis(jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds), 1, 0)
 

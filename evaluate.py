@@ -26,9 +26,9 @@ import a2c
 import gridworld
 import optim4rl
 import optimizers
-import pipeline_train
 import ppo
 import runs
+import settings
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
@@ -162,7 +162,7 @@ def draw(path: Path, results: list[Result], env_steps: np.ndarray, title: str) -
 
 def plan(args: Args) -> list[tuple[str, str, float]]:
     """The runs to make: (label, name or path, step size). Raises ValueError, in one line, for an unfit optimizer."""
-    default = args.learning_rate or pipeline_train.setting_of(args.env_name).learning_rate
+    default = args.learning_rate or settings.setting_of(args.env_name).learning_rate
     runs_to_make = []
     for name in dict.fromkeys(args.optimizers):
         optimizers.make_optimizer(name, default)
@@ -184,7 +184,7 @@ def plan(args: Args) -> list[tuple[str, str, float]]:
 
 def make_agent_args(args: Args) -> a2c.Args | ppo.Args:
     """What the agents are trained with. Raises ValueError, in one line, for what cannot be."""
-    pipeline_train.check_environment(args.env_name)
+    settings.check_environment(args.env_name)
     runs.check_positive(args, "num_seeds", "learning_rate", "learning_rates", "total_steps", "num_envs")
     if not args.optimizers:
         raise ValueError("--optimizers must name at least one optimizer")

@@ -14,7 +14,6 @@ Legend: N units, K inner updates, S gradient steps of one update, m reset interv
 """
 
 import dataclasses
-import difflib
 import inspect
 import time
 from collections.abc import Callable
@@ -35,6 +34,7 @@ import ppo
 import runs
 from meta_gradient import Unit, backprop, pes
 from optim4rl import LearnedOptimizer, save_theta, to_optax
+from settings import check_environment, setting_of
 
 COMPILER_OPTIONS = {
     "xla_cpu_prefer_vector_width": 512,  # where a CPU has such registers: a fifth off an iteration's time
@@ -110,53 +110,6 @@ class Args:
     """iterations between two writings of theta.npz"""
     runs_dir: str = "runs"
     """the run's folder is made in here"""
-
-
-class Setting(NamedTuple):
-    """A task's setting in the paper; where the paper swept, a value from inside the sweep."""
-
-    num_units: int
-    total_steps: float
-    reset_interval: int
-    meta_learning_rate: float
-    learning_rate: float  # trained on alone
-    many_learning_rate: float  # trained on together with others
-    many_reward_scale: float
-    reward_scale: float = 1.0
-    envs_per_unit: int = 1
-
-
-SETTINGS = {
-    "catch": Setting(64, 5e5, 32, 1e-3, 1e-3, 1e-3, 1.0),
-    "small_sparse_short": Setting(512, 3e7, 144, 3e-4, 3e-3, 3e-3, 1e2),  # not in the paper: as its other small ones
-    "small_sparse_long": Setting(512, 3e7, 144, 3e-4, 3e-3, 3e-3, 1e2),  # likewise
-    "small_dense_short": Setting(512, 3e7, 144, 3e-4, 3e-3, 3e-3, 1e2),
-    "small_dense_long": Setting(512, 3e7, 144, 3e-4, 3e-2, 1e-3, 1e3),
-    "big_sparse_short": Setting(512, 3e7, 144, 3e-4, 3e-3, 3e-3, 1e2),
-    "big_sparse_long": Setting(512, 3e7, 144, 3e-4, 1e-3, 1e-3, 1e1),
-    "big_dense_short": Setting(512, 3e7, 144, 3e-4, 3e-3, 3e-3, 1e1),
-    "big_dense_long": Setting(512, 3e7, 144, 3e-4, 3e-3, 3e-3, 1.0),
-}
-
-
-def check_environment(name: str) -> None:
-    """Raises ValueError, in one line, unless it is a gridworld, catch, or a task of Brax's."""
-    if name in gridworld.NAMES or name in ppo.task_names():
-        return
-    known = (*gridworld.NAMES, *ppo.task_names())
-    close = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
-    raise ValueError(f"unknown environment {name!r}; {hint}")
-
-
-def setting_of(name: str) -> Setting:
-    if name in SETTINGS:
-        return SETTINGS[name]
-    # The paper's 2048 environments in all, spread over 16 units where it had as many units as devices.
-    brax = ppo.SETTINGS.get(name, ppo.OTHER)
-    return Setting(
-        16, 1e8, 64, 3e-4, brax.learning_rate, brax.learning_rate, brax.reward_scale, brax.reward_scale, envs_per_unit=128
-    )
 
 
 class Task(NamedTuple):

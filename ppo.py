@@ -409,7 +409,8 @@ def make_agent(env: Env, args: Args) -> Agent:
             batch, key, fraction = minibatch
             loss, grads = jax.value_and_grad(ppo_loss)(params, state.normaliser, batch, key, args)
             extra_args = {"value": loss, "fraction": fraction}
-            updates, opt_state = optimizer.update(grads, opt_state, params, **extra_args)
+            update = optax.with_extra_args_support(optimizer).update
+            updates, opt_state = update(grads, opt_state, params, **extra_args)
             return (optax.apply_updates(params, updates), opt_state), (grads, extra_args)
 
         def epoch(carry, key_and_fractions):
@@ -471,7 +472,7 @@ def train(args: Args, env: Env, optimizer: optax.GradientTransformation, on_upda
     -> {"return", "reward", "loss": [num_seeds, updates], "eval_return": [num_seeds, evaluations], "eval_steps": [evaluations]}
     """
     agent = make_agent(env, args)
-    optimizer = optax.with_extra_args_support(optax.chain(optax.clip(args.grad_clip), optimizer))
+    optimizer = optax.chain(optax.clip(args.grad_clip), optimizer)
     seeds = args.seed + jnp.arange(args.num_seeds)
     keys_init, keys, keys_eval = jnp.moveaxis(jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(seeds), 1, 0)
 

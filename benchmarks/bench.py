@@ -157,7 +157,7 @@ def measure_meta(name, units, way, devices=1, inner_updates=4, repeats=3):
         began = time.perf_counter()
         state, out = jax.block_until_ready(step(key, state))
         times.append(time.perf_counter() - began)
-    num_params = sum(x.size for x in jax.tree.leaves(state.units[0].params if way == "ours" else state.params)) // units
+    num_params = sum(x.size for x in jax.tree.leaves(state.units[0].agent.params if way == "ours" else state.params)) // units
     return {"seconds": min(times[1:]), "compile_s": compiled, "params": num_params}
 
 
