@@ -3,9 +3,9 @@
 Optim4RL's update is sign(g) times a positive number, so it cannot average noise away, and raw gradients are too small for
 its cells to see. Here both cells read, of every coordinate,
 
-    x = sign g, log|g|, m_.5 / sqrt(v), m_.9 / sqrt(v), m_.99 / sqrt(v), log sqrt(v)
+    x = sign g, m_.5 / sqrt(v), m_.9 / sqrt(v), m_.99 / sqrt(v), log|g|, log sqrt(v), log t
 
-with bias-corrected running means m_b of g and v of g^2 (decay .999), and
+with bias-corrected running means m_b of g and v of g^2 (decay .999) and the number of steps t, and
 
     h1 <- RNN1(h1, x)      o1 = readout1(h1)
     h2 <- RNN2(h2, x)      o2 = readout2(h2)
@@ -24,7 +24,7 @@ from optim4rl import BLOCK, CELLS, LearnedOptimizer, constant, coordinatewise, i
 MOMENTUM_DECAYS = (0.5, 0.9, 0.99)
 SECOND_MOMENT_DECAY = 0.999
 EPS = 1e-8
-LOG_SCALE = 0.1  # logarithms are from -18 to 0
+LOG_SCALE = 0.1  # logarithms are from -18 to 12
 READOUT_SCALE = 0.1  # of the read-outs' initial weights
 SIGN_BIAS = -1.5
 
@@ -43,7 +43,7 @@ def momentum4rl_rule(theta: dict, g: jax.Array, state: tuple, cell: str, grad_cl
     g = constant(g, grad_clip)
     m, v, moments = update_moments(g, state[2])
     root = jnp.sqrt(v) + EPS
-    logs = LOG_SCALE * jnp.log(jnp.stack([jnp.abs(g) + EPS, root]))
+    logs = LOG_SCALE * jnp.log(jnp.stack([jnp.abs(g) + EPS, root, moments[-1]]))
     x = jnp.concatenate([jnp.sign(g)[None], m / root, logs])
     state1, state2 = CELLS[cell](theta["rnn1"], state[0], x), CELLS[cell](theta["rnn2"], state[1], x)
     o1, o2 = readout(theta["readout1"], state1[0])[0], readout(theta["readout2"], state2[0])[0]
@@ -56,7 +56,7 @@ def make_momentum4rl(cell="lstm", hidden_size=8, readout_layers=(), grad_clip: f
 
     def init_theta(key):
         keys = jax.random.split(key, 4)
-        rnns = {f"rnn{i + 1}": init_rnn(keys[i], cell, len(MOMENTUM_DECAYS) + 3, hidden_size) for i in range(2)}
+        rnns = {f"rnn{i + 1}": init_rnn(keys[i], cell, len(MOMENTUM_DECAYS) + 4, hidden_size) for i in range(2)}
         sizes = (hidden_size, *readout_layers, 1)
         readouts = {f"readout{i + 1}": init_dense(keys[2 + i], sizes) for i in range(2)}
         return rnns | jax.tree.map(lambda w: READOUT_SCALE * w, readouts)
