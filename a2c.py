@@ -9,6 +9,7 @@ an optimizer is optax's.
 Legend: T steps of a rollout, B environments, A actions.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -233,7 +234,8 @@ def make_agent(env: Any, args: Args) -> Agent:
 
 
 def train(args: Args, env: Any, optimizer: optax.GradientTransformation, on_update: Callable) -> dict:
-    """Train args.num_seeds agents side by side. on_update(number of updates done, metrics) is called after each update.
+    """Train args.num_seeds agents side by side. on_update(number of updates done, metrics) is called after each update,
+    and ends training by True.
 
     -> {"return", "reward", "loss": [num_seeds, updates]}, the return of the last episodes to end, the mean reward of a step
     """
@@ -252,7 +254,8 @@ def train(args: Args, env: Any, optimizer: optax.GradientTransformation, on_upda
     for number in range(num_updates(args)):
         states, metrics = update(keys, number, states)
         history.append(metrics)
-        on_update(number + 1, metrics)
+        if on_update(number + 1, metrics):
+            break
     return jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *history)
 
 
@@ -278,17 +281,19 @@ def main() -> None:
             raise ValueError(f"--total-steps {args.total_steps:g} is less than one rollout of all environments")
         folder = runs.make_folder(args.runs_dir, args.env_name, "a2c", args.seed, args)
 
-    with runs.Log(folder, num_updates(args)) as log:
+    with runs.interruptible() as interrupted, runs.Log(folder, num_updates(args)) as log:
 
         def on_update(number, metrics):
             per_seed = {f"return_seed_{args.seed + i}": value for i, value in enumerate(metrics["return"])}
             means = {name: value.mean() for name, value in metrics.items()}
             log.write(number, {"env_steps": number * steps_per_update(args), **means, **per_seed})
+            return interrupted()
 
         history = train(args, env, optimizer, on_update)
     final = history["return"][:, -20:].mean(axis=1)
     print(f"return over the last 20 updates: {final.mean():.3f} (by seed: {', '.join(f'{x:.3f}' for x in final)})")
     print(f"written: {folder}/config.json, metrics.csv, TensorBoard events (tensorboard --logdir {args.runs_dir})")
+    sys.exit(interrupted())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ at its best, picked on the very seeds that are shown, so the comparison favours 
 
 import csv
 import io
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ import settings
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
 
+SHORTER = "fewer --num-seeds or --total-steps make it short; Ctrl-C keeps the optimizers that are done"
 LAST = {a2c: 20, ppo: 2}  # a run's score is the mean of its last 20 returns, or of its last 2 evaluations
 
 
@@ -157,6 +159,16 @@ def draw(path: Path, results: list[Result], env_steps: np.ndarray, title: str) -
     plt.close(figure)
 
 
+def write(folder: Path, results: list[Result], env_steps: np.ndarray, args: Args) -> None:
+    """results.csv, curves.png and table.md, and the table on the screen."""
+    write_csv(folder / "results.csv", results, env_steps, args.seed)
+    draw(folder / "curves.png", results, env_steps, f"{args.env_name}, {args.num_seeds} seeds")
+    summary = table(results, env_steps)
+    optim4rl.write_whole(folder / "table.md", lambda file: file.write(f"{summary}\n".encode()))
+    print(summary)
+    print(f"written: {folder}/table.md, results.csv (every curve), curves.png, config.json")
+
+
 # --- The command line ---
 
 
@@ -196,9 +208,9 @@ def make_agent_args(args: Args) -> a2c.Args | ppo.Args:
     return a2c.Args(**shared, total_steps=steps, num_envs=args.num_envs or (64 if catch else 512))
 
 
-def train(agent: ModuleType, agent_args, env, label: str, name: str, rate: float, bar) -> tuple[Result, np.ndarray]:
+def train(agent: ModuleType, agent_args, env, label: str, name: str, rate: float, on_update) -> tuple[Result, np.ndarray]:
     """All seeds of one optimizer at one step size. agent: the module, a2c or ppo. -> Result, the env_steps of its returns"""
-    history = agent.train(agent_args, env, optimizers.make_optimizer(name, rate), lambda number, _: bar.update())
+    history = agent.train(agent_args, env, optimizers.make_optimizer(name, rate), on_update)
     if agent is ppo:
         returns, env_steps = np.asarray(history["eval_return"]), np.asarray(history["eval_steps"])
     else:
@@ -221,19 +233,24 @@ def main() -> None:
         folder = runs.make_folder(args.runs_dir, args.env_name, "evaluate", args.seed, args)
 
     results, began = [], time.perf_counter()
-    for label, name, rate in to_run:
-        with runs.progress(updates, f"{label} ({rate:g}), {len(results) + 1} of {len(to_run)}") as bar:
-            result, env_steps = train(agent, agent_args, env, label, name, rate, bar)
-        results.append(result)
-        if len(results) == 1:
-            runs.warn_if_long((time.perf_counter() - began) * len(to_run), "fewer --num-seeds or --total-steps make it short")
+    with runs.interruptible() as interrupted:
+        for label, name, rate in to_run:
+            with runs.progress(updates, f"{label} ({rate:g}), {len(results) + 1} of {len(to_run)}") as bar:
 
-    write_csv(folder / "results.csv", results, env_steps, args.seed)
-    draw(folder / "curves.png", results, env_steps, f"{args.env_name}, {args.num_seeds} seeds")
-    summary = table(results, env_steps)
-    optim4rl.write_whole(folder / "table.md", lambda file: file.write(f"{summary}\n".encode()))
-    print(summary)
-    print(f"written: {folder}/table.md, results.csv (every curve), curves.png, config.json")
+                def on_update(number, _, bar=bar):
+                    bar.update()
+                    return interrupted()
+
+                result, steps = train(agent, agent_args, env, label, name, rate, on_update)
+            if interrupted():  # this one is not whole
+                break
+            results.append(result)
+            env_steps = steps
+            if len(results) == 1:
+                runs.warn_if_long((time.perf_counter() - began) * len(to_run), SHORTER)
+        if results:
+            write(folder, results, env_steps, args)
+    sys.exit(interrupted())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ Legend: N units, K inner updates, S gradient steps of one update, m reset interv
 
 import dataclasses
 import inspect
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -433,6 +434,7 @@ def main() -> None:
     theta_path = folder / "theta.npz"
     print(f"written: {theta_path}, and metrics.csv, config.json and TensorBoard events beside it")
     print(f"next: python evaluate.py --env-name {args.env_name[0]} --optimizers {theta_path} untrained sign_sgd adam rmsprop")
+    sys.exit(interrupted())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import io
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -465,7 +466,8 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 def train(args: Args, env: Env, optimizer: optax.GradientTransformation, on_update: Callable) -> dict:
-    """Train args.num_seeds agents side by side. on_update(number of updates done, metrics) is called after each update.
+    """Train args.num_seeds agents side by side. on_update(number of updates done, metrics) is called after each update,
+    and ends training by True.
 
     A seed whose simulation, loss or parameters are no longer finite is left as it was before, and its metrics are NaN from
     then on; when none is left, training ends.
@@ -494,8 +496,7 @@ def train(args: Args, env: Env, optimizer: optax.GradientTransformation, on_upda
         history.append(metrics)
         if number in eval_updates(args):
             evals[number] = jnp.where(alive, mean_return(keys_eval, states), jnp.nan)
-        on_update(number, metrics | {"eval_return": evals[max(evals)]})
-        if not alive.any():
+        if on_update(number, metrics | {"eval_return": evals[max(evals)]}) or not alive.any():
             break
     evals = {number: jnp.full(args.num_seeds, jnp.nan) for number in (0, *sorted(eval_updates(args)))} | evals
     history = jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *history)
@@ -552,7 +553,7 @@ def main() -> None:
     print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
     lost: set[int] = set()
 
-    with runs.Log(folder, num_updates(args)) as log:
+    with runs.interruptible() as interrupted, runs.Log(folder, num_updates(args)) as log:
 
         def on_update(number, metrics):
             per_seed = {f"eval_return_seed_{args.seed + i}": x for i, x in enumerate(metrics["eval_return"])}
@@ -562,11 +563,13 @@ def main() -> None:
             for i in set(jnp.flatnonzero(jnp.isnan(metrics["loss"])).tolist()) - lost:
                 lost.add(i)
                 log.say(f"seed {args.seed + i}: numbers that are not finite by step {env_steps:,}; this seed ends here")
+            return interrupted()
 
         history = train(args, env, optimizer, on_update)
     final = history["eval_return"][:, -2:].mean(axis=1)
     print(f"return of the last 2 evaluations: {jnp.nanmean(final):.1f} (by seed: {', '.join(f'{x:.1f}' for x in final)})")
     print(f"written: {folder}/config.json, metrics.csv, TensorBoard events (tensorboard --logdir {args.runs_dir})")
+    sys.exit(interrupted())
 
 
 if __name__ == "__main__":

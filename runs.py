@@ -55,21 +55,22 @@ def parse(args_class: type, description: str) -> Any:
 
 @contextlib.contextmanager
 def interruptible():
-    """Ctrl-C only asks to stop, once or many times: `with interruptible() as interrupted:` around the work and the saving of
-    what it made; look at interrupted() where the state is whole, not in the middle of an iteration that has taken over the
-    buffers of the one before."""
+    """Ctrl-C and SIGTERM only ask to stop, once or many times: `with interruptible() as interrupted:` around the work and the
+    saving of what it made; interrupted() is 0, or the exit code to end with. Look at it where the state is whole, not in the
+    middle of an iteration that has taken over the buffers of the one before."""
     asked: list[int] = []
 
     def ask(number, _):
         if not asked:
-            os.write(sys.stderr.fileno(), b"\ninterrupted: stopping after this iteration, what was trained so far is kept\n")
+            os.write(sys.stderr.fileno(), b"\ninterrupted: stopping after this iteration, what was done so far is kept\n")
         asked.append(number)
 
-    before = signal.signal(signal.SIGINT, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(asked)
+        yield lambda: 128 + asked[0] if asked else 0
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check_positive(args: Any, *names: str) -> None:

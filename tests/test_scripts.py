@@ -55,22 +55,58 @@ def test_meta_train_then_evaluate(tmp_path):
     assert (folder / "table.md").read_text() in done.stdout
 
 
-def test_ctrl_c_keeps_theta(tmp_path):
-    flags = "--env-name catch --num-units 4 --num-iterations 100000 --checkpoint-every 100000".split()
-    command = [sys.executable, str(ROOT / "pipeline_train.py"), *flags]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def interrupt(script, flags, number, cwd, ready, done):
+    """Start a script, and once ready() send the signal, as an impatient user does, until done(). -> exit code, stderr"""
+    command = [sys.executable, str(ROOT / f"{script}.py"), *flags.split()]
+    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not any(path.stat().st_size for path in tmp_path.glob("runs/*/metrics.csv")) and time.monotonic() < deadline:
+    while not ready() and time.monotonic() < deadline:
         time.sleep(0.1)
-    while process.poll() is None:  # an impatient user, also while theta is being saved
-        process.send_signal(signal.SIGINT)
+    while process.poll() is None and not done():
+        process.send_signal(number)
         time.sleep(0.01)
-        if list(tmp_path.glob("runs/*/theta.npz")):
-            break
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "interrupted" in err and "Traceback" not in err
+    err = process.communicate(timeout=60)[1]
+    assert "interrupted" in err and "Traceback" not in err
+    return process.returncode
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_keeps_theta(tmp_path, number):
+    flags = "--env-name catch --num-units 4 --num-iterations 100000 --checkpoint-every 100000"
+
+    def ready():
+        return any(path.stat().st_size for path in tmp_path.glob("runs/*/metrics.csv"))
+
+    def done():  # also while theta is being saved
+        return list(tmp_path.glob("runs/*/theta.npz"))
+
+    assert interrupt("pipeline_train", flags, number, tmp_path, ready, done) == 128 + number
     (path,) = tmp_path.glob("runs/*/theta.npz")
     assert 0 < load_theta(path)[1]["trained"]["iterations"] < 100000
+
+
+def test_an_interrupt_keeps_the_log_of_a2c(tmp_path):
+    flags = "--env-name catch --num-envs 4 --total-steps 1e9"
+
+    def ready():
+        return any(path.stat().st_size for path in tmp_path.glob("runs/*/metrics.csv"))
+
+    sent = iter((False, True))
+    assert interrupt("a2c", flags, signal.SIGTERM, tmp_path, ready, lambda: next(sent)) == 143
+    (path,) = tmp_path.glob("runs/*/metrics.csv")
+    assert read_rows(path)
+
+
+def test_an_interrupt_of_evaluate_keeps_the_optimizers_that_are_done(tmp_path):
+    rates = " ".join(f"{i}e-4" for i in range(1, 200))
+    flags = f"--env-name catch --optimizers adam --learning-rates {rates} --total-steps 3200 --num-seeds 1 --num-envs 4"
+    began = time.monotonic()
+    sent = iter((False, True))
+    code = interrupt("evaluate", flags, signal.SIGINT, tmp_path, lambda: time.monotonic() > began + 20, lambda: next(sent))
+    assert code == 130
+    (folder,) = (tmp_path / "runs").iterdir()
+    tried = {row["learning_rate"] for row in read_rows(folder / "results.csv")}
+    assert 0 < len(tried) < 199 and (folder / "table.md").exists()
 
 
 def test_a2c(tmp_path):
