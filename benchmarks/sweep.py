@@ -1,0 +1,81 @@
+"""Meta-train over the grid of settings and meta-seeds below, test each on the tasks it was trained on, and rank the settings:
+
+    python benchmarks/sweep.py
+
+Selection looks at training tasks and at seeds that meta-training has not seen, never at tasks that are to be reported as
+transfer. A setting's score is the mean over its meta-seeds and tasks of two numbers, each relative to Adam's best step size:
+the return over all of training, and at the end. Done runs are not run again; runs/sweep/ranking.csv is the result.
+"""
+
+import csv
+import itertools
+from pathlib import Path
+
+import numpy as np
+from ablations import ROOT, run
+
+OUT = ROOT / "runs" / "sweep"
+BASE = "--env-name small_dense_short --optimizer momentum4rl --meta-estimator pes --num-units 16 --inner-updates 20"
+BASE += " --reset-interval 15 --num-iterations 250"
+GRID = {"--envs-per-unit": (64, 512), "--meta-learning-rate": (1e-3, 3e-3, 1e-2), "--learning-rate": (1e-2, 3e-2)}
+META_SEEDS = (0, 1)
+TEST = "--num-seeds 4"
+ADAM = "--optimizers adam --learning-rates 1e-1 3e-2 1e-2 3e-3 1e-3 3e-4"
+
+
+def environments(base: str) -> list[str]:
+    """The environments that --env-name names in these flags."""
+    words = base.split()
+    return list(itertools.takewhile(lambda word: not word.startswith("--"), words[words.index("--env-name") + 1 :]))
+
+
+def curves(folder: Path) -> dict[str, np.ndarray]:
+    """step size: [seeds, updates], of an evaluation of one optimizer."""
+    found: dict[str, dict] = {}
+    with open(folder / "results.csv") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["learning_rate"], {}).setdefault(row["seed"], []).append(float(row["return"]))
+    return {rate: np.array(list(seeds.values())) for rate, seeds in found.items()}
+
+
+def tested(folder: Path, env_name: str, flags: str) -> Path:
+    """Evaluate into folder/<env_name>, unless that was done before."""
+    if not (folder / env_name).exists():
+        run("evaluate", f"--env-name {env_name} {flags}", folder).rename(folder / env_name)
+    return folder / env_name
+
+
+def scores(returns: np.ndarray) -> np.ndarray:
+    """The mean return over all of training, and over its last twenty updates."""
+    return np.array([np.nanmean(returns), returns[:, -20:].mean()])
+
+
+def main() -> None:
+    best, env_names = {}, environments(BASE)
+    for env_name in env_names:
+        swept = [scores(returns) for returns in curves(tested(OUT / "adam", env_name, f"{ADAM} {TEST}")).values()]
+        best[env_name] = max(swept, key=np.mean)
+
+    ranking = []
+    for values in itertools.product(*GRID.values()):
+        setting = " ".join(f"{name} {value}" for name, value in zip(GRID, values, strict=True))
+        relative = []
+        for seed in META_SEEDS:
+            folder = OUT / setting.replace("--", "").replace(" ", "_") / str(seed)
+            if not (folder / "theta.npz").exists():
+                made = run("pipeline_train", f"{BASE} {setting} --seed {seed}", folder)
+                (made / "theta.npz").rename(folder / "theta.npz")
+            for env_name in env_names:
+                flags = f"--optimizers {folder / 'theta.npz'} {TEST}"
+                (returns,) = curves(tested(folder, env_name, flags)).values()
+                relative.append(scores(returns) / best[env_name])
+        ranking.append((np.mean(relative), *np.mean(relative, axis=0), setting))
+        with open(OUT / "ranking.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["score", "all_of_training", "end", "flags"])
+            writer.writerows([*(f"{x:.4f}" for x in row[:3]), row[3]] for row in sorted(ranking, reverse=True))
+    print(f"written: {OUT}/ranking.csv; the best: {max(ranking)[3]}")
+
+
+if __name__ == "__main__":
+    main()
