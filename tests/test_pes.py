@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import pipeline_train
 from a2c import Agent
 from meta_gradient import Unit, pes
 from optim4rl import LearnedOptimizer
-from pipeline_train import Args, Task, fill_in, schedule
+from pipeline_train import Args, fill_in
+from units import Task, new_unit, schedule
 
 # An agent is a point x that moves by theta at every update and is paid minus half its squared distance from `goal`; after T
 # updates from 0 it is at T theta, so the mean pay of a life of T updates is -1/2 mean_t (t theta - goal)^2.
@@ -115,5 +115,5 @@ def test_pairs_share_keys_and_slots_and_a_reset_clears_the_sum():
         np.testing.assert_array_equal(plan.sign, [1, -1, 1, -1, 1, -1])
         np.testing.assert_array_equal(plan.due[::2], [t % 5 == 0, t % 5 == 2, t % 5 == 4])
     theta, task = {"step": jnp.ones(2)}, Task(make_point(), 0.3)
-    unit = pipeline_train.new_unit(jax.random.key(0), theta, task, MOVE, args)
+    unit = new_unit(jax.random.key(0), theta, task, MOVE, args)
     np.testing.assert_array_equal(unit.perturbation["step"], [0, 0])

@@ -18,7 +18,8 @@ import pipeline_train
 import ppo
 from meta_gradient import Unit, inner_loop, replay_gradient, streamed_replay_gradient
 from optim4rl import BLOCK, make_optim4rl, to_optax
-from pipeline_train import Args, Schedule, Task, fill_in, make_meta_step, reset_slots, schedule, set_up, train_group
+from pipeline_train import Args, fill_in, make_meta_step, set_up
+from units import Schedule, Task, new_unit, only_finite, reset_due, reset_slots, schedule, train_group, train_units
 
 KINDS = [(cell, inputs) for cell in ("lstm", "gru") for inputs in ("raw", "log")]
 
@@ -203,8 +204,8 @@ def test_a_due_unit_is_reset_whole_and_the_others_not_at_all():
     task, learned = make_task(2), make_optim4rl()
     theta, units = make_units(task, learned, 4)
     due, keys = jnp.array([False, True, False, True]), jax.random.split(jax.random.key(3), 4)
-    new = functools.partial(pipeline_train.new_unit, theta=theta, task=task, learned=learned, args=small_args())
-    after = jax.jit(functools.partial(pipeline_train.reset_due, new=new))(keys, units, due)
+    new = functools.partial(new_unit, theta=theta, task=task, learned=learned, args=small_args())
+    after = jax.jit(functools.partial(reset_due, new=new))(keys, units, due)
     for i in range(4):
         if due[i]:
             same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6)  # noqa: E731
@@ -219,7 +220,7 @@ def test_step_sizes_and_reward_scales_are_spread_over_units():
     task, learned = make_task(), make_optim4rl()
     args = small_args(learning_rate_range=(0.1, 10.0), reward_scale_range=(1.0, 100.0))
     theta = learned.init_theta(jax.random.key(0))
-    new = functools.partial(pipeline_train.new_unit, theta=theta, task=task, learned=learned, args=args)
+    new = functools.partial(new_unit, theta=theta, task=task, learned=learned, args=args)
     units = jax.vmap(new)(jax.random.split(jax.random.key(1), 200))
     for values, low, high in ((units.learning_rate / task.learning_rate, 0.1, 10), (units.agent.reward_factor, 1, 100)):
         assert low <= values.min() < low * 1.2 and high / 1.2 < values.max() <= high
@@ -342,15 +343,15 @@ def test_a_unit_that_goes_wrong_is_left_out_and_starts_anew(value):
     bad_params = jax.tree.map(lambda x: x.at[1].set(value), units.agent.params)
     bad, mesh = units._replace(agent=units.agent._replace(params=bad_params)), Mesh(jax.devices()[:1], "units")
     group = group_of(task, learned)
-    train_units = jax.jit(functools.partial(pipeline_train.train_units, train=group, mesh=mesh))
-    gradient, after, metrics = train_units(theta, planned(3), bad)
+    all_units = jax.jit(functools.partial(train_units, train=group, mesh=mesh))
+    gradient, after, metrics = all_units(theta, planned(3), bad)
     np.testing.assert_array_equal(metrics["broken"], [False, bool(jnp.isnan(value)), False])
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(gradient))
     good = jnp.array([0, 2])
     whole = group(theta, pick(planned(3), good), pick(units, good))[0]
     left_out = relative(jax.tree.map(lambda g: 3 * g, gradient), whole) < 1e-5
     assert left_out == (value == 1e30)
-    _, after, metrics = train_units(theta, planned(3), after)
+    _, after, metrics = all_units(theta, planned(3), after)
     np.testing.assert_array_equal(metrics["broken"], [False, value == 1e30, False])
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(after.agent.params))
 
@@ -358,7 +359,7 @@ def test_a_unit_that_goes_wrong_is_left_out_and_starts_anew(value):
 def test_a_meta_gradient_that_is_not_finite_changes_nothing():
     new, old = {"a": jnp.ones(2), "b": jnp.array([1, 2])}, {"a": jnp.zeros(2), "b": jnp.array([3, 4])}
     for judge, expected in (({"g": jnp.array([1.0, jnp.inf])}, old), ({"g": jnp.array([1.0])}, new)):
-        jax.tree.map(np.testing.assert_array_equal, pipeline_train.only_finite(new, old, judge), expected)
+        jax.tree.map(np.testing.assert_array_equal, only_finite(new, old, judge), expected)
 
 
 def test_the_papers_settings_are_the_defaults():
