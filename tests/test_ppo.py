@@ -224,6 +224,17 @@ def test_probe_environment_is_solved():
     assert history["eval_steps"].tolist()[-1] == ppo.num_updates(PROBE) * ppo.steps_per_update(PROBE)
 
 
+def test_the_optimizer_is_told_the_loss_and_how_much_of_training_is_done():
+    """Two updates of 2 epochs of 2 minibatches: the fraction goes up with every gradient step."""
+    sizes = {"num_envs": 4, "batch_size": 4, "num_minibatches": 2, "num_epochs": 2, "rollout_steps": 2}
+    agent, optimizer = ppo.make_agent(count_env(), dataclasses.replace(PROBE, **sizes)), optax.sgd(0.1)
+    state = agent.init(jax.random.key(0), optimizer)
+    _, (_, told), metrics = agent.learn(jax.random.key(1), state, optimizer, progress=(0.5, 1.0))
+    np.testing.assert_allclose(told["fraction"], [0.5, 0.625, 0.75, 0.875])
+    np.testing.assert_allclose(np.mean(told["value"]), metrics["loss"], rtol=1e-6)
+    assert len(set(told["value"].tolist())) == 4
+
+
 def test_ratio_is_one_when_learning_begins():
     """With a step size of 0 every gradient step sees the policy that acted: the ratio is 1, and the loss the critic's alone."""
     args = dataclasses.replace(PROBE, critic_weight=0.0)

@@ -55,6 +55,22 @@ def test_meta_train_then_evaluate(tmp_path):
     assert (folder / "table.md").read_text() in done.stdout
 
 
+def test_velo_by_pes_then_evaluate(tmp_path):
+    """The kind that reads most, by the other estimator, to the end of the line."""
+    flags = "--env-name catch --num-units 2 --num-iterations 2 --inner-updates 2 --optimizer velo --meta-estimator pes".split()
+    done = run_script("pipeline_train", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    header = load_theta(folder / "theta.npz")[1]
+    assert header["optimizer"] == "velo" and header["config"]["num_bases"] == 64
+    assert header["trained"]["env_steps"] == 2 * 2 * 2 * 20  # iterations, units, updates, rollout steps: no meta-loss's rollout
+    theta = str(folder / "theta.npz")
+    flags = ["--num-seeds", "2", "--total-steps", "6400", "--optimizers", theta, f"untrained:{theta}"]
+    done = run_script("evaluate", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "velo, catch (trained)" in done.stdout and "velo, catch (untrained)" in done.stdout
+
+
 def interrupt(script, flags, number, cwd, ready, done):
     """Start a script, and once ready() send the signal, as an impatient user does, until done(). -> exit code, stderr"""
     command = [sys.executable, str(ROOT / f"{script}.py"), *flags.split()]
@@ -190,6 +206,16 @@ BAD = [
     ("pipeline_train", "--env-name catch catch", "once"),
     ("pipeline_train", "--optimizer adam", "optim4rl"),
     ("pipeline_train", "--cell rnn", "lstm"),
+    ("pipeline_train", "--optimizer star --cell gru", "--cell is not a setting of star"),
+    ("pipeline_train", "--optimizer velo --hidden-size 4", "--hidden-size"),
+    ("pipeline_train", "--optimizer linear_optim --inputs log", "--inputs"),
+    ("pipeline_train", "--meta-estimator es", "pes"),
+    ("pipeline_train", "--meta-estimator pes --num-units 5", "even"),
+    ("pipeline_train", "--meta-estimator pes --sigma 0", "--sigma"),
+    ("pipeline_train", "--reward-scale-range 10 1", "--reward-scale-range"),
+    ("pipeline_train", "--learning-rate-range 0 1", "--learning-rate-range"),
+    ("evaluate", "--optimizers untrained:nosuch", "nosuch"),
+    ("velo", "nosuch", "no such file"),
     ("pipeline_train", "--reset-interval 0", "--reset-interval"),
     ("pipeline_train", "--num-units -4", "--num-units"),
     ("pipeline_train", "--inner-updates 0", "--inner-updates"),
