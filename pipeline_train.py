@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -30,6 +31,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import a2c
+import checkpoints
 import gridworld
 import optimizers
 import ppo
@@ -110,6 +112,10 @@ class Args:
     """address and a free port of process 0's host"""
     checkpoint_every: int = 20
     """iterations between two writings of theta.npz"""
+    checkpoint_minutes: float = 5.0
+    """minutes between two writings of the whole state, from which --resume goes on"""
+    resume: str | None = None
+    """go on with the run in this folder; its arguments are taken"""
     runs_dir: str = "runs"
     """the run's folder is made in here"""
 
@@ -236,7 +242,7 @@ def fill_in(args: Args) -> Args:
         args = dataclasses.replace(args, **{name: values * len(settings) if len(values) == 1 else values})
     runs.check_positive(args, "num_units", "envs_per_unit", "inner_updates", "reset_interval", "total_steps", "num_iterations")
     runs.check_positive(args, "hidden_size", "readout_layers", "learning_rate", "reward_scale", "meta_learning_rate")
-    runs.check_positive(args, "num_devices", "checkpoint_every", "num_processes", "sigma")
+    runs.check_positive(args, "num_devices", "checkpoint_every", "checkpoint_minutes", "num_processes", "sigma")
     for name, num_envs in zip(args.env_name, args.envs_per_unit, strict=True):
         if name not in gridworld.NAMES and num_envs % 2:
             raise ValueError(f"--envs-per-unit must be even for {name} (a minibatch is half of them), got {num_envs}")
@@ -261,20 +267,28 @@ def steps_per_iteration(args: Args) -> int:
     return args.num_units * rollouts * (a2c if isinstance(first, a2c.Args) else ppo).steps_per_update(first)
 
 
-def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: Mesh, on_iteration: Callable) -> MetaState:
-    """All iterations. on_iteration(iteration, MetaState, row of metrics) is called after each, and ends them by True."""
+def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: Mesh, on_iteration: Callable, kept=None):
+    """All iterations. on_iteration(iteration, MetaState, row of metrics) is called after each, and ends them by True.
+
+    kept: the run's checkpoints; with --resume the iterations go on from the last. -> MetaState
+    """
     key_init, key_train = jax.random.split(jax.random.key(args.seed))
     init, step = make_meta_step(args, tasks, learned, mesh)
     state, steps = init(key_init), steps_per_iteration(args)
+    done = 0
+    if args.resume:
+        with runs.bad_input():
+            done, state, damaged = kept.restore(state)
+        print("\n".join([*damaged, f"resumed at iteration {done}"]))
     began = time.perf_counter()
     step = step.lower(key_train, state).compile()
     print(f"compiled in {time.perf_counter() - began:.1f} s")
-    for iteration in range(1, args.num_iterations + 1):
+    for iteration in range(done + 1, args.num_iterations + 1):
         began = time.perf_counter()
         state, metrics = step(key_train, state)
-        if iteration == 1:
+        if iteration == done + 1:
             jax.block_until_ready(metrics)
-            runs.warn_if_long((time.perf_counter() - began) * args.num_iterations, SHORTER)
+            runs.warn_if_long((time.perf_counter() - began) * (args.num_iterations - done), SHORTER)
         row = {"env_steps": iteration * steps}
         for task_name, values in zip(args.env_name, metrics, strict=True):
             row |= {f"{name}_{task_name}" if len(tasks) > 1 else name: value for name, value in values.items()}
@@ -286,14 +300,17 @@ def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: M
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
-        args = fill_in(args)
+        args = checkpoints.resumed_args(args.resume, args) if args.resume else fill_in(args)
         mesh = runs.choose_devices(args.num_units, args.num_devices, args.num_processes, args.process_id, args.coordinator)
         args = dataclasses.replace(args, num_devices=mesh.size // args.num_processes)
         tasks, learned, config = set_up(args)
         if args.process_id != 0:
             meta_train(args, tasks, learned, mesh, lambda *_: None)
             return
-        folder = runs.make_folder(args.runs_dir, "+".join(args.env_name), "pipeline_train", args.seed, args)
+        env_names = "+".join(args.env_name)
+        new_folder = partial(runs.make_folder, args.runs_dir, env_names, "pipeline_train", args.seed, args)
+        folder = Path(args.resume) if args.resume else new_folder()
+        kept = checkpoints.Checkpoints(folder, args.checkpoint_minutes)
     print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
 
     def save(state):
@@ -308,12 +325,17 @@ def main() -> None:
                 log.write(iteration, row)
                 if iteration % args.checkpoint_every == 0:
                     save(state)
+                if args.num_processes == 1 and (kept.due() or interrupted()):
+                    log.flush()  # a resumed run makes no row again that comes before its checkpoint
+                    log.say(kept.save(iteration, state))
                 return interrupted()
 
-            state = meta_train(args, tasks, learned, mesh, on_iteration)
+            state = meta_train(args, tasks, learned, mesh, on_iteration, kept)
         save(state)
     theta_path = folder / "theta.npz"
     print(f"written: {theta_path}, and metrics.csv, config.json and TensorBoard events beside it")
+    if interrupted():
+        print(f"to go on: python pipeline_train.py --resume {folder}")
     print(f"next: python evaluate.py --env-name {args.env_name[0]} --optimizers {theta_path} untrained sign_sgd adam rmsprop")
     sys.exit(interrupted())
 

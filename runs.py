@@ -20,6 +20,9 @@ from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+import checkpoints
+import optim4rl
+
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "chex", "brax")
 
 
@@ -136,12 +139,13 @@ class Log:
     then, not at every call, so that the device is never kept waiting."""
 
     def __init__(self, folder: Path, total: int, seconds: float = 0.5):
-        self.file = open(folder / "metrics.csv", "w", newline="")  # noqa: SIM115, closed in __exit__
+        self.path = folder / "metrics.csv"
         self.events = SummaryWriter(str(folder))
         self.bar = progress(total)
         self.waiting: list[tuple[int, dict]] = []
         self.seconds, self.last_flush = seconds, time.monotonic()
         self.rows: csv.DictWriter | None = None
+        self.file: Any = None
 
     def __enter__(self) -> "Log":
         return self
@@ -149,7 +153,8 @@ class Log:
     def __exit__(self, *_) -> None:
         self.flush()
         self.bar.close()
-        self.file.close()
+        if self.file:
+            self.file.close()
         self.events.close()
 
     def write(self, number: int, metrics: dict) -> None:
@@ -161,14 +166,22 @@ class Log:
     def say(self, message: str) -> None:
         self.bar.write(message)
 
+    def open(self, number: int, names: list[str]) -> None:
+        """Start metrics.csv, or, in a run that is resumed, go on after the rows before this number."""
+        before = checkpoints.rows_before(self.path, number)
+        optim4rl.write_whole(self.path, lambda file: file.write(before.encode()))
+        self.file = open(self.path, "a", newline="")  # noqa: SIM115, closed in __exit__
+        self.rows = csv.DictWriter(self.file, names)
+        if not before:
+            self.rows.writeheader()
+
     def flush(self) -> None:
         if not self.waiting:
             return
         for number, metrics in jax.device_get(self.waiting):
             row = {name: float(value) for name, value in metrics.items()}
             if self.rows is None:
-                self.rows = csv.DictWriter(self.file, ["number", *row])
-                self.rows.writeheader()
+                self.open(number, ["number", *row])
             self.rows.writerow({"number": number, **{name: f"{value:.6g}" for name, value in row.items()}})
             for name, value in row.items():
                 self.events.add_scalar(name, value, number)

@@ -1,0 +1,80 @@
+"""The whole state of a run, kept so that it can go on where it was: <run folder>/checkpoint, the last two, by orbax."""
+
+import dataclasses
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every step that it takes
+
+
+class Checkpoints:
+    """Written at most every so many minutes; orbax writes under a temporary name and renames."""
+
+    def __init__(self, run_folder: Path, minutes: float):
+        # Not in the background: the next iteration takes over the state's buffers.
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self.manager = ocp.CheckpointManager(run_folder.resolve() / "checkpoint", options=options)
+        self.seconds, self.last = 60 * minutes, time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self.last >= self.seconds
+
+    def save(self, number: int, state: Any) -> str:
+        """-> a line that says what it cost. number: iterations or updates done."""
+        began = time.monotonic()
+        self.manager.save(number, args=ocp.args.StandardSave(state))
+        self.last = time.monotonic()
+        megabytes = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6
+        return f"checkpoint at {number}: {megabytes:.1f} MB in {self.last - began:.2f} s"
+
+    def restore(self, like: Any) -> tuple[int, Any, list[str]]:
+        """-> number, state, a line for each newer checkpoint that is damaged. Raises ValueError, in one line, if none is whole.
+
+        like: a state of the same shapes, on the devices that it is to be on.
+        """
+        abstract, damaged = jax.tree.map(ocp.utils.to_shape_dtype_struct, like), []
+        for number in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                state = self.manager.restore(number, args=ocp.args.StandardRestore(abstract))
+            except Exception as error:  # whatever a damaged file makes the reader raise
+                damaged.append(f"the checkpoint at {number} is damaged ({type(error).__name__}); taking the one before")
+                self.manager.delete(number)
+                continue
+            return number, state, damaged
+        raise ValueError(f"{self.manager.directory} holds no whole checkpoint")
+
+
+def resumed_args(run_folder: str, given: Any) -> Any:
+    """The arguments that the run in this folder began with, those that may change aside.
+
+    Raises ValueError, in one line, if there is no such run or if `given` has another value than the run, its default aside.
+    """
+    path, args_class = Path(run_folder) / "config.json", type(given)
+    try:
+        stored = json.loads(path.read_text())["args"]
+        names = {field.name for field in dataclasses.fields(args_class)}
+        run = args_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items() if name in names})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--resume {run_folder}: not a run's folder ({error})") from None
+    if not any((Path(run_folder) / "checkpoint").glob("[0-9]*")):
+        raise ValueError(f"--resume {run_folder}: this run has no checkpoint yet; start it again without --resume")
+    for field in dataclasses.fields(args_class):
+        new, old = getattr(given, field.name), getattr(run, field.name)
+        if field.name != "resume" and new not in (field.default, old):
+            flag = field.name.replace("_", "-")
+            raise ValueError(f"--{flag} is {new} here, and {old} in the run that is to be resumed")
+    return dataclasses.replace(run, resume=run_folder)
+
+
+def rows_before(path: Path, number: int) -> str:
+    """metrics.csv without the rows from `number` on, which are made again, nor one that was cut off in writing; "" if none."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines[1:] if line.endswith("\n") and line.split(",")[0].isdigit()]
+    kept = [line for line in kept if int(line.split(",")[0]) < number]
+    return "".join(lines[:1] + kept) if kept else ""

@@ -1,0 +1,121 @@
+"""A run that is killed and resumed ends where it would have ended; damage and other arguments are seen."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from checkpoints import rows_before
+
+ROOT = Path(__file__).parent.parent
+RUN = "--env-name catch --num-units 4 --inner-updates 2 --num-iterations 400 --checkpoint-minutes 0.005 --checkpoint-every 7"
+
+
+def start(cwd, *flags):
+    command = [sys.executable, str(ROOT / "pipeline_train.py"), *flags]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(cwd, *flags):
+    process = start(cwd, *flags)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def theta_of(folder):
+    with np.load(folder / "theta.npz") as file:
+        return {name: file[name] for name in file.files if name != "header"}
+
+
+def only_folder(runs_dir):
+    (folder,) = runs_dir.iterdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("uninterrupted")
+    code, _, err = finish(cwd, *RUN.split())
+    assert code == 0, err
+    return only_folder(cwd / "runs")
+
+
+def assert_same_run(folder, uninterrupted):
+    for name, array in theta_of(uninterrupted).items():
+        np.testing.assert_array_equal(theta_of(folder)[name], array)
+    assert (folder / "metrics.csv").read_text() == (uninterrupted / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_and_resumed_it_ends_the_same_bit_for_bit(tmp_path, uninterrupted, kills):
+    """Some kills fall before the first checkpoint: then it starts again. The last start is left alone."""
+    moments, out = random.Random(kills), ""
+    for number in range(kills + 1):
+        folders = [path.parent for path in tmp_path.glob("runs/*/checkpoint") if any(path.glob("[0-9]*"))]
+        if not folders:
+            shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        process = start(tmp_path, *(["--resume", str(folders[0])] if folders else RUN.split()))
+        if number < kills:
+            time.sleep(moments.uniform(2, 9))
+            process.send_signal(signal.SIGKILL)
+        out, err = process.communicate(timeout=300)
+        assert number < kills or process.returncode == 0, err
+    assert_same_run(only_folder(tmp_path / "runs"), uninterrupted)
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """A run that Ctrl-C ended after its second checkpoint."""
+    process = start(tmp_path, *RUN.split())
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("runs/*/checkpoint/[0-9]*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    folder = only_folder(tmp_path / "runs")
+    assert process.returncode == 130 and f"to go on: python pipeline_train.py --resume runs/{folder.name}" in out
+    assert len(list(folder.glob("checkpoint/[0-9]*"))) == 2
+    return folder
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, uninterrupted):
+    newest = max(stopped.glob("checkpoint/[0-9]*"), key=lambda path: int(path.name))
+    for path in newest.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    code, out, err = finish(stopped.parent.parent, "--resume", str(stopped))
+    assert code == 0 and f"the checkpoint at {newest.name} is damaged" in out, (out, err)
+    assert_same_run(stopped, uninterrupted)
+
+
+def test_what_cannot_be_resumed_is_one_line(stopped, tmp_path):
+    for flags, hint in (
+        (["--resume", str(stopped), "--num-units", "8"], "--num-units is 8 here, and 4 in the run"),
+        (["--resume", str(tmp_path / "nosuch")], "not a run's folder"),
+        (["--resume", str(tmp_path)], "not a run's folder"),
+    ):
+        code, _, err = finish(tmp_path, *flags)
+        assert code == 2 and hint in err and len(err.strip().splitlines()) == 1, err
+    for path in stopped.glob("checkpoint/[0-9]*"):
+        shutil.rmtree(path)
+    code, _, err = finish(tmp_path, "--resume", str(stopped))
+    assert code == 2 and "no checkpoint yet" in err
+    config = stopped / "config.json"
+    config.write_text(json.dumps({"args": {"env_name": 3}}))
+    assert finish(tmp_path, "--resume", str(stopped))[0] == 2
+
+
+def test_rows_that_will_be_made_again_are_left_out(tmp_path):
+    path = tmp_path / "metrics.csv"
+    assert rows_before(path, 3) == ""
+    path.write_text("number,x\n1,a\n2,b\n3,c\n4,d")
+    assert rows_before(path, 3) == "number,x\n1,a\n2,b\n"
+    assert rows_before(path, 9) == "number,x\n1,a\n2,b\n3,c\n"
+    assert rows_before(path, 1) == ""
