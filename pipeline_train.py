@@ -307,10 +307,12 @@ def main() -> None:
         if args.process_id != 0:
             meta_train(args, tasks, learned, mesh, lambda *_: None)
             return
-        env_names = "+".join(args.env_name)
-        new_folder = partial(runs.make_folder, args.runs_dir, env_names, "pipeline_train", args.seed, args)
-        folder = Path(args.resume) if args.resume else new_folder()
-        kept = checkpoints.Checkpoints(folder, args.checkpoint_minutes)
+        if args.resume:
+            folder = Path(args.resume)
+        else:
+            folder = runs.make_folder(args.runs_dir, "+".join(args.env_name), "pipeline_train", args.seed, args)
+        # With several processes there is theta.npz only: orbax would wait for the others to write too.
+        kept = checkpoints.Checkpoints(folder, args.checkpoint_minutes) if args.num_processes == 1 else None
     print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
 
     def save(state):
@@ -325,7 +327,7 @@ def main() -> None:
                 log.write(iteration, row)
                 if iteration % args.checkpoint_every == 0:
                     save(state)
-                if args.num_processes == 1 and (kept.due() or interrupted()):
+                if kept and (kept.due() or interrupted()):
                     log.flush()  # a resumed run makes no row again that comes before its checkpoint
                     log.say(kept.save(iteration, state))
                 return interrupted()
@@ -334,7 +336,7 @@ def main() -> None:
         save(state)
     theta_path = folder / "theta.npz"
     print(f"written: {theta_path}, and metrics.csv, config.json and TensorBoard events beside it")
-    if interrupted():
+    if interrupted() and kept:
         print(f"to go on: python pipeline_train.py --resume {folder}")
     print(f"next: python evaluate.py --env-name {args.env_name[0]} --optimizers {theta_path} untrained sign_sgd adam rmsprop")
     sys.exit(interrupted())
