@@ -285,9 +285,9 @@ def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: M
     print(f"compiled in {time.perf_counter() - began:.1f} s")
     for iteration in range(done + 1, args.num_iterations + 1):
         began = time.perf_counter()
-        state, metrics = step(key_train, state)
+        # One iteration in flight at a time: with more, XLA's CPU devices were seen to wait for each other for ever.
+        state, metrics = jax.block_until_ready(step(key_train, state))
         if iteration == done + 1:
-            jax.block_until_ready(metrics)
             runs.warn_if_long((time.perf_counter() - began) * (args.num_iterations - done), SHORTER)
         row = {"env_steps": iteration * steps}
         for task_name, values in zip(args.env_name, metrics, strict=True):

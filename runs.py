@@ -96,7 +96,10 @@ def choose_devices(num_units: int, num_devices: int | None, num_processes=1, pro
     jax.config.update("jax_num_cpu_devices", num_devices or len(os.sched_getaffinity(0)))
     if num_processes > 1:
         jax.distributed.initialize(coordinator, num_processes, process_id)
+    # The backend's threads start here and inherit this mask: an interrupt is for the main thread alone.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     here = jax.local_device_count()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     fitting = [n for n in range(1, here + 1) if num_units % (n * num_processes) == 0]
     if num_devices and num_devices > here:
         raise ValueError(f"--num-devices {num_devices}: there are {here}")
