@@ -62,7 +62,7 @@ def resumed_args(run_folder: str, given: Any) -> Any:
         run = args_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items() if name in names})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--resume {run_folder}: not a run's folder ({error})") from None
-    if not any((Path(run_folder) / "checkpoint").glob("[0-9]*")):
+    if not any(path.name.isdigit() for path in (Path(run_folder) / "checkpoint").glob("*")):  # others were cut off in writing
         raise ValueError(f"--resume {run_folder}: this run has no checkpoint yet; start it again without --resume")
     for field in dataclasses.fields(args_class):
         new, old = getattr(given, field.name), getattr(run, field.name)

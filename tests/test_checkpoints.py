@@ -34,6 +34,11 @@ def theta_of(folder):
         return {name: file[name] for name in file.files if name != "header"}
 
 
+def whole_checkpoints(folder):
+    """Those that were not cut off in writing, under a temporary name."""
+    return [path for path in folder.glob("checkpoint/*") if path.name.isdigit()]
+
+
 def only_folder(runs_dir):
     (folder,) = runs_dir.iterdir()
     return folder
@@ -58,7 +63,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_the_same_bit_for_bit(tmp_p
     """Some kills fall before the first checkpoint: then it starts again. The last start is left alone."""
     moments, out = random.Random(kills), ""
     for number in range(kills + 1):
-        folders = [path.parent for path in tmp_path.glob("runs/*/checkpoint") if any(path.glob("[0-9]*"))]
+        folders = [path for path in tmp_path.glob("runs/*") if whole_checkpoints(path)]
         if not folders:
             shutil.rmtree(tmp_path / "runs", ignore_errors=True)
         process = start(tmp_path, *(["--resume", str(folders[0])] if folders else RUN.split()))
@@ -75,18 +80,18 @@ def stopped(tmp_path):
     """A run that Ctrl-C ended after its second checkpoint."""
     process = start(tmp_path, *RUN.split())
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("runs/*/checkpoint/[0-9]*"))) < 2 and time.monotonic() < deadline:
+    while sum(len(whole_checkpoints(path)) for path in tmp_path.glob("runs/*")) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     folder = only_folder(tmp_path / "runs")
     assert process.returncode == 130 and f"to go on: python pipeline_train.py --resume runs/{folder.name}" in out
-    assert len(list(folder.glob("checkpoint/[0-9]*"))) == 2
+    assert len(whole_checkpoints(folder)) == 2
     return folder
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, uninterrupted):
-    newest = max(stopped.glob("checkpoint/[0-9]*"), key=lambda path: int(path.name))
+    newest = max(whole_checkpoints(stopped), key=lambda path: int(path.name))
     for path in newest.rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -103,7 +108,7 @@ def test_what_cannot_be_resumed_is_one_line(stopped, tmp_path):
     ):
         code, _, err = finish(tmp_path, *flags)
         assert code == 2 and hint in err and len(err.strip().splitlines()) == 1, err
-    for path in stopped.glob("checkpoint/[0-9]*"):
+    for path in whole_checkpoints(stopped):
         shutil.rmtree(path)
     code, _, err = finish(tmp_path, "--resume", str(stopped))
     assert code == 2 and "no checkpoint yet" in err
