@@ -51,7 +51,7 @@ class Checkpoints:
 
 
 def resumed_args(run_folder: str, given: Any) -> Any:
-    """The arguments that the run in this folder began with, those that may change aside.
+    """The arguments that the run in this folder began with.
 
     Raises ValueError, in one line, if there is no such run or if `given` has another value than the run, its default aside.
     """
@@ -70,11 +70,3 @@ def resumed_args(run_folder: str, given: Any) -> Any:
             flag = field.name.replace("_", "-")
             raise ValueError(f"--{flag} is {new} here, and {old} in the run that is to be resumed")
     return dataclasses.replace(run, resume=run_folder)
-
-
-def rows_before(path: Path, number: int) -> str:
-    """metrics.csv without the rows from `number` on, which are made again, nor one that was cut off in writing; "" if none."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines[1:] if line.endswith("\n") and line.split(",")[0].isdigit()]
-    kept = [line for line in kept if int(line.split(",")[0]) < number]
-    return "".join(lines[:1] + kept) if kept else ""

@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-import checkpoints
 import optim4rl
 
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "chex", "brax")
@@ -137,6 +136,14 @@ def warn_if_long(seconds: float, advice: str) -> None:
         tqdm.write(f"there is no accelerator: this will take about {seconds / 60:.0f} minutes; {advice}")
 
 
+def rows_before(path: Path, number: int) -> str:
+    """metrics.csv without the rows from `number` on, which are made again, nor one that was cut off in writing; "" if none."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines[1:] if line.endswith("\n") and line.split(",")[0].isdigit()]
+    kept = [line for line in kept if int(line.split(",")[0]) < number]
+    return "".join(lines[:1] + kept) if kept else ""
+
+
 class Log:
     """metrics.csv, TensorBoard events and a progress bar, all from write(). Numbers are fetched from the device now and
     then, not at every call, so that the device is never kept waiting."""
@@ -171,7 +178,7 @@ class Log:
 
     def open(self, number: int, names: list[str]) -> None:
         """Start metrics.csv, or, in a run that is resumed, go on after the rows before this number."""
-        before = checkpoints.rows_before(self.path, number)
+        before = rows_before(self.path, number)
         optim4rl.write_whole(self.path, lambda file: file.write(before.encode()))
         self.file = open(self.path, "a", newline="")  # noqa: SIM115, closed in __exit__
         self.rows = csv.DictWriter(self.file, names)

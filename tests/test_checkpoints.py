@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoints import rows_before
+from runs import rows_before
 
 ROOT = Path(__file__).parent.parent
 RUN = "--env-name catch --num-units 4 --inner-updates 2 --num-iterations 400 --checkpoint-minutes 0.005 --checkpoint-every 7"
