@@ -9,6 +9,7 @@ an optimizer is optax's.
 Legend: T steps of a rollout, B environments, A actions.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +51,11 @@ class Args:
     """weight of the entropy bonus"""
     reward_scale: float = 1.0
     """rewards are multiplied by this before learning; the logged returns are not"""
+    # --- The run ---
+    checkpoint_minutes: float = 5.0
+    """minutes between two writings of the whole state, from which --resume goes on"""
+    resume: str | None = None
+    """go on with the run in this folder; its arguments are taken"""
     runs_dir: str = "runs"
     """the run's folder is made in here"""
 
@@ -210,15 +216,24 @@ def make_agent(env: Any, args: Args) -> Agent:
         return batches, reward, state._replace(streams=streams)
 
     def mean_loss(params, batches):
-        # On a CPU a few environments at a time, forward and again backward, so that what they need stays in the cache.
-        at_once = min(args.num_envs, 16) if jax.default_backend() == "cpu" else args.num_envs
-        one = jax.checkpoint(lambda batch: a2c_loss(params, batch, args))
-        return jnp.mean(jax.lax.map(one, batches, batch_size=at_once))
+        return jnp.mean(jax.vmap(a2c_loss, (None, 0, None))(params, batches, args))
+
+    def mean_loss_and_grads(params, batches):
+        """On a CPU some environments at a time, so that what the derivative needs stays in the cache."""
+        at_once = math.gcd(args.num_envs, 16) if jax.default_backend() == "cpu" else args.num_envs
+        chunks = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), batches)
+
+        def add_chunk(total, chunk):
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(mean_loss)(params, chunk)), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        total = jax.lax.scan(add_chunk, zero, chunks)[0]
+        return jax.tree.map(lambda x: x * at_once / args.num_envs, total)
 
     def learn(key, state, optimizer, progress=(0.0, 1.0)):
         """progress: how much of training is done before this update and after it, from 0 to 1; some optimizers read it."""
         batches, reward, state = fresh_batch(key, state)
-        loss, grads = jax.value_and_grad(mean_loss)(state.params, batches)
+        loss, grads = mean_loss_and_grads(state.params, batches)
         extra_args = {"value": loss, "fraction": jnp.float32(progress[0])}
         update = optax.with_extra_args_support(optimizer).update
         updates, opt_state = update(grads, state.opt_state, state.params, **extra_args)
@@ -233,11 +248,17 @@ def make_agent(env: Any, args: Args) -> Agent:
     return Agent(init, learn, loss, steps_per_update(args))
 
 
-def train(args: Args, env: Any, optimizer: optax.GradientTransformation, on_update: Callable) -> dict:
-    """Train args.num_seeds agents side by side. on_update(number of updates done, metrics) is called after each update,
-    and ends training by True.
+class TrainState(NamedTuple):
+    number: int  # of updates done
+    agents: AgentState  # [num_seeds]
+    history: dict  # {"return", "reward", "loss": [num_seeds, updates]}, NaN for updates to come
 
-    -> {"return", "reward", "loss": [num_seeds, updates]}, the return of the last episodes to end, the mean reward of a step
+
+def train(args: Args, env: Any, optimizer: optax.GradientTransformation, on_update: Callable, restore=lambda x: x) -> dict:
+    """Train args.num_seeds agents side by side. on_update(number of updates done, metrics, TrainState) is called after each
+    update, and ends training by True. restore(the TrainState of the start) -> the one to begin with.
+
+    -> {"return", "reward", "loss": [num_seeds, updates done]}: of the last episodes to end, the mean of a step, of an update
     """
     agent = make_agent(env, args)
     seeds = args.seed + jnp.arange(args.num_seeds)
@@ -248,15 +269,20 @@ def train(args: Args, env: Any, optimizer: optax.GradientTransformation, on_upda
         state, _, metrics = agent.learn(jax.random.fold_in(key, number), state, optimizer, progress)
         return state, metrics
 
-    update = jax.jit(jax.vmap(update, (0, None, 0)), donate_argnums=2)
-    states = jax.jit(jax.vmap(lambda key: agent.init(key, optimizer)))(keys_init)
-    history = []
-    for number in range(num_updates(args)):
-        states, metrics = update(keys, number, states)
-        history.append(metrics)
-        if on_update(number + 1, metrics):
+    def update_all(number, agents, history):
+        agents, metrics = jax.vmap(update, (0, None, 0))(keys, number, agents)
+        return agents, jax.tree.map(lambda all, new: all.at[:, number].set(new), history, metrics), metrics
+
+    update_all = jax.jit(update_all, donate_argnums=(1, 2))
+    agents = jax.jit(jax.vmap(lambda key: agent.init(key, optimizer)))(keys_init)
+    history = {name: jnp.full((args.num_seeds, num_updates(args)), jnp.nan) for name in ("return", "reward", "loss")}
+    done, agents, history = restore(TrainState(0, agents, history))
+    for number in range(done, num_updates(args)):
+        agents, history, metrics = update_all(number, agents, history)
+        done = number + 1
+        if on_update(done, metrics, TrainState(done, agents, history)):
             break
-    return jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *history)
+    return {name: values[:, :done] for name, values in history.items()}
 
 
 def steps_per_update(args: Args) -> int:
@@ -268,31 +294,39 @@ def num_updates(args: Args) -> int:
 
 
 def main() -> None:
+    import checkpoints
     import gridworld
     import optimizers
     import runs
 
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
-        runs.check_positive(args, "learning_rate", "total_steps", "num_envs", "num_seeds", "rollout_steps")
+        args = checkpoints.resumed_args(args.resume, args) if args.resume else args
+        runs.check_positive(
+            args, "learning_rate", "total_steps", "num_envs", "num_seeds", "rollout_steps", "checkpoint_minutes"
+        )
         env = gridworld.make(args.env_name)
         optimizer = optimizers.make_optimizer(args.optimizer, args.learning_rate)
         if not num_updates(args):
             raise ValueError(f"--total-steps {args.total_steps:g} is less than one rollout of all environments")
-        folder = runs.make_folder(args.runs_dir, args.env_name, "a2c", args.seed, args)
+        folder = runs.run_folder(args, args.env_name, "a2c")
+        kept = checkpoints.Checkpoints(folder, args.checkpoint_minutes)
 
     with runs.interruptible() as interrupted, runs.Log(folder, num_updates(args)) as log:
 
-        def on_update(number, metrics):
+        def on_update(number, metrics, state):
             per_seed = {f"return_seed_{args.seed + i}": value for i, value in enumerate(metrics["return"])}
             means = {name: value.mean() for name, value in metrics.items()}
             log.write(number, {"env_steps": number * steps_per_update(args), **means, **per_seed})
+            kept.save_if_due(number, state, log, interrupted())
             return interrupted()
 
-        history = train(args, env, optimizer, on_update)
+        history = train(args, env, optimizer, on_update, kept.restore if args.resume else lambda state: state)
     final = history["return"][:, -20:].mean(axis=1)
     print(f"return over the last 20 updates: {final.mean():.3f} (by seed: {', '.join(f'{x:.3f}' for x in final)})")
     print(f"written: {folder}/config.json, metrics.csv, TensorBoard events (tensorboard --logdir {args.runs_dir})")
+    if interrupted():
+        print(f"to go on: python a2c.py --resume {folder}")
     sys.exit(interrupted())
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+import runs
+
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every step that it takes
 
 
@@ -22,32 +24,33 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(run_folder.resolve() / "checkpoint", options=options)
         self.seconds, self.last = 60 * minutes, time.monotonic()
 
-    def due(self) -> bool:
-        return time.monotonic() - self.last >= self.seconds
-
-    def save(self, number: int, state: Any) -> str:
-        """-> a line that says what it cost. number: iterations or updates done."""
+    def save_if_due(self, number: int, state: Any, log: runs.Log, now: bool = False) -> None:
+        """Write it if it is time, or `now`, and log what it cost. number: iterations or updates done."""
         began = time.monotonic()
+        if not now and began - self.last < self.seconds:
+            return
+        log.flush()  # a resumed run makes no row again that comes before its checkpoint
         self.manager.save(number, args=ocp.args.StandardSave(state))
         self.last = time.monotonic()
-        megabytes = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6
-        return f"checkpoint at {number}: {megabytes:.1f} MB in {self.last - began:.2f} s"
+        megabytes = sum(x.nbytes for x in jax.tree.leaves(state) if hasattr(x, "nbytes")) / 1e6
+        log.say(f"checkpoint at {number}: {megabytes:.1f} MB in {self.last - began:.2f} s")
 
-    def restore(self, like: Any) -> tuple[int, Any, list[str]]:
-        """-> number, state, a line for each newer checkpoint that is damaged. Raises ValueError, in one line, if none is whole.
+    def restore(self, like: Any) -> Any:
+        """The newest state that is whole; a line is printed for each newer one that is damaged. Ends the program if none is.
 
         like: a state of the same shapes, on the devices that it is to be on.
         """
-        abstract, damaged = jax.tree.map(ocp.utils.to_shape_dtype_struct, like), []
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         for number in sorted(self.manager.all_steps(), reverse=True):
             try:
                 state = self.manager.restore(number, args=ocp.args.StandardRestore(abstract))
             except Exception as error:  # whatever a damaged file makes the reader raise
-                damaged.append(f"the checkpoint at {number} is damaged ({type(error).__name__}); taking the one before")
+                print(f"the checkpoint at {number} is damaged ({type(error).__name__}); taking the one before")
                 self.manager.delete(number)
                 continue
-            return number, state, damaged
-        raise ValueError(f"{self.manager.directory} holds no whole checkpoint")
+            print(f"resumed at {number}")
+            return state
+        runs.fail(f"{self.manager.directory} holds no whole checkpoint")
 
 
 def resumed_args(run_folder: str, given: Any) -> Any:

@@ -1,71 +1,106 @@
-"""Optim4RL with momentum: what two cells of optim4rl.py can learn when they see more than a gradient.
+"""Momentum4RL: Optim4RL's cell in an update that keeps the gradient's size, averages it, and knows how long training lasts.
 
-Optim4RL's update is sign(g) times a positive number, so it cannot average noise away, and raw gradients are too small for
-its cells to see. Here both cells read, of every coordinate,
+Optim4RL's update is sign(g) times a positive number: it cannot average noise away, and raw gradients are too small for its
+cells to see. Here one cell reads, of every coordinate,
 
-    x = sign g, m_.5 / sqrt(v), m_.9 / sqrt(v), m_.99 / sqrt(v), log|g|, log sqrt(v), log t
+    x = |g| / sqrt(v), sign(g) m_.5 / sqrt(v), sign(g) m_.9 / sqrt(v), sign(g) m_.99 / sqrt(v),
+        log|g|, log sqrt(v), log t, log n, f
 
-with bias-corrected running means m_b of g and v of g^2 (decay .999) and the number of steps t, and
+with bias-corrected running means m_b of g and v of g^2 (decay .99), the number of steps t, the number n of inputs that the
+coordinate's layer adds up (1 for biases), and the fraction f of training that is done (0 if the optimizer is not told), and
 
-    h1 <- RNN1(h1, x)      o1 = readout1(h1)
-    h2 <- RNN2(h2, x)      o2 = readout2(h2)
-    update = -learning_rate * (m_.9 / sqrt(v) exp(o1) + sign(g) exp(o2 - 1.5))
+    h <- RNN(h, x)      o1, o2 = readout(h, x)
+    update = -learning_rate (1 - f) min(1, 128 / n) (g / sqrt(v) exp(o1) + m_.9 / sqrt(v) exp(o2 - 1.5))
 
-The read-outs start near zero, so before meta-training this is Adam with a little sign descent. It is not in the paper.
+A wide layer takes smaller steps, since what its inputs' weights change adds up (Yang & Hu 2021, arXiv 2011.14522).
 
-Legend: C coordinates in a block, H hidden units.
+All of x stays the same when every gradient changes its sign, so the updates change theirs: that need not be learned. The
+read-out starts near zero, so before meta-training this is RMSProp with a little momentum and a step size that falls to zero.
+It is not in the paper. The fraction is optax's extra argument: optimizer.update(grads, state, params, fraction=done).
+
+Legend: C coordinates in a block, M blocks, H hidden units.
 """
+
+import math
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optim4rl import BLOCK, CELLS, LearnedOptimizer, constant, coordinatewise, init_cell_state, init_dense, init_rnn, readout
+from optim4rl import (
+    BLOCK,
+    CELLS,
+    LearnedOptimizer,
+    constant,
+    from_blocks,
+    init_blocks,
+    init_cell_state,
+    init_dense,
+    init_rnn,
+    map_blocks,
+    readout,
+    to_blocks,
+)
 
-MOMENTUM_DECAYS = (0.5, 0.9, 0.99)
-SECOND_MOMENT_DECAY = 0.999
+DECAYS = (0.5, 0.9, 0.99)  # of the means of g
+SQUARE_DECAY = 0.99  # of the mean of g^2
+NUM_INPUTS = 9
 EPS = 1e-8
 LOG_SCALE = 0.1  # logarithms are from -18 to 12
-READOUT_SCALE = 0.1  # of the read-outs' initial weights
-SIGN_BIAS = -1.5
+READOUT_GAIN = 10.0  # the read-out is learned faster than the cell: so much more do its weights, at first this much smaller, do
+READOUT_SCALE = 0.01
+MOMENTUM_BIAS = -1.5
+WIDE = 128.0  # inputs of a layer that takes smaller steps when it has more
 
 
 def update_moments(g: jax.Array, moments: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """moments: [5, C], the means of g and g^2 so far and the number of steps -> m [3, C] and v [C], bias-corrected, moments"""
-    decays = jnp.array([*MOMENTUM_DECAYS, SECOND_MOMENT_DECAY])[:, None]
-    new = jnp.concatenate([jnp.broadcast_to(g, (len(MOMENTUM_DECAYS), *g.shape)), jnp.square(g)[None]])
+    decays = jnp.array([*DECAYS, SQUARE_DECAY])[:, None]
+    new = jnp.concatenate([jnp.broadcast_to(g, (len(DECAYS), *g.shape)), jnp.square(g)[None]])
     means, count = decays * moments[:-1] + (1 - decays) * new, moments[-1:] + 1
     corrected = means / (1 - decays**count)
     return corrected[:-1], corrected[-1], jnp.concatenate([means, count])
 
 
-def momentum4rl_rule(theta: dict, g: jax.Array, state: tuple, cell: str, grad_clip: float | None) -> tuple:
-    """One step for a block of coordinates. g: [C]; state: (rnn1's, rnn2's, moments) -> step [C], state"""
-    g = constant(g, grad_clip)
-    m, v, moments = update_moments(g, state[2])
+def momentum4rl_rule(theta: dict, given: jax.Array, state: tuple, cell: str, grad_clip: float | None) -> tuple:
+    """One step for a block of coordinates. given: [3, C], g, n and f; state: (cell's, moments) -> step [C], state"""
+    g, fan_in, fraction = constant(given[0], grad_clip), *given[1:]
+    m, v, moments = update_moments(g, state[1])
     root = jnp.sqrt(v) + EPS
-    logs = LOG_SCALE * jnp.log(jnp.stack([jnp.abs(g) + EPS, root, moments[-1]]))
-    x = jnp.concatenate([jnp.sign(g)[None], m / root, logs])
-    state1, state2 = CELLS[cell](theta["rnn1"], state[0], x), CELLS[cell](theta["rnn2"], state[1], x)
-    o1, o2 = readout(theta["readout1"], state1[0])[0], readout(theta["readout2"], state2[0])[0]
-    step = m[1] / root * jnp.exp(o1) + jnp.sign(g) * jnp.exp(o2 + SIGN_BIAS)
-    return step, (state1, state2, moments)
+    logs = LOG_SCALE * jnp.log(jnp.stack([jnp.abs(g) + EPS, root, moments[-1], fan_in]))
+    x = jnp.concatenate([jnp.abs(g)[None] / root, jnp.sign(g) * m / root, logs, fraction[None]])
+    cell_state = CELLS[cell](theta["rnn"], state[0], x)
+    o1, o2 = READOUT_GAIN * readout(theta["readout"], jnp.concatenate([cell_state[0], x]))
+    step = g / root * jnp.exp(o1) + m[1] / root * jnp.exp(o2 + MOMENTUM_BIAS)
+    return (1 - fraction) * jnp.minimum(1, WIDE / fan_in) * step, (cell_state, moments)
+
+
+def fan_ins(tree: Any) -> Any:
+    """Each coordinate's n, of weights whose last axis is the layer's output. -> like tree"""
+    return jax.tree.map(lambda w: jnp.full(jnp.shape(w), math.prod(jnp.shape(w)[:-1]), float), tree)
 
 
 def make_momentum4rl(cell="lstm", hidden_size=8, readout_layers=(), grad_clip: float | None = 1.0) -> LearnedOptimizer:
     """The optimizer above, for meta-training; `optim4rl.to_optax` makes it optax's."""
 
     def init_theta(key):
-        keys = jax.random.split(key, 4)
-        rnns = {f"rnn{i + 1}": init_rnn(keys[i], cell, len(MOMENTUM_DECAYS) + 4, hidden_size) for i in range(2)}
-        sizes = (hidden_size, *readout_layers, 1)
-        readouts = {f"readout{i + 1}": init_dense(keys[2 + i], sizes) for i in range(2)}
-        return rnns | jax.tree.map(lambda w: READOUT_SCALE * w, readouts)
+        key_rnn, key_readout = jax.random.split(key)
+        layers = init_dense(key_readout, (hidden_size + NUM_INPUTS, *readout_layers, 2))
+        rnn = init_rnn(key_rnn, cell, NUM_INPUTS, hidden_size)
+        return {"rnn": rnn, "readout": jax.tree.map(lambda w: READOUT_SCALE * w, layers)}
 
     def init_block():
-        moments = jnp.zeros((len(MOMENTUM_DECAYS) + 2, BLOCK))
-        return init_cell_state(cell, hidden_size), init_cell_state(cell, hidden_size), moments
+        return init_cell_state(cell, hidden_size), jnp.zeros((len(DECAYS) + 2, BLOCK))
 
-    def rule(theta, g, state):
-        return momentum4rl_rule(theta, g, state, cell, grad_clip)
+    apply = map_blocks(partial(momentum4rl_rule, cell=cell, grad_clip=grad_clip))
 
-    return coordinatewise(init_theta, init_block, rule)
+    def update(theta, grads, state, params, learning_rate, *, fraction=0.0, **extra_args):
+        del params, extra_args
+        g = to_blocks(grads)
+        fan_in = jnp.maximum(to_blocks(fan_ins(grads)), 1)  # the padding's zeros too
+        given = jnp.stack([g, fan_in, jnp.full_like(g, fraction)], axis=1)
+        steps, state = apply(theta, given, state)
+        return from_blocks(-learning_rate * steps, grads), state
+
+    return LearnedOptimizer(init_theta, partial(init_blocks, init_block=init_block), update, rule=None)

@@ -22,6 +22,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -265,20 +266,22 @@ def map_blocks(rule: Callable) -> Callable:
     return differentiable
 
 
+def init_blocks(params: Any, init_block: Callable) -> Any:
+    """The state of a coordinate-wise optimizer. init_block: -> that of one block, zeros -> [M, ...] of each"""
+    num_blocks = -(-sum(np.size(leaf) for leaf in jax.tree.leaves(params)) // BLOCK)
+    return jax.tree.map(lambda x: jnp.zeros((num_blocks, *x.shape), x.dtype), init_block())
+
+
 def coordinatewise(init_theta: Callable, init_block: Callable, rule: Callable) -> LearnedOptimizer:
     """The LearnedOptimizer that applies `rule` to every coordinate of a pytree. init_block: -> state of one block."""
     apply = map_blocks(rule)
-
-    def init_state(params):
-        num_blocks = -(-sum(np.size(leaf) for leaf in jax.tree.leaves(params)) // BLOCK)
-        return jax.tree.map(lambda x: jnp.zeros((num_blocks, *x.shape), x.dtype), init_block())
 
     def update(theta, grads, state, params, learning_rate, **extra_args):
         del params, extra_args
         steps, state = apply(theta, to_blocks(grads), state)
         return from_blocks(-learning_rate * steps, grads), state
 
-    return LearnedOptimizer(init_theta, init_state, update, rule)
+    return LearnedOptimizer(init_theta, partial(init_blocks, init_block=init_block), update, rule)
 
 
 def make_optim4rl(cell="lstm", inputs="raw", hidden_size=8, readout_layers=(), grad_clip: float | None = 1.0):

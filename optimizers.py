@@ -8,6 +8,7 @@ Legend: C coordinates in a block (optim4rl.py).
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -79,6 +80,7 @@ def make_l2lgd2(cell="lstm", hidden_size=8, readout_layers=(), grad_clip: float 
 
 CLASSICAL: dict[str, Callable] = {
     "adam": optax.adam,
+    "adam_linear": lambda learning_rate: optax.chain(optax.adam(learning_rate), falling()),
     "rmsprop": optax.rmsprop,
     "sgd": optax.sgd,
     "sign_sgd": optax.sign_sgd,
@@ -95,6 +97,39 @@ LEARNED: dict[str, Callable] = {
 }
 
 
+def falling() -> optax.GradientTransformationExtraArgs:
+    """Scales updates by one minus the fraction of training that is done: optax's extra argument `fraction`."""
+
+    def update(updates, state, params=None, *, fraction=0.0, **extra_args):
+        del params, extra_args
+        return optax.tree.scale(1.0 - fraction, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def theta_path(name_or_path: str) -> str:
+    """pretrained/NAME is the file of this name beside this module, wherever the script is run."""
+    folder = Path(__file__).parent / "pretrained"
+    name = name_or_path.removeprefix("pretrained/").removesuffix(".npz")
+    if not name_or_path.startswith("pretrained/") or os.path.exists(name_or_path):
+        return name_or_path
+    if not (folder / f"{name}.npz").exists():
+        known = sorted(path.stem for path in folder.glob("*.npz"))
+        raise ValueError(f"no pretrained optimizer {name!r}; there are {', '.join(known)}")
+    return str(folder / f"{name}.npz")
+
+
+def is_theta(name_or_path: str) -> bool:
+    return name_or_path.endswith(".npz") or name_or_path.startswith("pretrained/") or os.path.isfile(name_or_path)
+
+
+def title(path: str, header: dict) -> str:
+    """A short name for tables: the optimizer's kind, if it is not Optim4RL, and the file's or the run's name."""
+    path = path.removesuffix(".npz")
+    name = path if path.startswith("pretrained/") else "/".join(Path(path).parts[-2:]).split("__")[0]
+    return name if header["optimizer"] == "optim4rl" or path.startswith("pretrained/") else f"{header['optimizer']}, {name}"
+
+
 def check_theta(path: str, learned: LearnedOptimizer, theta: Any) -> None:
     """Raises ValueError, in one line, unless theta has the arrays of this optimizer, finite."""
     expected = jax.eval_shape(learned.init_theta, jax.random.key(0))
@@ -107,6 +142,7 @@ def check_theta(path: str, learned: LearnedOptimizer, theta: Any) -> None:
 
 def load_learned(path: str) -> tuple[LearnedOptimizer, Any, dict]:
     """A meta-trained optimizer from its .npz -> optimizer, theta, header. Raises ValueError, in one line, if unfit."""
+    path = theta_path(path)
     theta, header = load_theta(path)
     kind = header["optimizer"]
     if kind not in LEARNED:
@@ -121,8 +157,8 @@ def load_learned(path: str) -> tuple[LearnedOptimizer, Any, dict]:
 
 
 def make_optimizer(name_or_path: str, learning_rate: float) -> optax.GradientTransformation:
-    """adam, rmsprop, sgd, sign_sgd; the path of a .npz; untrained (Optim4RL at an initial theta), untrained:star (another
-    kind) or untrained:PATH.npz (the kind in that file, with its settings).
+    """adam, adam_linear (falling to 0), rmsprop, sgd, sign_sgd; pretrained/NAME or the path of a .npz; untrained (Optim4RL at
+    an initial theta), untrained:star (another kind) or untrained:PATH.npz (the kind in that file, with its settings).
 
     Raises ValueError, in one line, for anything else.
     """
@@ -133,7 +169,9 @@ def make_optimizer(name_or_path: str, learning_rate: float) -> optax.GradientTra
         kind = kind_or_path or "optim4rl"
         learned = LEARNED[kind]() if kind in LEARNED else load_learned(kind)[0]
         return to_optax(learned, learned.init_theta(jax.random.key(0)), learning_rate)
-    if name_or_path.endswith(".npz") or os.path.exists(name_or_path):
+    if is_theta(name_or_path):
         learned, theta, _ = load_learned(name_or_path)
         return to_optax(learned, theta, learning_rate)
-    raise ValueError(f"unknown optimizer {name_or_path!r}; choose from {', '.join(CLASSICAL)}, untrained, or a path to a .npz")
+    raise ValueError(
+        f"unknown optimizer {name_or_path!r}; choose from {', '.join(CLASSICAL)}, untrained, pretrained/NAME, a path to a .npz"
+    )

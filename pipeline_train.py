@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -275,11 +274,8 @@ def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: M
     key_init, key_train = jax.random.split(jax.random.key(args.seed))
     init, step = make_meta_step(args, tasks, learned, mesh)
     state, steps = init(key_init), steps_per_iteration(args)
-    done = 0
-    if args.resume:
-        with runs.bad_input():
-            done, state, damaged = kept.restore(state)
-        print("\n".join([*damaged, f"resumed at iteration {done}"]))
+    state = kept.restore(state) if args.resume else state
+    done = int(state.iteration)
     began = time.perf_counter()
     step = step.lower(key_train, state).compile()
     print(f"compiled in {time.perf_counter() - began:.1f} s")
@@ -307,10 +303,7 @@ def main() -> None:
         if args.process_id != 0:
             meta_train(args, tasks, learned, mesh, lambda *_: None)
             return
-        if args.resume:
-            folder = Path(args.resume)
-        else:
-            folder = runs.make_folder(args.runs_dir, "+".join(args.env_name), "pipeline_train", args.seed, args)
+        folder = runs.run_folder(args, "+".join(args.env_name), "pipeline_train")
         # With several processes there is theta.npz only: orbax would wait for the others to write too.
         kept = checkpoints.Checkpoints(folder, args.checkpoint_minutes) if args.num_processes == 1 else None
     print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
@@ -327,9 +320,8 @@ def main() -> None:
                 log.write(iteration, row)
                 if iteration % args.checkpoint_every == 0:
                     save(state)
-                if kept and (kept.due() or interrupted()):
-                    log.flush()  # a resumed run makes no row again that comes before its checkpoint
-                    log.say(kept.save(iteration, state))
+                if kept:
+                    kept.save_if_due(iteration, state, log, interrupted())
                 return interrupted()
 
             state = meta_train(args, tasks, learned, mesh, on_iteration, kept)

@@ -84,6 +84,10 @@ class Args:
     """evaluations after the first, at regular steps: whole episodes of the policy's mode, in environments of their own"""
     eval_envs: int = 128
     """episodes of an evaluation"""
+    checkpoint_minutes: float = 5.0
+    """minutes between two writings of the whole state, from which --resume goes on"""
+    resume: str | None = None
+    """go on with the run in this folder; its arguments are taken"""
     runs_dir: str = "runs"
     """the run's folder is made in here"""
 
@@ -465,13 +469,21 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
-def train(args: Args, env: Env, optimizer: optax.GradientTransformation, on_update: Callable) -> dict:
-    """Train args.num_seeds agents side by side. on_update(number of updates done, metrics) is called after each update,
-    and ends training by True.
+class TrainState(NamedTuple):
+    number: int  # of updates done
+    agents: AgentState  # [num_seeds]
+    alive: jax.Array  # [num_seeds] bool
+    history: dict  # {"return", "reward", "loss": [num_seeds, updates]}, NaN for updates to come
+    evals: jax.Array  # [num_seeds, evaluations], NaN for those to come
+
+
+def train(args: Args, env: Env, optimizer: optax.GradientTransformation, on_update: Callable, restore=lambda x: x) -> dict:
+    """Train args.num_seeds agents side by side. on_update(number of updates done, metrics, TrainState) is called after each
+    update, and ends training by True. restore(the TrainState of the start) -> the one to begin with.
 
     A seed whose simulation, loss or parameters are no longer finite is left as it was before, and its metrics are NaN from
     then on; when none is left, training ends.
-    -> {"return", "reward", "loss": [num_seeds, updates], "eval_return": [num_seeds, evaluations], "eval_steps": [evaluations]}
+    -> {"return", "reward", "loss": [num_seeds, updates done], "eval_return": [num_seeds, evaluations], "eval_steps"}
     """
     agent = make_agent(env, args)
     optimizer = optax.chain(optax.clip(args.grad_clip), optimizer)
@@ -485,23 +497,31 @@ def train(args: Args, env: Env, optimizer: optax.GradientTransformation, on_upda
         state = jax.tree.map(lambda old, new: jnp.where(alive, new, old), state, new)
         return state, alive, jax.tree.map(lambda x: jnp.where(alive, x, jnp.nan), metrics)
 
-    update = jax.jit(jax.vmap(update, (0, None, 0, 0)), donate_argnums=(2, 3))
+    def update_all(number, agents, alive, history):
+        agents, alive, metrics = jax.vmap(update, (0, None, 0, 0))(keys, number, agents, alive)
+        return agents, alive, jax.tree.map(lambda all, new: all.at[:, number - 1].set(new), history, metrics), metrics
+
+    update_all = jax.jit(update_all, donate_argnums=(1, 2, 3))
     mean_return = jax.jit(jax.vmap(partial(evaluate, env=env, args=args)))
-    states = jax.jit(jax.vmap(lambda key: agent.init(key, optimizer)))(keys_init)
-    alive = jnp.ones(args.num_seeds, bool)
-    evals = {0: mean_return(keys_eval, states)}
-    history = []
-    for number in range(1, num_updates(args) + 1):
-        states, alive, metrics = update(keys, number, states, alive)
-        history.append(metrics)
-        if number in eval_updates(args):
-            evals[number] = jnp.where(alive, mean_return(keys_eval, states), jnp.nan)
-        if on_update(number, metrics | {"eval_return": evals[max(evals)]}) or not alive.any():
+    agents = jax.jit(jax.vmap(lambda key: agent.init(key, optimizer)))(keys_init)
+    history = {name: jnp.full((args.num_seeds, num_updates(args)), jnp.nan) for name in ("return", "reward", "loss")}
+    column = {number: i for i, number in enumerate((0, *sorted(eval_updates(args))))}
+    evals = jnp.full((args.num_seeds, len(column)), jnp.nan)
+    state = restore(TrainState(0, agents, jnp.ones(args.num_seeds, bool), history, evals))
+    done, agents, alive, history, evals = state
+    if not done:
+        evals = evals.at[:, 0].set(mean_return(keys_eval, agents))
+    for number in range(done + 1, num_updates(args) + 1):
+        agents, alive, history, metrics = update_all(number, agents, alive, history)
+        done = number
+        if number in column:
+            evals = evals.at[:, column[number]].set(jnp.where(alive, mean_return(keys_eval, agents), jnp.nan))
+        latest = max(i for at, i in column.items() if at <= number)
+        state = TrainState(number, agents, alive, history, evals)
+        if on_update(number, metrics | {"eval_return": evals[:, latest]}, state) or not alive.any():
             break
-    evals = {number: jnp.full(args.num_seeds, jnp.nan) for number in (0, *sorted(eval_updates(args)))} | evals
-    history = jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *history)
-    steps = jnp.array([number * agent.num_steps for number in evals])
-    return history | {"eval_return": jnp.stack(list(evals.values()), axis=1), "eval_steps": steps}
+    history = {name: values[:, :done] for name, values in history.items()}
+    return history | {"eval_return": evals, "eval_steps": agent.num_steps * jnp.array(list(column))}
 
 
 def steps_per_update(args: Args) -> int:
@@ -536,6 +556,7 @@ def fill_in(args: Args) -> Args:
 
 
 def main() -> None:
+    import checkpoints
     import optimizers
     import runs
 
@@ -543,19 +564,20 @@ def main() -> None:
     with runs.bad_input():
         runs.check_positive(args, "learning_rate", "total_steps", "num_envs", "num_seeds", "episode_length", "rollout_steps")
         runs.check_positive(args, "batch_size", "num_minibatches", "num_epochs", "clip_range", "reward_scale")
-        runs.check_positive(args, "num_evals", "eval_envs", "policy_layers", "value_layers")
-        args = fill_in(args)
+        runs.check_positive(args, "num_evals", "eval_envs", "policy_layers", "value_layers", "checkpoint_minutes")
+        args = checkpoints.resumed_args(args.resume, args) if args.resume else fill_in(args)
         env = make_env(args.env_name, args.backend)
         optimizer = optimizers.make_optimizer(args.optimizer, args.learning_rate)
         if not num_updates(args):
             raise ValueError(f"--total-steps {args.total_steps:g} is less than one update's rollouts")
-        folder = runs.make_folder(args.runs_dir, args.env_name, "ppo", args.seed, args)
+        folder = runs.run_folder(args, args.env_name, "ppo")
+        kept = checkpoints.Checkpoints(folder, args.checkpoint_minutes)
     print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
     lost: set[int] = set()
 
     with runs.interruptible() as interrupted, runs.Log(folder, num_updates(args)) as log:
 
-        def on_update(number, metrics):
+        def on_update(number, metrics, state):
             per_seed = {f"eval_return_seed_{args.seed + i}": x for i, x in enumerate(metrics["eval_return"])}
             means = {name: jnp.nanmean(x) for name, x in metrics.items()}
             env_steps = number * steps_per_update(args)
@@ -563,12 +585,15 @@ def main() -> None:
             for i in set(jnp.flatnonzero(jnp.isnan(metrics["loss"])).tolist()) - lost:
                 lost.add(i)
                 log.say(f"seed {args.seed + i}: numbers that are not finite by step {env_steps:,}; this seed ends here")
+            kept.save_if_due(number, state, log, interrupted())
             return interrupted()
 
-        history = train(args, env, optimizer, on_update)
+        history = train(args, env, optimizer, on_update, kept.restore if args.resume else lambda state: state)
     final = history["eval_return"][:, -2:].mean(axis=1)
     print(f"return of the last 2 evaluations: {jnp.nanmean(final):.1f} (by seed: {', '.join(f'{x:.1f}' for x in final)})")
     print(f"written: {folder}/config.json, metrics.csv, TensorBoard events (tensorboard --logdir {args.runs_dir})")
+    if interrupted():
+        print(f"to go on: python ppo.py --resume {folder}")
     sys.exit(interrupted())
 
 

@@ -125,6 +125,11 @@ def make_folder(runs_dir: str, env_name: str, script: str, seed: int, args: Any)
     return folder
 
 
+def run_folder(args: Any, env_name: str, script: str) -> Path:
+    """The folder of the run that is resumed, or a new one."""
+    return Path(args.resume) if args.resume else make_folder(args.runs_dir, env_name, script, args.seed, args)
+
+
 def progress(total: int, title: str = "") -> tqdm:
     """A progress bar with the time left."""
     return tqdm(total=total, desc=title, dynamic_ncols=True)

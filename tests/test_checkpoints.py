@@ -18,13 +18,13 @@ ROOT = Path(__file__).parent.parent
 RUN = "--env-name catch --num-units 4 --inner-updates 2 --num-iterations 400 --checkpoint-minutes 0.005 --checkpoint-every 7"
 
 
-def start(cwd, *flags):
-    command = [sys.executable, str(ROOT / "pipeline_train.py"), *flags]
+def start(cwd, *flags, script="pipeline_train"):
+    command = [sys.executable, str(ROOT / f"{script}.py"), *flags]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(cwd, *flags):
-    process = start(cwd, *flags)
+def finish(cwd, *flags, script="pipeline_train"):
+    process = start(cwd, *flags, script=script)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
@@ -73,6 +73,34 @@ def test_killed_at_random_moments_and_resumed_it_ends_the_same_bit_for_bit(tmp_p
         out, err = process.communicate(timeout=300)
         assert number < kills or process.returncode == 0, err
     assert_same_run(only_folder(tmp_path / "runs"), uninterrupted)
+
+
+AGENTS = {
+    "a2c": "--env-name catch --num-envs 4 --num-seeds 2 --total-steps 80000 --optimizer rmsprop",
+    "ppo": "--env-name inverted_pendulum --num-envs 4 --batch-size 4 --num-minibatches 2 --policy-layers 8 --value-layers 8"
+    " --eval-envs 2 --episode-length 20 --num-evals 3 --num-epochs 1 --total-steps 12000 --num-seeds 2",
+}
+
+
+@pytest.mark.parametrize("script", AGENTS)
+def test_an_agents_run_goes_on_with_its_optimizers_state_bit_for_bit(tmp_path, script):
+    flags = [*AGENTS[script].split(), "--checkpoint-minutes", "0.001"]
+    code, expected, err = finish(tmp_path, *flags, script=script)
+    assert code == 0, err
+    whole = only_folder(tmp_path / "runs")
+    process = start(tmp_path, *flags, "--runs-dir", "killed", script=script)
+    deadline = time.monotonic() + 120
+    while not any(whole_checkpoints(path) for path in tmp_path.glob("killed/*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.communicate(timeout=60) and process.returncode == -signal.SIGKILL
+    killed = only_folder(tmp_path / "killed")
+    code, out, err = finish(tmp_path, "--resume", str(killed), script=script)
+    assert code == 0 and "resumed at" in out, err
+    assert (killed / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    assert [line for line in out.splitlines() if line.startswith("return")] == [
+        line for line in expected.splitlines() if line.startswith("return")
+    ]
 
 
 @pytest.fixture

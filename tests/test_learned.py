@@ -14,6 +14,7 @@ import optimizers
 import star
 import velo
 from meta_gradient import replay_gradient
+from momentum4rl import READOUT_GAIN
 from optim4rl import save_theta, to_optax
 
 COORDINATEWISE = ("optim4rl", "momentum4rl", "linear_optim", "l2lgd2")
@@ -179,19 +180,29 @@ def test_l2lgd2_scales_the_gradient():
 # --- momentum4rl ---
 
 
-@pytest.mark.parametrize("o1, o2", [(0.0, -jnp.inf), (0.4, 0.7)])
-def test_momentum4rl_is_adam_and_sign_descent_in_the_proportions_of_its_read_outs(o1, o2):
+@pytest.mark.parametrize("o1, o2, fraction", [(0.0, -jnp.inf, 0.0), (-jnp.inf, 1.5, 0.25), (0.4, 0.7, 0.5)])
+def test_momentum4rl_is_rmsprop_and_adam_in_the_proportions_of_its_read_out(o1, o2, fraction):
     learned, theta = make("momentum4rl")
-    readouts = {f"readout{i}": {"0": {"w": jnp.zeros((1, 8)), "b": jnp.array([o])}} for i, o in ((1, o1), (2, o2))}
-    optimizer, adam = to_optax(learned, theta | readouts, 0.1), optax.adam(0.1)
-    params = jnp.zeros(5)
-    state, adam_state = optimizer.init(params), adam.init(params)
+    optimizer = to_optax(learned, set_readout(theta, [o1 / READOUT_GAIN, o2 / READOUT_GAIN]), 0.1)
+    parts = optax.adam(0.1, b1=0.0, b2=0.99), optax.adam(0.1, b1=0.9, b2=0.99)
+    params = jnp.ones(5)
+    state, states = optimizer.init(params), [part.init(params) for part in parts]
     for seed in range(4):
         g = jax.random.normal(jax.random.key(seed), (5,)) * jnp.array([1.0, 1e-3, 1e-6, 10.0, 0.0])
-        updates, state = optimizer.update(g, state)
-        expected, adam_state = adam.update(g, adam_state)
-        expected = np.exp(o1) * expected - 0.1 * np.exp(o2 - 1.5) * np.sign(g)
+        updates, state = optimizer.update(g, state, fraction=fraction)
+        both = [part.update(g, state) for part, state in zip(parts, states, strict=True)]
+        states = [state for _, state in both]
+        expected = (1 - fraction) * (np.exp(o1) * both[0][0] + np.exp(o2 - 1.5) * both[1][0])
         np.testing.assert_allclose(updates, expected, rtol=1e-4)
+
+
+def test_momentum4rls_wide_layers_take_smaller_steps():
+    learned, theta = make("momentum4rl")
+    optimizer = to_optax(learned, set_readout(theta, [0.0, -jnp.inf]), 0.1)
+    grads = {"wide": jnp.ones((16, 32, 3)), "narrow": jnp.ones((128, 3)), "bias": jnp.ones(600), "scalar": jnp.ones(())}
+    updates, _ = optimizer.update(grads, optimizer.init(grads))
+    for name, expected in {"wide": -0.1 * 128 / 512, "narrow": -0.1, "bias": -0.1, "scalar": -0.1}.items():
+        np.testing.assert_allclose(updates[name], expected, rtol=1e-6)
 
 
 def test_momentum4rls_cells_see_magnitude_and_consistency():

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-import evaluate
+import gridworld
+import report
 from optim4rl import load_theta, save_theta
 
 ROOT = Path(__file__).parent.parent
@@ -48,10 +49,12 @@ def test_meta_train_then_evaluate(tmp_path):
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs").glob("*evaluate*")
     rows = read_rows(folder / "results.csv")
-    assert {(row["optimizer"], row["learning_rate"]) for row in rows} == {
-        ("catch (trained)", "0.001"), ("adam", "0.01"), ("adam", "0.001")
-    }  # fmt: skip
-    assert len(rows) == 3 * 2 * 5 and (folder / "curves.png").read_bytes()[1:4] == b"PNG"
+    swept = {row["learning_rate"]: float(row["score"]) for row in read_rows(folder / "sweep.csv")}
+    assert set(swept) == {"0.01", "0.001"}
+    best = max(swept, key=swept.get)
+    assert {(row["optimizer"], row["learning_rate"]) for row in rows} == {("catch (trained)", "0.001"), ("adam", best)}
+    assert {row["seed"] for row in rows} == {"1000", "1001"}
+    assert len(rows) == 2 * 2 * 5 and (folder / "curves.png").read_bytes()[1:4] == b"PNG"
     assert (folder / "table.md").read_text() in done.stdout
 
 
@@ -114,15 +117,33 @@ def test_an_interrupt_keeps_the_log_of_a2c(tmp_path):
 
 
 def test_an_interrupt_of_evaluate_keeps_the_optimizers_that_are_done(tmp_path):
-    rates = " ".join(f"{i}e-4" for i in range(1, 200))
-    flags = f"--env-name catch --optimizers adam --learning-rates {rates} --total-steps 3200 --num-seeds 1 --num-envs 4"
+    flags = f"--env-name {' '.join(gridworld.NAMES)} --optimizers adam rmsprop sgd sign_sgd adam_linear"
+    flags += " --total-steps 3200 --num-seeds 1 --num-envs 4"
     began = time.monotonic()
     sent = iter((False, True))
     code = interrupt("evaluate", flags, signal.SIGINT, tmp_path, lambda: time.monotonic() > began + 20, lambda: next(sent))
     assert code == 130
     (folder,) = (tmp_path / "runs").iterdir()
-    tried = {row["learning_rate"] for row in read_rows(folder / "results.csv")}
-    assert 0 < len(tried) < 199 and (folder / "table.md").exists()
+    made = {(row["env_name"], row["optimizer"]) for row in read_rows(folder / "results.csv")}
+    assert 0 < len(made) < 5 * len(gridworld.NAMES) and (folder / "table.md").exists()
+
+
+def test_reports_of_several_evaluations_join(tmp_path):
+    flags = "--total-steps 6400 --num-seeds 2 --num-envs 4 --optimizers adam sign_sgd".split()
+    for name in ("catch", "small_dense_short"):
+        done = run_script("evaluate", "--env-name", name, *flags, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    folders = sorted(str(path) for path in (tmp_path / "runs").iterdir())
+    done = run_script("report", *folders, "--out", "joined", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "joined" / "table.md").read_text() in done.stdout and "### catch, 2 seeds" in done.stdout
+    assert (tmp_path / "joined" / "curves.png").read_bytes()[1:4] == b"PNG"
+    rows, expected = read_rows(tmp_path / "joined" / "curves.csv"), []
+    for row in read_rows(Path(folders[0]) / "results.csv"):
+        if row["optimizer"] == "adam" and row["env_steps"] == "6400":
+            expected.append(float(row["return"]))
+    (last,) = [row for row in rows if (row["env_name"], row["optimizer"], row["env_steps"]) == ("catch", "adam", "6400")]
+    assert abs(float(last["mean"]) - np.mean(expected)) < 1e-4 and last["seeds"] == "2"
 
 
 def test_a2c(tmp_path):
@@ -270,29 +291,36 @@ def test_more_devices_than_there_are(tmp_path):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "--num-units" in done.stderr
 
 
-# --- evaluate.py's statistics ---
+# --- report.py's statistics ---
 
 
 def test_bootstrap_interval_is_near_the_normal_one():
     samples = np.random.default_rng(0).normal(3.0, 1.0, (400, 2))
-    low, high = evaluate.bootstrap_interval(samples)
+    low, high = report.bootstrap_interval(samples)
     half_width = 1.645 * samples.std(axis=0) / 20
     np.testing.assert_allclose(low, samples.mean(axis=0) - half_width, atol=0.02)
     np.testing.assert_allclose(high, samples.mean(axis=0) + half_width, atol=0.02)
-    assert evaluate.bootstrap_interval(samples[:1])[0] is not None
+    assert report.bootstrap_interval(samples[:1])[0] is not None
 
 
 def test_steps_to_reach():
     env_steps, curve = np.array([10, 20, 30, 40]), np.array([0.0, 5.0, 4.0, 6.0])
-    assert evaluate.steps_to_reach(5.0, curve, env_steps) == 20
-    assert np.isnan(evaluate.steps_to_reach(7.0, curve, env_steps))
+    assert report.steps_to_reach(5.0, curve, env_steps) == 20
+    assert np.isnan(report.steps_to_reach(7.0, curve, env_steps))
 
 
-def test_the_best_step_size_of_each_is_shown():
-    results = [
-        evaluate.Result(label, rate, np.full((2, 30), score), 20)
-        for label, rate, score in [("adam", 1, 3), ("adam", 2, 5), ("x", 1, 4)]
+def test_tables_show_scores_at_the_end_and_relative_to_adams():
+    """Straight lines over 200 updates: 20 means an end, on average, of 20 * 190.5 / 200, and a quarter of 20 * 40.5 / 200."""
+    steps = np.arange(1, 201)
+    lines = {("catch", "adam"): 10, ("catch", "x"): 20, ("ant", "adam"): 40, ("ant", "x"): 30, ("ant", "y"): np.nan}
+    results = []
+    for (env_name, label), slope in lines.items():
+        returns = np.broadcast_to(slope * steps / 200, (2, 200))
+        results.append(report.Result(env_name, label, 0.1, steps, returns[np.isfinite(returns[:, -1])]))
+    assert results[1].score() == pytest.approx(20 * 190.5 / 200) and results[1].score(0.25) == pytest.approx(20 * 40.5 / 200)
+    assert "| x | 0.1 | 19.050 |" in report.table(results[:2])
+    assert report.relative_table(results[:4]).splitlines()[2:] == [
+        "| adam | 1.00, 1.00 | 1.00, 1.00 |",
+        "| x | 2.00, 2.00 | 0.75, 0.75 |",
     ]
-    assert [(result.label, result.learning_rate) for result in evaluate.best_of_each(results)] == [("adam", 2), ("x", 1)]
-    text = evaluate.table(results, np.arange(30))
-    assert "| adam | 2 | 5.000 |" in text and "| x | 1 | 4.000 |" in text
+    assert "| y | - | - |" in report.relative_table(results)

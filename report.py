@@ -1,0 +1,246 @@
+"""What an evaluation shows: scores with intervals, tables, learning curves. evaluate.py makes it; results of several join by
+
+    python report.py runs/FOLDER runs/ANOTHER --out results/gridworlds
+
+into a table for each environment, a table of one number each relative to Adam, and a figure with a panel for each.
+"""
+
+import csv
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import scipy.stats
+import tyro
+
+import gridworld
+import optim4rl
+import runs
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
+
+COLUMNS = ("env_name", "optimizer", "learning_rate", "seed", "env_steps", "return")
+REFERENCE = "adam"  # what the others are held against
+STYLES = ("-", "--", "-.", ":")
+
+
+@dataclass(frozen=True)
+class Args:
+    folders: tyro.conf.Positional[tuple[str, ...]]
+    """run folders of evaluate.py"""
+    out: str = "runs/report"
+    """where table.md, curves.png and curves.csv are written"""
+
+
+class Result(NamedTuple):
+    """One optimizer at one step size in one environment."""
+
+    env_name: str
+    label: str
+    learning_rate: float
+    env_steps: np.ndarray  # [updates or evaluations]
+    returns: np.ndarray  # [seeds, updates or evaluations], without the seeds that ended early
+    ended: int = 0  # seeds that ended early because something was not finite
+
+    @property
+    def last(self) -> int:
+        """A run's score is the mean of this many of its last returns: 20 updates (A2C), or 2 evaluations (PPO)."""
+        return 20 if self.env_name in gridworld.NAMES else 2
+
+    def scores(self, until: float = 1.0) -> np.ndarray:
+        """Each seed's score after this fraction of training. -> [seeds]"""
+        end = max(1, round(until * len(self.env_steps)))
+        return np.nanmean(self.returns[:, max(0, end - self.last) : end], axis=1)
+
+    def score(self, until: float = 1.0) -> float:
+        return float(self.scores(until).mean()) if len(self.returns) else -np.inf
+
+
+# --- Statistics ---
+
+
+def bootstrap_interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """90 % percentile bootstrap interval of the mean over the first axis. samples: [seeds, ...] -> low [...], high [...]"""
+    if len(samples) == 1:
+        return samples[0], samples[0]
+    options = {"confidence_level": 0.9, "method": "percentile", "n_resamples": 1000, "rng": 0, "batch": 50}
+    interval = scipy.stats.bootstrap((samples,), np.mean, axis=0, **options).confidence_interval
+    return interval.low, interval.high
+
+
+def steps_to_reach(target: float, curve: np.ndarray, env_steps: np.ndarray) -> float:
+    """Environment steps at which a curve first is at `target` or above; NaN if it never is."""
+    reached = np.flatnonzero(curve >= target)
+    return env_steps[reached[0]] if len(reached) else np.nan
+
+
+def names_of(results: list[Result], field: str) -> list[str]:
+    return list(dict.fromkeys(getattr(result, field) for result in results))
+
+
+# --- Tables ---
+
+
+def table(results: list[Result]) -> str:
+    """A markdown table of the optimizers in one environment."""
+    goal = 0.9 * max(result.score() for result in results)
+    rows = [
+        f"| optimizer | step size | return (mean of last {results[0].last}) | 90 % interval | steps to reach {goal:.3g} |",
+        "|---" * 5 + "|",
+    ]
+    for result in results:
+        ended = f" ({result.ended} seeds ended early, not finite)" if result.ended else ""
+        interval, reached = "one seed" if len(result.returns) else "none", "never"
+        if len(result.returns) > 1:
+            interval = "{:.3f} to {:.3f}".format(*bootstrap_interval(result.scores()))
+        if len(result.returns) and np.isfinite(steps := steps_to_reach(goal, result.returns.mean(axis=0), result.env_steps)):
+            reached = f"{steps:.3g}"
+        rows.append(f"| {result.label}{ended} | {result.learning_rate:g} | {result.score():.3f} | {interval} | {reached} |")
+    return "\n".join(rows)
+
+
+def relative_table(results: list[Result]) -> str:
+    """Each optimizer's return at a quarter of the steps and at the end, divided by Adam's, in each environment."""
+    by_name = {(result.env_name, result.label): result for result in results}
+    env_names, labels = names_of(results, "env_name"), names_of(results, "label")
+
+    def cell(env_name, label):
+        result, adam = by_name.get((env_name, label)), by_name.get((env_name, REFERENCE))
+        if not (result and adam and len(result.returns) and len(adam.returns)):
+            return "-"
+        pairs = [(result.score(until), adam.score(until)) for until in (0.25, 1.0)]
+        return ", ".join(f"{ours / theirs:.2f}" if theirs > 0 else "-" for ours, theirs in pairs)
+
+    rows = [
+        f"| relative to {REFERENCE}: at a quarter, at the end | {' | '.join(env_names)} |",
+        "|---" * (len(env_names) + 1) + "|",
+    ]
+    rows += [f"| {label} | {' | '.join(cell(env_name, label) for env_name in env_names)} |" for label in labels]
+    return "\n".join(rows)
+
+
+def tables(results: list[Result]) -> str:
+    """All of the above, with headings if there are several environments."""
+    env_names = names_of(results, "env_name")
+    if len(env_names) == 1:
+        return table(results)
+    parts = [relative_table(results)]
+    for name in env_names:
+        here = [result for result in results if result.env_name == name]
+        parts += [f"### {name}, {max(len(result.returns) for result in here)} seeds", table(here)]
+    return "\n\n".join(parts)
+
+
+# --- Figures and files ---
+
+
+def draw(path: Path, results: list[Result]) -> None:
+    """Learning curves, a panel for each environment: mean over seeds, 90 % interval shaded. Every optimizer has one look."""
+    env_names, labels = names_of(results, "env_name"), names_of(results, "label")
+    columns = min(3, len(env_names))
+    rows = -(-len(env_names) // columns)
+    size = (6, 4) if len(env_names) == 1 else (3.6 * columns, 2.7 * rows + 0.6)
+    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes, name in zip(grid.flat, env_names, strict=False):
+        for result in results:
+            if result.env_name != name or not len(result.returns):
+                continue
+            i = labels.index(result.label)
+            low, high = bootstrap_interval(result.returns)
+            look = {"color": f"C{i}", "linestyle": STYLES[i % len(STYLES)]}
+            axes.plot(result.env_steps, result.returns.mean(axis=0), label=result.label, **look)
+            axes.fill_between(result.env_steps, low, high, color=look["color"], alpha=0.2, linewidth=0)
+        axes.set(xlabel="environment steps", ylabel="return", title=name)
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+        axes.grid(alpha=0.3)
+    for axes in list(grid.flat)[len(env_names) :]:
+        axes.remove()
+    handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize="small")
+    optim4rl.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=130))
+    plt.close(figure)
+
+
+def write_csv(path: Path, columns: tuple, rows: list) -> None:
+    text = io.StringIO()
+    csv.writer(text).writerows([columns, *rows])
+    optim4rl.write_whole(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def write_text(path: Path, text: str) -> None:
+    optim4rl.write_whole(path, lambda file: file.write(f"{text}\n".encode()))
+
+
+def write_results(path: Path, results: list[Result], first_seed: int) -> None:
+    """Every curve of every seed; read_results reads them."""
+    rows = []
+    for result in results:
+        for seed, returns in enumerate(result.returns, start=first_seed):
+            for steps, value in zip(result.env_steps, returns, strict=True):
+                rows.append((result.env_name, result.label, f"{result.learning_rate:g}", seed, steps, f"{value:.5g}"))
+    write_csv(path, COLUMNS, rows)
+
+
+def read_results(path: Path) -> list[Result]:
+    """Raises ValueError, in one line, for what write_results did not write."""
+    try:
+        with open(path, newline="") as file:
+            rows = [tuple(row[name] for name in COLUMNS) for row in csv.DictReader(file)]
+        runs_of: dict = {}
+        for env_name, label, rate, seed, steps, value in rows:
+            runs_of.setdefault((env_name, label, float(rate)), {}).setdefault(seed, []).append((float(steps), float(value)))
+        curves = {key: np.array(list(seeds.values())) for key, seeds in runs_of.items()}  # [seeds, updates, 2]
+        return [Result(*key, curve[0, :, 0], curve[:, :, 1]) for key, curve in curves.items()]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; a run folder of evaluate.py has one") from None
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"{path}: not the results of evaluate.py ({error})") from None
+
+
+def summary_rows(result: Result, points: int = 60) -> list[tuple]:
+    """The mean curve and its interval, at so many points at most: what is kept in results/."""
+    at = np.unique(np.linspace(0, len(result.env_steps) - 1, points).round().astype(int))
+    low, high = bootstrap_interval(result.returns[:, at])
+    numbers = zip(result.env_steps[at], result.returns[:, at].mean(axis=0), low, high, strict=True)
+    name = (result.env_name, result.label, f"{result.learning_rate:g}", len(result.returns))
+    return [(*name, f"{steps:g}", *(f"{x:.5g}" for x in values)) for steps, *values in numbers]
+
+
+def write(folder: Path, results: list[Result], swept: list[Result], first_seed: int) -> None:
+    """An evaluation's results.csv, curves.png, table.md, and sweep.csv if step sizes were compared; the table is printed."""
+    write_results(folder / "results.csv", results, first_seed)
+    if swept:
+        rows = [(*result[:2], f"{result.learning_rate:g}", f"{result.score():.5g}") for result in swept]
+        write_csv(folder / "sweep.csv", (*COLUMNS[:3], "score"), rows)
+    draw(folder / "curves.png", results)
+    summary = tables(results)
+    write_text(folder / "table.md", summary)
+    print(summary)
+    print(f"written: {folder}/table.md, results.csv (every curve), {'sweep.csv, ' if swept else ''}curves.png, config.json")
+
+
+def main() -> None:
+    args = runs.parse(Args, __doc__)
+    with runs.bad_input():
+        results = [result for folder in args.folders for result in read_results(Path(folder) / "results.csv")]
+        if not results:
+            raise ValueError("name at least one run folder of evaluate.py")
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        summary = tables(results)
+        draw(out / "curves.png", results)
+        columns = ("env_name", "optimizer", "learning_rate", "seeds", "env_steps", "mean", "low", "high")
+        write_csv(out / "curves.csv", columns, [row for result in results for row in summary_rows(result)])
+        write_text(out / "table.md", summary)
+    print(summary)
+    print(f"written: {out}/table.md, curves.png, curves.csv")
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
