@@ -264,13 +264,16 @@ def train(args: Args, env: Any, optimizer: optax.GradientTransformation, on_upda
     seeds = args.seed + jnp.arange(args.num_seeds)
     keys_init, keys = jnp.moveaxis(jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds), 1, 0)
 
-    def update(key, number, state):
-        progress = (number / num_updates(args), (number + 1) / num_updates(args))
-        state, _, metrics = agent.learn(jax.random.fold_in(key, number), state, optimizer, progress)
-        return state, metrics
-
     def update_all(number, agents, history):
-        agents, metrics = jax.vmap(update, (0, None, 0))(keys, number, agents)
+        def update(key_and_state):
+            key, state = key_and_state
+            progress = (number / num_updates(args), (number + 1) / num_updates(args))
+            state, _, metrics = agent.learn(jax.random.fold_in(key, number), state, optimizer, progress)
+            return state, metrics
+
+        # A CPU takes one seed at a time and keeps it in its cache: two thirds of the time of all at once.
+        over_seeds = partial(jax.lax.map, update) if jax.default_backend() == "cpu" else jax.vmap(update)
+        agents, metrics = over_seeds((keys, agents))
         return agents, jax.tree.map(lambda all, new: all.at[:, number].set(new), history, metrics), metrics
 
     update_all = jax.jit(update_all, donate_argnums=(1, 2))

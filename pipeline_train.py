@@ -43,6 +43,7 @@ COMPILER_OPTIONS = {
     "xla_cpu_prefer_vector_width": 512,  # where a CPU has such registers: a fifth off an iteration's time
     "xla_disable_hlo_passes": "cpu-parallel-task-assigner",  # each core has units of its own: no thread helps another
 }
+MOST_BAD_UPDATES = 10  # in a row end the run
 SHORTER = "--num-units 64 with --total-steps 1e6, or fewer --num-iterations, make it short; Ctrl-C keeps what was trained"
 
 
@@ -124,6 +125,7 @@ class MetaState(NamedTuple):
     meta_opt_state: Any
     units: tuple  # for each task the agents' states, [N, ...]
     iteration: jax.Array  # [] int32
+    bad_updates: jax.Array  # [] int32, updates in a row that were left out because the meta-gradient was not finite
 
 
 # --- Meta-training ---
@@ -148,7 +150,7 @@ def make_meta_step(args: Args, tasks: list[Task], learned: LearnedOptimizer, mes
         for i, task in enumerate(tasks):
             keys = schedule(jax.random.fold_in(key_units, i), 0, args).key
             units.append(jax.vmap(partial(new_unit, theta=theta, task=task, learned=learned, args=args))(keys))
-        return MetaState(theta, meta_optimizer.init(theta), tuple(units), jnp.int32(0))
+        return MetaState(theta, meta_optimizer.init(theta), tuple(units), jnp.int32(0), jnp.int32(0))
 
     def step(key, state):
         gradients, all_units, all_metrics = [], [], []
@@ -157,8 +159,9 @@ def make_meta_step(args: Args, tasks: list[Task], learned: LearnedOptimizer, mes
             train = partial(train_group, task=task, learned=learned, args=args)
             plan = schedule(key_task, state.iteration, args)
             gradient, units, metrics = train_units(state.theta, plan, units, train, mesh)
-            gradients.append(gradient)
             all_units.append(units)
+            some_left = jnp.where(jnp.all(metrics["broken"]), jnp.nan, 1.0)
+            gradients.append(gradient := optax.tree.scale(some_left, gradient))
             means = {"meta_loss": jnp.nanmean(metrics["meta_loss"]), "return": jnp.nanmean(metrics["return"])}
             all_metrics.append(
                 means | {"meta_grad_norm": optax.tree.norm(gradient), "broken_units": jnp.sum(metrics["broken"])}
@@ -166,12 +169,13 @@ def make_meta_step(args: Args, tasks: list[Task], learned: LearnedOptimizer, mes
         clipped = [clip.update(gradient, clip.init(gradient))[0] for gradient in gradients]
         gradient = jax.tree.map(lambda *gs: sum(gs) / len(gs), *clipped)
         updates, meta_opt_state = meta_optimizer.update(gradient, state.meta_opt_state)
-        after = (optax.apply_updates(state.theta, updates), meta_opt_state)
-        theta, meta_opt_state = only_finite(after, (state.theta, state.meta_opt_state), gradient)
-        return MetaState(theta, meta_opt_state, tuple(all_units), state.iteration + 1), all_metrics
+        after = (optax.apply_updates(state.theta, updates), meta_opt_state, jnp.int32(0))
+        before = (state.theta, state.meta_opt_state, state.bad_updates + 1)
+        theta, meta_opt_state, bad_updates = only_finite(after, before, (after, gradients))
+        return MetaState(theta, meta_opt_state, tuple(all_units), state.iteration + 1, bad_updates), all_metrics
 
     whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("units"))
-    shardings = MetaState(whole, whole, split, whole)
+    shardings = MetaState(whole, whole, split, whole, whole)
     step = jax.jit(step, donate_argnums=1, out_shardings=(shardings, whole), compiler_options=COMPILER_OPTIONS)
     return jax.jit(init, out_shardings=shardings), step
 
@@ -285,7 +289,7 @@ def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: M
         state, metrics = jax.block_until_ready(step(key_train, state))
         if iteration == done + 1:
             runs.warn_if_long((time.perf_counter() - began) * (args.num_iterations - done), SHORTER)
-        row = {"env_steps": iteration * steps}
+        row = {"env_steps": iteration * steps, "bad_updates": int(state.bad_updates)}
         for task_name, values in zip(args.env_name, metrics, strict=True):
             row |= {f"{name}_{task_name}" if len(tasks) > 1 else name: value for name, value in values.items()}
         if on_iteration(iteration, state, row):
@@ -322,11 +326,15 @@ def main() -> None:
                     save(state)
                 if kept:
                     kept.save_if_due(iteration, state, log, interrupted())
-                return interrupted()
+                if row["bad_updates"]:
+                    log.say(f"iteration {iteration}: the meta-gradient is not finite; theta stays as it is")
+                return interrupted() or row["bad_updates"] == MOST_BAD_UPDATES
 
             state = meta_train(args, tasks, learned, mesh, on_iteration, kept)
         save(state)
     theta_path = folder / "theta.npz"
+    if state.bad_updates == MOST_BAD_UPDATES:
+        runs.fail(f"{MOST_BAD_UPDATES} meta-gradients in a row were not finite; the last good theta is in {theta_path}", code=1)
     print(f"written: {theta_path}, and metrics.csv, config.json and TensorBoard events beside it")
     if interrupted() and kept:
         print(f"to go on: python pipeline_train.py --resume {folder}")

@@ -25,10 +25,10 @@ import optim4rl
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "chex", "brax")
 
 
-def fail(message: str) -> None:
-    """One line on stderr, exit code 2."""
+def fail(message: str, code: int = 2) -> None:
+    """One line on stderr, and the end."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 @contextlib.contextmanager

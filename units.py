@@ -90,7 +90,8 @@ def only_finite(new: Any, old: Any, judge: Any = None) -> Any:
 def train_group(theta, schedule: Schedule, units, task, learned, args):
     """Reset and train some units side by side. -> sum of their meta-gradients, units, metrics [N]
 
-    A unit whose parameters are no longer finite also starts anew; what it would add to the sum is left out, group and all.
+    A unit whose parameters are no longer finite also starts anew; a sum that is not finite is left out. metrics["broken"] says
+    whose they were.
     """
     key_reset, key_train = jnp.moveaxis(jax.vmap(jax.random.split)(schedule.key), 1, 0)
     broken = ~jax.vmap(ppo.all_finite)(units.agent.params)
@@ -100,8 +101,9 @@ def train_group(theta, schedule: Schedule, units, task, learned, args):
     lifetime = args.reset_interval if args.pipeline else args.num_iterations
     estimate = partial(estimate, agent=task.agent, learned=learned, inner_updates=args.inner_updates, lifetime=lifetime)
     gradient, units, metrics = estimate(theta, key_train, units, schedule.age, schedule.sign)
+    lost = ~ppo.all_finite(gradient)
     gradient = only_finite(gradient, jax.tree.map(jnp.zeros_like, gradient))
-    return gradient, units, metrics | {"broken": broken}
+    return gradient, units, metrics | {"broken": broken | lost}
 
 
 def train_units(theta, schedule: Schedule, units, train: Callable, mesh):

@@ -146,6 +146,45 @@ def test_reports_of_several_evaluations_join(tmp_path):
     assert abs(float(last["mean"]) - np.mean(expected)) < 1e-4 and last["seeds"] == "2"
 
 
+GOES_WRONG = """
+import sys, jax, jax.numpy as jnp, pipeline_train
+train_units = pipeline_train.train_units
+def wrong_from_3_on(theta, plan, units, *rest):
+    gradient, units, metrics = train_units(theta, plan, units, *rest)
+    now = (3 <= plan.age.max()) & (plan.age.max() < {until})  # the oldest unit is as old as training
+    return jax.tree.map(lambda g: jnp.where(now, jnp.{value}, g), gradient), units, metrics
+pipeline_train.train_units = wrong_from_3_on
+pipeline_train.main()
+"""
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_meta_gradients_that_are_not_finite_are_skipped_and_ten_in_a_row_end_the_run(tmp_path, value):
+    flags = "--env-name catch --num-units 4 --inner-updates 2 --meta-clip elementwise --num-iterations".split()
+
+    def train(until, iterations):
+        for folder in tmp_path.glob("runs/*"):
+            folder.rename(tmp_path / f"before_{until}_{iterations}")
+        command = [sys.executable, "-c", GOES_WRONG.format(until=until, value=value), *flags, str(iterations)]
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        (folder,) = tmp_path.glob("runs/*")
+        theta = jax.tree.leaves(load_theta(folder / "theta.npz")[0])
+        assert all(np.isfinite(x).all() for x in theta)
+        return done, theta, [float(row["bad_updates"]) for row in read_rows(folder / "metrics.csv")]
+
+    _, good, _ = train(0, 3)
+    done, theta, bad = train(5, 7)
+    assert done.returncode == 0 and bad == [0, 0, 0, 1, 2, 0, 0], done.stderr
+    assert "iteration 4: the meta-gradient is not finite" in done.stdout + done.stderr
+    assert any((a != b).any() for a, b in zip(theta, good, strict=True))
+    done, theta, bad = train(99, 30)
+    assert done.returncode == 1 and bad == [0, 0, 0, *range(1, 11)] and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: 10 meta-gradients in a row were not finite")
+    jax.tree.map(np.testing.assert_array_equal, theta, good)
+
+
 def test_a2c(tmp_path):
     flags = "--env-name big_dense_short --num-envs 2 --total-steps 120 --num-seeds 2".split()
     done = run_script("a2c", *flags, cwd=tmp_path)
