@@ -305,9 +305,10 @@ def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
         args = checkpoints.resumed_args(args.resume, args) if args.resume else args
-        runs.check_positive(
-            args, "learning_rate", "total_steps", "num_envs", "num_seeds", "rollout_steps", "checkpoint_minutes"
-        )
+        runs.check_positive(args, "learning_rate", "total_steps", "num_envs", "num_seeds", "rollout_steps", "reward_scale")
+        runs.check_positive(args, "checkpoint_minutes")
+        runs.check_between(args, 0, 1, "discount", "td_lambda")
+        runs.check_between(args, 0, 1e6, "critic_weight", "entropy_weight")
         env = gridworld.make(args.env_name)
         optimizer = optimizers.make_optimizer(args.optimizer, args.learning_rate)
         if not num_updates(args):

@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -50,7 +50,7 @@ class Args:
     """environment steps of each agent (catch 5e5, small gridworlds 3e6, big ones 4e6, Brax 2e6 to 1e8)"""
     num_envs: int | None = None
     """environments of each agent (catch 64, gridworlds 512, Brax 2048 or 4096)"""
-    backend: str = "spring"
+    backend: Literal["spring", "generalized", "positional", "mjx"] = "spring"
     """physics of Brax's tasks: spring, generalized, positional or mjx"""
     runs_dir: str = "runs"
     """the run's folder is made in here"""
@@ -156,8 +156,8 @@ def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
         runs.check_positive(args, "num_seeds", "sweep_seeds", "learning_rate", "learning_rates", "total_steps", "num_envs")
-        if not args.optimizers or not args.env_name:
-            raise ValueError("--optimizers and --env-name must each name at least one")
+        if not args.optimizers or not args.env_name or len(set(args.env_name)) < len(args.env_name):
+            raise ValueError("--optimizers and --env-name must name at least one, and each environment once")
         learners = {name: make_learner(args, name) for name in args.env_name}
         to_run = plan(args)
         folder = runs.make_folder(args.runs_dir, "+".join(learners), "evaluate", args.seed, args)

@@ -10,8 +10,9 @@ meta-gradient (optim4rl.py stops the derivative there), so with g_1 .. g_K recor
 
 and no derivative of rollouts, losses or agent-gradients is needed: it is the same as jax.grad through everything.
 
-**pes**, persistent evolution strategies (Vicol, Metz & Sohl-Dickstein 2021, arXiv 2112.13835). The meta-loss is minus the mean
-reward of the K updates' rollouts. Each unit learns with a perturbed theta, another one every K updates, and
+**pes**, persistent evolution strategies (Vicol, Metz & Sohl-Dickstein 2021, arXiv 2112.13835). The meta-loss is minus the
+return of the latest episodes, its mean over the K updates. Each unit learns with a perturbed theta, another one every K
+updates, and
 
     d meta-loss / d theta ~ mean over units of meta-loss * (sum of the unit's perturbations since it started) / sigma^2
 
@@ -156,7 +157,7 @@ def pes(theta, keys, units, ages, signs, agent, learned, inner_updates, lifetime
         perturbed = optax.tree.add_scale(theta, sign * sigma, noise)
         state, _, metrics = inner_loop(key_inner, unit, age, perturbed, agent, learned, inner_updates, lifetime)
         perturbation = optax.tree.add_scale(unit.perturbation, sign * sigma, noise)
-        loss = -jnp.mean(metrics["reward"])
+        loss = -jnp.mean(jnp.nan_to_num(metrics["return"]))  # NaN before the first episode ends
         gradient = optax.tree.scale(loss / sigma**2, perturbation)
         metrics = {"meta_loss": loss, "return": metrics["return"][-1]}
         return gradient, Unit(state, unit.learning_rate, perturbation), metrics

@@ -33,6 +33,7 @@ from jax.custom_batching import custom_vmap
 
 BLOCK = 512  # coordinates worked on at once; on a CPU a block and all it needs then stay in the core's cache
 EPS = 1e-8
+MAX_BYTES = 2**28  # of a theta file, unpacked
 FORMAT = 1  # version of the file that save_theta writes
 
 
@@ -178,7 +179,11 @@ def init_theta(key: jax.Array, cell="lstm", inputs="raw", hidden_size=8, readout
 
 
 def constant(g: jax.Array, grad_clip: float | None) -> jax.Array:
-    """An agent-gradient as optimizers see it: clipped elementwise, and a constant to the meta-gradient."""
+    """An agent-gradient as optimizers see it: clipped elementwise, and a constant to the meta-gradient.
+
+    With clipping an infinite one counts as +-grad_clip. NaN stays NaN: its own coordinate is lost from then on, as with Adam,
+    so that what went wrong is seen; the others never know.
+    """
     g = jax.lax.stop_gradient(g)
     return g if grad_clip is None else jnp.clip(g, -grad_clip, grad_clip)
 
@@ -340,8 +345,17 @@ def save_theta(path: str | os.PathLike, theta: Any, optimizer: str, config: dict
 
 
 def load_theta(path: str | os.PathLike) -> tuple[dict, dict]:
-    """-> theta, header, as save_theta wrote them. Raises ValueError, in one line, for a file that is missing or damaged."""
+    """-> theta, header, as save_theta wrote them. Nothing in the file is run.
+
+    Raises ValueError, in one line, for a file that is missing, damaged, of another program, or would unpack to over MAX_BYTES.
+    """
     try:
+        with zipfile.ZipFile(path) as file:
+            size = sum(member.file_size for member in file.infolist())
+            if size > MAX_BYTES:
+                raise ValueError(f"too large: it would unpack to {size:,} bytes")
+            if damaged := file.testzip():
+                raise ValueError(f"{damaged} in it is damaged")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(str(arrays.pop("header")))
@@ -349,17 +363,18 @@ def load_theta(path: str | os.PathLike) -> tuple[dict, dict]:
             raise ValueError(f"format {header['format']}, this code reads format {FORMAT}")
         if not isinstance(header["optimizer"], str) or not isinstance(header["config"], dict):
             raise ValueError("its header does not say which optimizer it is")
+        theta: dict = {}
+        for name, array in arrays.items():
+            *parents, last = name.split("/")
+            node = theta
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = array
+        return theta, header
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except KeyError as error:
         raise ValueError(f"{path}: not a theta file of this project: no {error.args[0]!r} in it") from None
-    except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a whole theta file ({str(error).splitlines()[0]})") from None
-    theta: dict = {}
-    for name, array in arrays.items():
-        *parents, last = name.split("/")
-        node = theta
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = jnp.asarray(array)
-    return theta, header
+    except Exception as error:  # whatever a damaged file makes a reader raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: not a whole theta file ({reason})") from None

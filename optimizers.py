@@ -134,7 +134,11 @@ def check_theta(path: str, learned: LearnedOptimizer, theta: Any) -> None:
     """Raises ValueError, in one line, unless theta has the arrays of this optimizer, finite."""
     expected = jax.eval_shape(learned.init_theta, jax.random.key(0))
     same_tree = jax.tree.structure(theta) == jax.tree.structure(expected)
-    if not same_tree or any(jax.tree.leaves(jax.tree.map(lambda a, b: a.shape != b.shape, theta, expected))):
+
+    def unlike(array, other):
+        return array.shape != other.shape or not np.issubdtype(array.dtype, np.floating)
+
+    if not same_tree or any(jax.tree.leaves(jax.tree.map(unlike, theta, expected))):
         raise ValueError(f"{path}: its arrays are not those of the optimizer that it says it is")
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(theta)):
         raise ValueError(f"{path}: some of its numbers are not finite")
@@ -153,7 +157,7 @@ def load_learned(path: str) -> tuple[LearnedOptimizer, Any, dict]:
     except Exception as error:  # whatever a foreign header makes the factory raise
         raise ValueError(f"{path}: {kind} cannot be made from its header {header['config']} ({error})") from None
     check_theta(path, learned, theta)
-    return learned, theta, header
+    return learned, jax.tree.map(jnp.asarray, theta), header
 
 
 def make_optimizer(name_or_path: str, learning_rate: float) -> optax.GradientTransformation:

@@ -7,7 +7,7 @@
 One meta-iteration: every unit (an agent in its own environments) that is due starts anew; every unit learns for K updates
 with the optimizer as it stands; the agent loss on one more fresh rollout is the meta-loss, and its gradient with respect
 to theta (meta_gradient.py), averaged over units (units.py) and tasks, goes to Adam. With --meta-estimator pes the meta-loss
-is instead minus the reward of those K updates, and its gradient is estimated by perturbing theta.
+is instead minus the agents' return, and its gradient is estimated by perturbing theta.
 
 Flags left unset take the paper's value for the environment; what was taken is printed.
 
@@ -86,7 +86,7 @@ class Args:
     """the agents' step size: one, or one for each environment (paper: by environment)"""
     reward_scale: tuple[float, ...] | None = None
     """rewards are multiplied by this: one, or one for each environment (paper: by environment)"""
-    backend: str = "spring"
+    backend: Literal["spring", "generalized", "positional", "mjx"] = "spring"
     """physics of Brax's tasks: spring, generalized, positional or mjx"""
     reward_scale_range: tuple[float, float] = (1.0, 1.0)
     """each unit's reward scale is this range's times the environment's, drawn anew when it starts, e.g. 0.1 100"""
@@ -94,7 +94,7 @@ class Args:
     """likewise each unit's step size"""
     # --- The meta-gradient ---
     meta_estimator: Literal["backprop", "pes"] = "backprop"
-    """the paper's meta-gradient of the agents' loss, or persistent evolution strategies on their reward"""
+    """the paper's meta-gradient of the agents' loss, or persistent evolution strategies on their return"""
     sigma: float = 0.05
     """pes: standard deviation of the perturbations of theta"""
     meta_learning_rate: float | None = None

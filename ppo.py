@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
@@ -36,7 +36,7 @@ class Args:
     env_name: str = "inverted_pendulum"
     """a Brax task: ant, halfcheetah, hopper, humanoid, humanoidstandup, inverted_pendulum, inverted_double_pendulum, pusher,
     reacher, swimmer, walker2d; not each runs on every backend and jax"""
-    backend: str = "spring"
+    backend: Literal["spring", "generalized", "positional", "mjx"] = "spring"
     """Brax's physics: spring (the paper's), generalized, positional or mjx"""
     optimizer: str = "adam"
     """adam, rmsprop, sgd, sign_sgd, untrained (Optim4RL before meta-training; untrained:star), or the path of a .npz"""
@@ -563,7 +563,8 @@ def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
         runs.check_positive(args, "learning_rate", "total_steps", "num_envs", "num_seeds", "episode_length", "rollout_steps")
-        runs.check_positive(args, "batch_size", "num_minibatches", "num_epochs", "clip_range", "reward_scale")
+        runs.check_positive(args, "batch_size", "num_minibatches", "num_epochs", "clip_range", "grad_clip", "reward_scale")
+        runs.check_between(args, 0, 1e6, "critic_weight", "entropy_weight")
         runs.check_positive(args, "num_evals", "eval_envs", "policy_layers", "value_layers", "checkpoint_minutes")
         args = checkpoints.resumed_args(args.resume, args) if args.resume else fill_in(args)
         env = make_env(args.env_name, args.backend)

@@ -59,7 +59,8 @@ def parse(args_class: type, description: str) -> Any:
 def interruptible():
     """Ctrl-C and SIGTERM only ask to stop, once or many times: `with interruptible() as interrupted:` around the work and the
     saving of what it made; interrupted() is 0, or the exit code to end with. Look at it where the state is whole, not in the
-    middle of an iteration that has taken over the buffers of the one before."""
+    middle of an iteration that has taken over the buffers of the one before. A file that cannot be written ends the program
+    in one line."""
     asked: list[int] = []
 
     def ask(number, _):
@@ -70,6 +71,8 @@ def interruptible():
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: 128 + asked[0] if asked else 0
+    except OSError as error:
+        fail(error, code=1)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -82,6 +85,14 @@ def check_positive(args: Any, *names: str) -> None:
         for number in value if isinstance(value, tuple | list) else (value,):
             if number is not None and not 0 < number < float("inf"):
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {number:g}")
+
+
+def check_between(args: Any, low: float, high: float, *names: str) -> None:
+    """Raises ValueError unless each of these arguments, None aside, is from low to high."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, got {value:g}")
 
 
 def choose_devices(num_units: int, num_devices: int | None, num_processes=1, process_id=0, coordinator="") -> Mesh:
@@ -112,16 +123,20 @@ def choose_devices(num_units: int, num_devices: int | None, num_processes=1, pro
 
 def make_folder(runs_dir: str, env_name: str, script: str, seed: int, args: Any) -> Path:
     """Make <runs_dir>/<env>__<script>__<seed>__<time> with config.json: every argument, the packages' versions, the machine."""
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    machine = {"backend": jax.default_backend(), "devices": jax.device_count(), "cores": os.cpu_count()}
+    config = {"args": dataclasses.asdict(args), "versions": versions, "machine": machine}
     name = f"{env_name}__{script}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     for count in range(1, 100):
         folder = Path(runs_dir) / (name if count == 1 else f"{name}-{count}")
         with contextlib.suppress(FileExistsError):  # another run's, of the same second
             folder.mkdir(parents=True)
             break
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    machine = {"backend": jax.default_backend(), "devices": jax.device_count(), "cores": os.cpu_count()}
-    config = {"args": dataclasses.asdict(args), "versions": versions, "machine": machine}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    try:
+        optim4rl.write_whole(folder / "config.json", lambda file: file.write(f"{json.dumps(config, indent=2)}\n".encode()))
+    except OSError:
+        folder.rmdir()
+        raise
     return folder
 
 

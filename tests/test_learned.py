@@ -80,6 +80,45 @@ def test_a_saved_file_is_the_same_optimizer(kind, tmp_path):
     np.testing.assert_array_equal(fresh.update(params, fresh.init(params), params, **EXTRA)[0]["w"], updates[0])
 
 
+EXTREME = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-38, -1e38, 1e38, 1e-42, 1.0, 0.3], np.float32)
+BIG, NEGATIVE, LOST = [2, 7, 9], [3, 6], 4
+
+
+@pytest.mark.parametrize("kind", COORDINATEWISE)
+def test_extreme_gradients_have_a_known_result_and_touch_no_other_coordinate(kind):
+    """With clipping: infinite and large ones count as the bound, zero and denormal ones do no harm, NaN stays where it is."""
+    learned = optimizers.LEARNED[kind](grad_clip=1.0)
+    optimizer = to_optax(learned, learned.init_theta(jax.random.key(0)), 0.1)
+
+    def updates(*gradients):
+        state, all_updates = optimizer.init(gradients[0]), []
+        for g in gradients:
+            update, state = optimizer.update(jnp.asarray(g), state)
+            all_updates.append(np.asarray(update))
+        return np.array(all_updates), state
+
+    calm = np.full(len(EXTREME), 0.3, np.float32)
+    seen, state = updates(EXTREME, EXTREME, calm)
+    others = np.arange(len(EXTREME)) != LOST
+    assert np.isfinite(seen[:, others]).all() and np.isnan(seen[:, LOST]).all()
+    for leaf in jax.tree.leaves(state):  # [M, ..., C]
+        assert np.isfinite(leaf[..., : len(EXTREME)][..., others]).all()
+    for same in (BIG, NEGATIVE):
+        np.testing.assert_array_equal(seen[:, same], seen[:, same[:1]].repeat(len(same), axis=1))
+    np.testing.assert_array_equal(seen[:, -1], updates(calm, calm, calm)[0][:, -1])
+
+
+@pytest.mark.parametrize("inputs", ["raw", "log"])
+def test_optim4rl_without_clipping_takes_any_finite_gradient(inputs):
+    learned = optimizers.LEARNED["optim4rl"](inputs=inputs, grad_clip=None)
+    optimizer = to_optax(learned, learned.init_theta(jax.random.key(0)), 0.1)
+    g = jnp.array([3e38, -3e38, 1e30, 1e-30, 0.0])
+    state = optimizer.init(g)
+    for _ in range(3):
+        updates, state = optimizer.update(g, state)
+        assert np.isfinite(updates).all() and (np.sign(updates) == -np.sign(g)).all()
+
+
 FUNCTIONS = {
     "quadratic": lambda x: 0.5 * jnp.sum(jnp.array([1.0, 10.0]) * x["w"] ** 2) + 0.5 * x["b"] ** 2,
     "rosenbrock": lambda x: (1 - x["w"][0]) ** 2 + 100 * (x["w"][1] - x["w"][0] ** 2) ** 2 + x["b"] ** 2,

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import optim4rl
 import optimizers
@@ -343,3 +345,39 @@ def test_unknown_optimizer():
 def test_module_imports_alone_from_an_empty_folder(module, tmp_path):
     shutil.copy(ROOT / f"{module}.py", tmp_path)
     subprocess.run([sys.executable, "-c", f"import {module}"], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
+
+
+# --- Any pytree ---
+
+LEAVES = st.tuples(
+    st.lists(st.integers(0, 4), max_size=3).map(tuple), st.sampled_from(["float32", "bfloat16", "float16"]), st.integers(0, 99)
+).map(lambda made: jax.random.normal(jax.random.key(made[2]), made[0]).astype(made[1]))
+TREES = st.recursive(
+    st.one_of(LEAVES, st.none()),
+    lambda some: st.one_of(
+        st.lists(some, max_size=3), st.tuples(some, some), st.dictionaries(st.sampled_from("abc"), some, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(TREES)
+def test_any_pytree_is_updated_coordinate_by_coordinate(grads):
+    """Structure, shapes and dtypes are kept, and each coordinate's updates are those that it has alone."""
+    learned = make_optim4rl()
+    theta = learned.init_theta(jax.random.key(0))
+    optimizer, flat = to_optax(learned, theta, 0.1), [jnp.ravel(leaf) for leaf in jax.tree.leaves(grads)]
+    state, alone = optimizer.init(grads), {}
+    for scale in (1.0, -0.1):
+        g = jax.tree.map(lambda x, scale=scale: (scale * x).astype(x.dtype), grads)
+        updates, state = optimizer.update(g, state, grads)
+        assert jax.tree.structure(updates) == jax.tree.structure(grads)
+        for new, old in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
+            assert (new.shape, new.dtype) == (old.shape, old.dtype)
+        for i, values in enumerate(flat):
+            if values.size:
+                one = jnp.ravel(jax.tree.leaves(g)[i])[-1:].astype(jnp.float32)
+                expected, alone[i] = optimizer.update(one, alone.get(i, optimizer.init(one)))
+                last = jnp.ravel(jax.tree.leaves(updates)[i])[-1:]
+                np.testing.assert_array_equal(last, expected.astype(last.dtype))

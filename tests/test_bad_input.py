@@ -1,0 +1,323 @@
+"""What a user may get wrong, by hand or in a file: one line that says what and what would be right, exit code 2, and nothing
+written."""
+
+import importlib
+import io
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import optimizers
+from optim4rl import load_theta, save_theta
+
+ROOT = Path(__file__).parent.parent
+
+# script, flags, what the line must hold
+BAD = [
+    ("a2c", "--env-name big_dense", "big_dense_long"),
+    ("a2c", "--optimizer adamw", "rmsprop"),
+    ("a2c", "--optimizer missing.npz", "no such file"),
+    ("a2c", "--optimizer broken.npz", "broken.npz"),
+    ("a2c", "--optimizer other.npz", "nosuch"),
+    ("a2c", "--num-envs -1", "--num-envs"),
+    ("a2c", "--num-seeds 0", "--num-seeds"),
+    ("a2c", "--learning-rate nan", "--learning-rate"),
+    ("a2c", "--total-steps 5", "--total-steps"),
+    ("a2c", "--num-envs many", "num-envs"),
+    ("a2c", "--nosuch 1", "nosuch"),
+    ("a2c", "--runs-dir a_file", "a_file"),
+    ("ppo", "--env-name inverted_pendulm", "did you mean inverted_pendulum?"),
+    ("ppo", "--env-name nosuch", "humanoid"),
+    ("ppo", "--env-name swimmer --backend spring", "swimmer cannot be made with backend spring"),
+    ("ppo", "--backend nosuch", "positional"),
+    ("ppo", "--batch-size 10", "--num-envs 2048"),
+    ("ppo", "--num-envs 3", "multiple of --num-envs 3"),
+    ("ppo", "--rollout-steps 9 --episode-length 5", "--episode-length"),
+    ("ppo", "--discount 1.5", "--discount"),
+    ("ppo", "--num-epochs 0", "--num-epochs"),
+    ("ppo", "--total-steps 100", "--total-steps"),
+    ("ppo", "--optimizer adamw", "rmsprop"),
+    ("pipeline_train", "--env-name inverted_pendulum --envs-per-unit 3", "even"),
+    ("pipeline_train", "--env-name big_dens_long", "did you mean big_dense_long?"),
+    ("evaluate", "--env-name inverted_pendulum --num-envs 3", "--num-envs 3"),
+    ("pipeline_train", "--env-name catch nosuch", "nosuch"),
+    ("pipeline_train", "--env-name catch catch", "once"),
+    ("pipeline_train", "--optimizer adam", "optim4rl"),
+    ("pipeline_train", "--cell rnn", "lstm"),
+    ("pipeline_train", "--optimizer star --cell gru", "--cell is not a setting of star"),
+    ("pipeline_train", "--optimizer velo --hidden-size 4", "--hidden-size"),
+    ("pipeline_train", "--optimizer linear_optim --inputs log", "--inputs"),
+    ("pipeline_train", "--meta-estimator es", "pes"),
+    ("pipeline_train", "--meta-estimator pes --num-units 5", "even"),
+    ("pipeline_train", "--meta-estimator pes --sigma 0", "--sigma"),
+    ("pipeline_train", "--reward-scale-range 10 1", "--reward-scale-range"),
+    ("pipeline_train", "--learning-rate-range 0 1", "--learning-rate-range"),
+    ("evaluate", "--optimizers untrained:nosuch", "nosuch"),
+    ("velo", "nosuch", "no such file"),
+    ("pipeline_train", "--reset-interval 0", "--reset-interval"),
+    ("pipeline_train", "--num-units -4", "--num-units"),
+    ("pipeline_train", "--inner-updates 0", "--inner-updates"),
+    ("pipeline_train", "--readout-layers 4 -1", "--readout-layers"),
+    ("pipeline_train", "--total-steps 1e6 --num-iterations 3", "not both"),
+    ("pipeline_train", "--env-name catch --learning-rate 1e-3 1e-3", "--learning-rate"),
+    ("pipeline_train", "--grad-clip 0", "--grad-clip"),
+    ("pipeline_train", "--total-steps 100", "--total-steps"),
+    ("evaluate", "--env-name nosuch", "catch"),
+    ("evaluate", "--optimizers adam broken.npz", "broken.npz"),
+    ("evaluate", "--optimizers missing.npz", "no such file"),
+    ("evaluate", "--learning-rates 1e-3 -1", "--learning-rates"),
+    ("evaluate", "--num-seeds 0", "--num-seeds"),
+    ("a2c", "--discount 1.5", "--discount"),
+    ("a2c", "--discount nan", "--discount"),
+    ("a2c", "--td-lambda -0.1", "--td-lambda"),
+    ("a2c", "--rollout-steps 0", "--rollout-steps"),
+    ("a2c", "--total-steps inf", "--total-steps"),
+    ("a2c", "--total-steps -3e6", "--total-steps"),
+    ("a2c", "--learning-rate 0", "--learning-rate"),
+    ("a2c", "--learning-rate", "--learning-rate"),
+    ("a2c", "--num-envs 2.5", "num-envs"),
+    ("a2c", "--seed one", "seed"),
+    ("a2c", "--reward-scale 0", "--reward-scale"),
+    ("a2c", "--entropy-weight nan", "--entropy-weight"),
+    ("a2c", "--critic-weight -1", "--critic-weight"),
+    ("a2c", "--checkpoint-minutes 0", "--checkpoint-minutes"),
+    ("a2c", "--resume nosuch", "not a run's folder"),
+    ("a2c", "--resume a_file", "not a run's folder"),
+    ("a2c", "--resume a_folder", "not a run's folder"),
+    ("a2c", "--env-name ant", "catch"),
+    ("a2c", "--optimizer untrained:nosuch", "nosuch"),
+    ("a2c", "--optimizer pretrained/nosuch", "nosuch"),
+    ("a2c", "--optimizer ", "optimizer"),
+    ("a2c", "--optimizer a_folder", "a_folder"),
+    ("ppo", "--seed 1.5", "seed"),
+    ("ppo", "--gae-lambda 2", "--gae-lambda"),
+    ("ppo", "--clip-range 0", "--clip-range"),
+    ("ppo", "--grad-clip 0", "--grad-clip"),
+    ("ppo", "--entropy-weight -1", "--entropy-weight"),
+    ("ppo", "--critic-weight nan", "--critic-weight"),
+    ("ppo", "--reward-scale inf", "--reward-scale"),
+    ("ppo", "--policy-layers 32 0", "--policy-layers"),
+    ("ppo", "--value-layers 1 x", "value-layers"),
+    ("ppo", "--num-evals 0", "--num-evals"),
+    ("ppo", "--eval-envs -1", "--eval-envs"),
+    ("ppo", "--num-minibatches 0", "--num-minibatches"),
+    ("ppo", "--episode-length 0", "--episode-length"),
+    ("ppo", "--runs-dir a_file", "a_file"),
+    ("ppo", "--resume a_folder", "not a run's folder"),
+    ("ppo", "--optimizer truncated.npz", "truncated.npz"),
+    ("pipeline_train", "--seed x", "seed"),
+    ("pipeline_train", "--env-name", "env-name"),
+    ("pipeline_train", "--env-name ant --backend nosuch", "positional"),
+    ("pipeline_train", "--env-name catch --meta-clip big", "elementwise"),
+    ("pipeline_train", "--env-name catch --inputs sqrt", "log"),
+    ("pipeline_train", "--hidden-size 0", "--hidden-size"),
+    ("pipeline_train", "--num-iterations 0", "--num-iterations"),
+    ("pipeline_train", "--meta-learning-rate nan", "--meta-learning-rate"),
+    ("pipeline_train", "--meta-learning-rate 0", "--meta-learning-rate"),
+    ("pipeline_train", "--learning-rate -1e-3", "--learning-rate"),
+    ("pipeline_train", "--reward-scale 0", "--reward-scale"),
+    ("pipeline_train", "--checkpoint-every 0", "--checkpoint-every"),
+    ("pipeline_train", "--checkpoint-minutes -1", "--checkpoint-minutes"),
+    ("pipeline_train", "--envs-per-unit 1 2", "--envs-per-unit"),
+    ("pipeline_train", "--envs-per-unit 0", "--envs-per-unit"),
+    ("pipeline_train", "--reward-scale-range 1", "reward-scale-range"),
+    ("pipeline_train", "--learning-rate-range 1 inf", "--learning-rate-range"),
+    ("pipeline_train", "--total-steps inf", "--total-steps"),
+    ("pipeline_train", "--optimizer momentum4rl --inputs log", "--inputs is not a setting of momentum4rl"),
+    ("pipeline_train", "--num-processes 0", "--num-processes"),
+    ("pipeline_train", "--num-processes 2 --process-id 2", "--process-id"),
+    ("pipeline_train", "--resume nosuch", "not a run's folder"),
+    ("evaluate", "--sweep-seeds 0", "--sweep-seeds"),
+    ("evaluate", "--total-steps 5", "--total-steps"),
+    ("evaluate", "--num-envs 0", "--num-envs"),
+    ("evaluate", "--learning-rate 0", "--learning-rate"),
+    ("evaluate", "--env-name catch cath", "catch"),
+    ("evaluate", "--env-name catch catch", "once"),
+    ("evaluate", "--env-name ant --backend nosuch", "positional"),
+    ("evaluate", "--optimizers", "optimizers"),
+    ("evaluate", "--runs-dir a_file", "a_file"),
+    ("evaluate", "--optimizers pretrained/nosuch", "nosuch"),
+    ("report", "nosuch", "no such file"),
+    ("report", "a_folder", "no such file"),
+    ("report", "--out x", "at least one run folder"),
+    ("report", "other_csv", "not the results of evaluate.py"),
+    ("velo", "a_folder", "a_folder"),
+    ("velo", "broken.npz", "broken.npz"),
+    ("velo", "", "published weights"),
+]
+
+
+# file name, what the line must hold: each is given to evaluate.py and to a2c.py as an optimizer
+FILES = {
+    "broken.npz": "not a whole theta file",
+    "truncated.npz": "not a whole theta file",
+    "flipped.npz": "not a whole theta file",
+    "empty.npz": "not a whole theta file",
+    "text.npz": "not a whole theta file",
+    "bomb.npz": "too large",
+    "pickled.npz": "not a whole theta file",
+    "foreign.npz": "no 'header' in it",
+    "other.npz": "known are optim4rl",
+    "newer.npz": "reads format",
+    "shapes.npz": "its arrays are not those",
+    "fewer.npz": "its arrays are not those",
+    "strings.npz": "its arrays are not those",
+    "nan.npz": "not finite",
+    "config.npz": "cannot be made from its header",
+    "list.npz": "does not say which optimizer",
+    "nested.npz": "its arrays are not those",
+    "a_folder.npz": "a_folder.npz",
+    "missing.npz": "no such file",
+}
+
+
+def with_header(path, header, **arrays):
+    np.savez(path, header=np.array(json.dumps(header)), **arrays)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A whole theta file of the smallest Optim4RL."""
+    config = {"hidden_size": 1, "grad_clip": 1.0}
+    path = tmp_path_factory.mktemp("good") / "good.npz"
+    learned = optimizers.LEARNED["optim4rl"](**config)
+    save_theta(path, learned.init_theta(jax.random.key(0)), "optim4rl", config, {})
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, good):
+    """A folder with every kind of bad file."""
+    folder = tmp_path_factory.mktemp("files")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_files(good)
+    return folder
+
+
+def make_files(good):
+    whole, header = good.read_bytes(), load_theta(good)[1]
+    with np.load(good) as file:
+        arrays = {name: file[name] for name in file.files if name != "header"}
+    save_theta("other.npz", {"w": np.zeros(3)}, "nosuch", {}, {})
+    Path("broken.npz").write_bytes(Path("other.npz").read_bytes()[:100])
+    Path("truncated.npz").write_bytes(whole[: len(whole) // 2])
+    middle = whole.index(arrays["rnn1/w_x"].tobytes()) + 1
+    Path("flipped.npz").write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    Path("empty.npz").write_bytes(b"")
+    Path("text.npz").write_text("a theta, but in words")
+    with zipfile.ZipFile("bomb.npz", "w", zipfile.ZIP_DEFLATED) as bomb, bomb.open("w.npy", "w", force_zip64=True) as member:
+        member.write(b"0" * 2**29)
+    np.savez("pickled.npz", header=np.array([{"a": print}], dtype=object))
+    np.savez("foreign.npz", w=np.zeros(3))
+    with_header("newer.npz", header | {"format": 99}, **arrays)
+    with_header("shapes.npz", header, **arrays | {"rnn1/w_x": np.zeros((4, 2), np.float32)})
+    with_header("fewer.npz", header, **{name: array for name, array in arrays.items() if "rnn2" not in name})
+    with_header("strings.npz", header, **arrays | {"rnn1/w_x": np.full((4, 1), "x")})
+    with_header("nan.npz", header, **arrays | {"rnn1/w_x": np.full((4, 1), np.nan, np.float32)})
+    with_header("config.npz", header | {"config": {"cell": "nosuch"}}, **arrays)
+    with_header("list.npz", header | {"config": [1]}, **arrays)
+    with_header("nested.npz", header, **arrays | {"rnn1": np.zeros(1)})
+    Path("a_file").write_text("")
+    for folder in ("a_folder", "a_folder.npz", "other_csv"):
+        Path(folder).mkdir()
+    Path("other_csv/results.csv").write_text("a,b\n1,2\n")
+
+
+def run_in_vain(script, flags, hint, folder, monkeypatch, capsys):
+    before = sorted(os.listdir(folder))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(script).main()
+    out, err = capsys.readouterr()
+    assert end.value.code == 2
+    assert err.count("\n") == 1 and hint in err and err.startswith("error: "), err
+    assert out == "" and sorted(os.listdir(folder)) == before
+
+
+@pytest.mark.parametrize("script, flags, hint", BAD)
+def test_bad_input_is_one_line_and_exit_2(script, flags, hint, files, monkeypatch, capsys):
+    run_in_vain(script, flags.split(), hint, files, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_bad_theta_file_is_one_line_and_exit_2(name, files, monkeypatch, capsys):
+    run_in_vain("a2c", ["--optimizer", name], FILES[name], files, monkeypatch, capsys)
+    run_in_vain("evaluate", ["--optimizers", "adam", f"untrained:{name}"], FILES[name], files, monkeypatch, capsys)
+
+
+def test_ten_thousand_mutated_files_are_refused_in_one_line_or_hold_what_was_saved(good, tmp_path):
+    """Bytes changed, cut out, doubled, swapped. No other error, and never other numbers."""
+    whole, (theta, header), rng = good.read_bytes(), load_theta(good), random.Random(0)
+    learned = optimizers.LEARNED["optim4rl"](**header["config"])
+    refused, path = 0, tmp_path / "mutated.npz"
+    warnings.simplefilter("ignore")  # numpy's and zipfile's, about what they see in there
+    for _ in range(10_000):
+        data = bytearray(whole)
+        for _ in range(rng.choice((1, 1, 2, 8))):
+            at, length = rng.randrange(len(data)), rng.choice((1, 1, 1, 4, 64))
+            kind = rng.choice(("flip", "random", "cut", "double", "zero"))
+            piece = bytes(data[at : at + length])
+            new = {
+                "flip": bytes(b ^ (1 << rng.randrange(8)) for b in piece),
+                "random": rng.randbytes(len(piece)),
+                "cut": b"",
+                "double": piece * 2,
+                "zero": bytes(len(piece)),
+            }[kind]
+            data[at : at + length] = new
+        path.write_bytes(data)
+        try:
+            loaded, loaded_header = load_theta(path)
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(path) in str(error)
+            continue
+        assert loaded_header == header
+        if jax.tree.structure(loaded) != jax.tree.structure(theta):  # an array is gone, or its name
+            with pytest.raises(ValueError, match="its arrays are not those"):
+                optimizers.check_theta(str(path), learned, loaded)
+            continue
+        jax.tree.map(np.testing.assert_array_equal, loaded, theta)
+    assert refused > 5000
+
+
+def test_loading_runs_nothing_from_the_file(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return open, (str(tmp_path / "sprung"), "w")
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([Trap()], dtype=object), allow_pickle=True)
+    (tmp_path / "sprung").unlink(missing_ok=True)
+    with zipfile.ZipFile(tmp_path / "trap.npz", "w") as file:
+        file.writestr("header.npy", buffer.getvalue())
+        file.writestr("w.npy", buffer.getvalue())
+    with pytest.raises(ValueError, match="not a whole theta file"):
+        load_theta(tmp_path / "trap.npz")
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("limit, code", [(100, 2), (5000, 1)])
+def test_a_disk_that_is_full_is_one_line_and_no_half_file(tmp_path, limit, code):
+    """At 100 bytes a file the run's folder cannot be made; at 5000 it can, and theta.npz cannot."""
+    flags = "--env-name catch --num-units 2 --num-iterations 2 --inner-updates 1".split()
+    command = [sys.executable, str(ROOT / "pipeline_train.py"), *flags]
+    limits = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limits, env=environment)
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert "error: " in done.stderr.strip().splitlines()[-1] and "File too large" in done.stderr
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert (not left) if code == 2 else ("theta.npz" not in left and not any("tmp" in name for name in left))
