@@ -152,3 +152,28 @@ def test_rows_that_will_be_made_again_are_left_out(tmp_path):
     assert rows_before(path, 3) == "number,x\n1,a\n2,b\n"
     assert rows_before(path, 9) == "number,x\n1,a\n2,b\n3,c\n"
     assert rows_before(path, 1) == ""
+
+
+def resident_megabytes(process):
+    text = (Path("/proc") / str(process.pid) / "status").read_text()
+    return next(int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("VmRSS"))
+
+
+@pytest.mark.slow
+def test_two_thousand_iterations_take_no_more_memory_and_no_more_files(tmp_path):
+    """Checkpoints every few seconds. After warm-up memory is flat within 2 %, and only the log grows."""
+    flags = "--env-name catch --num-units 8 --inner-updates 2 --num-iterations 2000 --checkpoint-minutes 0.05"
+    process, seen, sizes = start(tmp_path, *flags.split(), "--checkpoint-every", "50"), [], []
+    while process.poll() is None:
+        time.sleep(0.5)
+        rows = [path.read_text().count("\n") for path in tmp_path.glob("runs/*/metrics.csv")]
+        if rows and rows[0] > 400 and process.poll() is None:
+            seen.append(resident_megabytes(process))
+            top = [path for path in only_folder(tmp_path / "runs").iterdir() if path.is_file()]
+            sizes.append({path.name: path.stat().st_size for path in top if "tmp" not in path.name})
+            assert len(whole_checkpoints(only_folder(tmp_path / "runs"))) <= 2
+    assert process.returncode == 0, process.stderr.read()
+    print(f"resident: {min(seen):.0f} to {max(seen):.0f} MB in {len(seen)} samples")
+    assert len(seen) > 10 and max(seen) < 1.02 * min(seen)
+    grown = {name for name, size in sizes[-1].items() if size != sizes[0].get(name)}
+    assert all(name == "metrics.csv" or name.startswith("events") for name in grown), grown

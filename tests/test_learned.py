@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from pathlib import Path
 
 import flax.serialization
 import jax
@@ -10,6 +11,8 @@ import numpy as np
 import optax
 import pytest
 
+import a2c
+import gridworld
 import optimizers
 import star
 import velo
@@ -214,6 +217,36 @@ def test_l2lgd2_scales_the_gradient():
     grads = jnp.array([0.3, -2.0, 1e-7])
     optimizer = to_optax(learned, set_readout(theta, [-0.4]), 0.1)
     np.testing.assert_allclose(optimizer.update(grads, optimizer.init(grads))[0], -0.1 * np.exp(-0.4) * grads, rtol=1e-6)
+
+
+# --- The weights that are shipped ---
+
+SHIPPED = sorted(path.stem for path in (Path(optimizers.__file__).parent / "pretrained").glob("*.npz"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_weights_load_by_name_from_anywhere_and_update(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    optimizer, params = optimizers.make_optimizer(f"pretrained/{name}", 1e-2), {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    trained = optimizers.load_learned(f"pretrained/{name}")[2]["trained"]
+    assert trained["iterations"] == trained["num_iterations"] > 0 and trained["env_name"]
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert (np.asarray(updates["w"]) < 0).all() and np.isfinite(updates["b"]).all()
+
+
+@pytest.mark.slow
+def test_shipped_momentum4rl_is_ahead_of_tuned_adam_where_it_was_trained():
+    """Seeds that meta-training has not seen; 3e-2 is the best of half decades (results/gridworlds)."""
+    args = a2c.Args(env_name="small_sparse_long", total_steps=3e6, num_seeds=3, seed=2000)
+
+    def scores(name, learning_rate):
+        history = a2c.train(
+            args, gridworld.make(args.env_name), optimizers.make_optimizer(name, learning_rate), lambda *_: None
+        )
+        returns = history["return"].mean(axis=0)
+        return np.array([returns[54:74].mean(), returns[-20:].mean()])  # at a quarter of the 292 updates, and at the end
+
+    assert (scores("pretrained/momentum4rl", 6e-2) > 1.05 * scores("adam", 3e-2)).all()
 
 
 # --- momentum4rl ---
