@@ -27,7 +27,8 @@ class Args:
     env_name: str = "small_dense_long"
     """one of the eight gridworlds, {small,big}_{sparse,dense}_{short,long}, or catch"""
     optimizer: str = "adam"
-    """adam, rmsprop, sgd, sign_sgd, untrained (Optim4RL before meta-training; untrained:star), or the path of a .npz"""
+    """adam, adam_linear (falling to 0), rmsprop, sgd, sign_sgd, untrained (Optim4RL before meta-training; untrained:star),
+    pretrained/NAME, or the path of a .npz"""
     learning_rate: float = 3e-3
     """step size; for the gridworlds try 3e-2 to 1e-4 in half decades"""
     total_steps: float = 3e6

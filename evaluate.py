@@ -35,7 +35,8 @@ class Args:
     env_name: tuple[str, ...] = ("catch",)
     """one or several of the eight gridworlds, catch, and Brax's tasks"""
     optimizers: tuple[str, ...] = ("untrained", "sign_sgd", "adam", "rmsprop")
-    """names (adam, rmsprop, sgd, sign_sgd, untrained, untrained:star, untrained:PATH.npz) and paths of meta-trained .npz"""
+    """names (adam, adam_linear, rmsprop, sgd, sign_sgd, untrained, untrained:star, pretrained/NAME, untrained:pretrained/NAME)
+    and paths of meta-trained .npz"""
     num_seeds: int = 10
     """agents trained with each optimizer"""
     seed: int = 1000

@@ -39,7 +39,8 @@ class Args:
     backend: Literal["spring", "generalized", "positional", "mjx"] = "spring"
     """Brax's physics: spring (the paper's), generalized, positional or mjx"""
     optimizer: str = "adam"
-    """adam, rmsprop, sgd, sign_sgd, untrained (Optim4RL before meta-training; untrained:star), or the path of a .npz"""
+    """adam, adam_linear (falling to 0), rmsprop, sgd, sign_sgd, untrained (Optim4RL before meta-training; untrained:star),
+    pretrained/NAME, or the path of a .npz"""
     learning_rate: float | None = None
     """step size (paper: 3e-4; walker2d 3e-5)"""
     grad_clip: float = 1.0
@@ -590,7 +591,8 @@ def main() -> None:
             return interrupted()
 
         history = train(args, env, optimizer, on_update, kept.restore if args.resume else lambda state: state)
-    final = history["eval_return"][:, -2:].mean(axis=1)
+    evals = history["eval_return"]
+    final = evals[:, ~jnp.isnan(evals).all(axis=0)][:, -2:].mean(axis=1)  # of those that were made before an interrupt
     print(f"return of the last 2 evaluations: {jnp.nanmean(final):.1f} (by seed: {', '.join(f'{x:.1f}' for x in final)})")
     print(f"written: {folder}/config.json, metrics.csv, TensorBoard events (tensorboard --logdir {args.runs_dir})")
     if interrupted():

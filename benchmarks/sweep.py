@@ -9,17 +9,22 @@ the return over all of training, and at the end. Done runs are not run again; ru
 
 import csv
 import itertools
+import sys
 from pathlib import Path
 
 import numpy as np
 from ablations import ROOT, run
 
+sys.path.insert(0, str(ROOT))
+from report import read_results  # noqa: E402, found only now
+
 OUT = ROOT / "runs" / "sweep"
-BASE = "--env-name small_dense_short --optimizer momentum4rl --meta-estimator pes --num-units 16 --inner-updates 20"
-BASE += " --reset-interval 15 --num-iterations 250"
-GRID = {"--envs-per-unit": (64, 512), "--meta-learning-rate": (1e-3, 3e-3, 1e-2), "--learning-rate": (1e-2, 3e-2)}
+BASE = "--env-name small_dense_short small_dense_long small_sparse_short small_sparse_long --optimizer momentum4rl"
+BASE += " --meta-estimator pes --num-units 8 --envs-per-unit 512 --inner-updates 20 --reset-interval 15 --reward-scale 1"
+BASE += " --learning-rate 6e-2 --num-iterations 200"
+GRID = {"--sigma": (5e-3, 1e-2), "--meta-learning-rate": (5e-4, 1e-3)}
 META_SEEDS = (0, 1)
-TEST = "--num-seeds 4"
+TEST = "--num-seeds 4 --seed 5000"  # not those of results/
 ADAM = "--optimizers adam --learning-rates 1e-1 3e-2 1e-2 3e-3 1e-3 3e-4"
 
 
@@ -29,20 +34,12 @@ def environments(base: str) -> list[str]:
     return list(itertools.takewhile(lambda word: not word.startswith("--"), words[words.index("--env-name") + 1 :]))
 
 
-def curves(folder: Path) -> dict[str, np.ndarray]:
-    """step size: [seeds, updates], of an evaluation of one optimizer."""
-    found: dict[str, dict] = {}
-    with open(folder / "results.csv") as file:
-        for row in csv.DictReader(file):
-            found.setdefault(row["learning_rate"], {}).setdefault(row["seed"], []).append(float(row["return"]))
-    return {rate: np.array(list(seeds.values())) for rate, seeds in found.items()}
-
-
-def tested(folder: Path, env_name: str, flags: str) -> Path:
-    """Evaluate into folder/<env_name>, unless that was done before."""
+def tested(folder: Path, env_name: str, flags: str) -> np.ndarray:
+    """Evaluate one optimizer into folder/<env_name>, unless that was done before. -> returns [seeds, updates]"""
     if not (folder / env_name).exists():
         run("evaluate", f"--env-name {env_name} {flags}", folder).rename(folder / env_name)
-    return folder / env_name
+    (result,) = read_results(folder / env_name / "results.csv")
+    return result.returns
 
 
 def scores(returns: np.ndarray) -> np.ndarray:
@@ -53,8 +50,7 @@ def scores(returns: np.ndarray) -> np.ndarray:
 def main() -> None:
     best, env_names = {}, environments(BASE)
     for env_name in env_names:
-        swept = [scores(returns) for returns in curves(tested(OUT / "adam", env_name, f"{ADAM} {TEST}")).values()]
-        best[env_name] = max(swept, key=np.mean)
+        best[env_name] = scores(tested(OUT / "adam", env_name, f"{ADAM} {TEST}"))
 
     ranking = []
     for values in itertools.product(*GRID.values()):
@@ -67,8 +63,7 @@ def main() -> None:
                 (made / "theta.npz").rename(folder / "theta.npz")
             for env_name in env_names:
                 flags = f"--optimizers {folder / 'theta.npz'} {TEST}"
-                (returns,) = curves(tested(folder, env_name, flags)).values()
-                relative.append(scores(returns) / best[env_name])
+                relative.append(scores(tested(folder, env_name, flags)) / best[env_name])
         ranking.append((np.mean(relative), *np.mean(relative, axis=0), setting))
         with open(OUT / "ranking.csv", "w", newline="") as file:
             writer = csv.writer(file)
