@@ -1,0 +1,81 @@
+"""What has an optimizer learned, if more than a step size?
+
+    python evaluate.py --inspect pretrained/momentum4rl
+
+draws it beside Adam, RMSProp and sign descent: the size of its updates, in step sizes, against the gradient's magnitude and
+over time, for gradients that are always the same, that alternate in sign, and that are a tenth signal and the rest noise.
+Each magnitude is a coordinate of one vector of parameters.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+
+import optimizers
+from optim4rl import write_whole
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
+
+MAGNITUDES = np.logspace(-7, 1, 33, dtype=np.float32)
+SHOWN = 16  # the magnitude 1e-3, whose updates are shown over time
+NUM_STEPS = 200
+WINDOW = 10  # updates
+STEP_SIZE = 1e-3
+CLASSICAL = ("adam", "rmsprop", "sign_sgd")
+LOOKS = {"adam": ("0.0", "--"), "rmsprop": ("0.45", "-."), "sign_sgd": ("0.7", ":")}
+
+
+def sequences() -> dict[str, np.ndarray]:
+    """name: gradients [NUM_STEPS, magnitudes]"""
+    signs = np.where(np.arange(NUM_STEPS) % 2, -1.0, 1.0)[:, None]
+    noise = np.random.default_rng(0).normal(size=(NUM_STEPS, 1))
+    steady = np.ones((NUM_STEPS, 1))
+    wholes = {"always the same": steady, "alternating": signs, "a tenth signal, the rest noise": 0.1 * steady + 0.9 * noise}
+    return {name: (whole * MAGNITUDES).astype(np.float32) for name, whole in wholes.items()}
+
+
+def steps_made(name: str, grads: np.ndarray) -> np.ndarray:
+    """How far the optimizer moves down the gradient's usual sign, in step sizes. grads: [steps, magnitudes] -> alike"""
+    optimizer = optax.with_extra_args_support(optimizers.make_optimizer(name, STEP_SIZE))
+    params = jnp.zeros(grads.shape[1])
+
+    def step(state, g):
+        updates, state = optimizer.update(g, state, params, value=jnp.float32(0), fraction=jnp.float32(0))
+        return state, -updates / STEP_SIZE
+
+    return np.asarray(jax.jit(lambda state: jax.lax.scan(step, state, grads)[1])(optimizer.init(params)))
+
+
+def inspect(path: str, out: Path) -> list[tuple]:
+    """Draw <out>/inspection.png. -> rows (optimizer, gradients, magnitude, step, step made) of what is drawn"""
+    untrained = f"untrained:{path}"
+    looks = {path: ("C0", "-"), untrained: ("C1", "-")} | LOOKS
+    labels = {path: "trained", untrained: "untrained"} | {name: name for name in CLASSICAL}
+    made = sequences()
+    figure, grid = plt.subplots(2, len(made), figsize=(9.6, 5.4), layout="constrained", sharey="row")
+    rows = []
+    for column, (title, grads) in enumerate(made.items()):
+        for name, (color, style) in looks.items():
+            steps = steps_made(name, grads)
+            size = np.abs(steps[-50:]).mean(axis=0)
+            grid[0, column].plot(MAGNITUDES, size, style, color=color, label=labels[name])
+            over_time = np.convolve(np.abs(steps[:, SHOWN]), np.full(WINDOW, 1 / WINDOW), "valid")
+            grid[1, column].plot(np.arange(WINDOW, NUM_STEPS + 1), over_time, style, color=color)
+            rows += [
+                (labels[name], title, f"{m:.3g}", "mean of last 50", f"{x:.4g}") for m, x in zip(MAGNITUDES, size, strict=True)
+            ]
+        grid[0, column].set(xscale="log", yscale="log", title=title, xlabel="gradient's magnitude")
+        grid[1, column].set(xlabel=f"updates (at magnitude 1e-3, mean of {WINDOW})", yscale="log")
+        for axes in grid[:, column]:
+            axes.grid(alpha=0.3)
+    grid[0, 0].set_ylabel("size of an update / step size")
+    grid[1, 0].set_ylabel("size of an update / step size")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(looks))
+    write_whole(out / "inspection.png", lambda file: figure.savefig(file, format="png", dpi=120))
+    plt.close(figure)
+    return rows
