@@ -162,7 +162,7 @@ def draw(path: Path, results: list[Result]) -> None:
         axes.remove()
     handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize="small")
-    optim4rl.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=130))
+    optim4rl.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=95 if len(env_names) > 1 else 150))
     plt.close(figure)
 
 
@@ -202,7 +202,7 @@ def read_results(path: Path) -> list[Result]:
         raise ValueError(f"{path}: not the results of evaluate.py ({error})") from None
 
 
-def summary_rows(result: Result, points: int = 60) -> list[tuple]:
+def summary_rows(result: Result, points: int = 40) -> list[tuple]:
     """The mean curve and its interval, at so many points at most: what is kept in results/."""
     at = np.unique(np.linspace(0, len(result.env_steps) - 1, points).round().astype(int))
     low, high = bootstrap_interval(result.returns[:, at])
