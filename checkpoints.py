@@ -16,26 +16,24 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every step t
 
 
 class Checkpoints:
-    """Written every so many minutes, less often where writing would take over a twentieth of the time; orbax writes under a
-    temporary name and renames."""
+    """Written at most every so many minutes; orbax writes under a temporary name and renames."""
 
     def __init__(self, run_folder: Path, minutes: float):
         # Not in the background: the next iteration takes over the state's buffers.
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         self.manager = ocp.CheckpointManager(run_folder.resolve() / "checkpoint", options=options)
-        self.seconds, self.last, self.cost = 60 * minutes, time.monotonic(), 0.0
+        self.seconds, self.last = 60 * minutes, time.monotonic()
 
     def save_if_due(self, number: int, state: Any, log: runs.Log, now: bool = False) -> None:
         """Write it if it is time, or `now`, and log what it cost. number: iterations or updates done."""
         began = time.monotonic()
-        if not now and began - self.last < max(self.seconds, 20 * self.cost):
+        if not now and began - self.last < self.seconds:
             return
         log.flush()  # a resumed run makes no row again that comes before its checkpoint
         self.manager.save(number, args=ocp.args.StandardSave(state))
         self.last = time.monotonic()
-        self.cost = self.last - began
         megabytes = sum(x.nbytes for x in jax.tree.leaves(state) if hasattr(x, "nbytes")) / 1e6
-        log.say(f"checkpoint at {number}: {megabytes:.1f} MB in {self.cost:.2f} s")
+        log.say(f"checkpoint at {number}: {megabytes:.1f} MB in {self.last - began:.2f} s")
 
     def restore(self, like: Any) -> Any:
         """The newest state that is whole; a line is printed for each newer one that is damaged. Ends the program if none is.
