@@ -337,7 +337,7 @@ def test_classical_optimizers_are_those_of_optax(name):
 
 
 def test_unknown_optimizer():
-    with pytest.raises(ValueError, match="adam, rmsprop"):
+    with pytest.raises(ValueError, match="adam, adam_linear, rmsprop"):
         optimizers.make_optimizer("adamw", 0.1)
 
 
