@@ -564,9 +564,11 @@ def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
         runs.check_positive(args, "learning_rate", "total_steps", "num_envs", "num_seeds", "episode_length", "rollout_steps")
-        runs.check_positive(args, "batch_size", "num_minibatches", "num_epochs", "clip_range", "grad_clip", "reward_scale")
+        runs.check_positive(args, "batch_size", "num_minibatches", "num_epochs", "clip_range", "reward_scale")
         runs.check_between(args, 0, 1e6, "critic_weight", "entropy_weight")
         runs.check_positive(args, "num_evals", "eval_envs", "policy_layers", "value_layers", "checkpoint_minutes")
+        if not args.grad_clip > 0:
+            raise ValueError(f"--grad-clip must be above 0, or inf for no clipping, got {args.grad_clip:g}")
         args = checkpoints.resumed_args(args.resume, args) if args.resume else fill_in(args)
         env = make_env(args.env_name, args.backend)
         optimizer = optimizers.make_optimizer(args.optimizer, args.learning_rate)
