@@ -272,7 +272,7 @@ def train(args: Args, env: Any, optimizer: optax.GradientTransformation, on_upda
             state, _, metrics = agent.learn(jax.random.fold_in(key, number), state, optimizer, progress)
             return state, metrics
 
-        # A CPU takes one seed at a time and keeps it in its cache: two thirds of the time of all at once.
+        # A CPU takes one seed at a time and keeps it in its cache: a fifth less time than all at once.
         over_seeds = partial(jax.lax.map, update) if jax.default_backend() == "cpu" else jax.vmap(update)
         agents, metrics = over_seeds((keys, agents))
         return agents, jax.tree.map(lambda all, new: all.at[:, number].set(new), history, metrics), metrics
