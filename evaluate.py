@@ -2,6 +2,8 @@
 
     python evaluate.py --env-name catch --optimizers THETA.npz untrained sign_sgd adam rmsprop --num-seeds 10
     python evaluate.py --env-name ant --optimizers THETA.npz untrained sign_sgd adam rmsprop --num-seeds 4
+    python evaluate.py --suite paper           # Figure 3: the headline tasks, every optimizer that has weights
+    python evaluate.py --suite transfer        # Figure 4: Brax's tasks, with optimizers that have seen gridworlds only
 
 A gridworld is learned with A2C, a task of Brax's with PPO, whatever theta was trained on.
 
@@ -18,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 
 import a2c
@@ -29,6 +32,13 @@ import report
 import runs
 import settings
 
+# The environments of the paper's figures, and those of them that take days without an accelerator.
+SUITES = {
+    "paper": ("catch", "small_dense_long", "big_dense_long", "ant", "humanoid"),
+    "transfer": ("inverted_double_pendulum", "ant", "humanoid", "walker2d"),
+}
+WANT_ACCELERATOR = ("ant", "humanoid", "walker2d")
+SUITE_RATES = {"paper": (3e-2, 1e-2, 3e-3, 1e-3), "transfer": ()}  # transfer: all at the paper's step size
 SHORTER = "fewer --num-seeds or --total-steps make it short; Ctrl-C keeps the optimizers that are done"
 
 
@@ -39,6 +49,9 @@ class Args:
     optimizers: tuple[str, ...] = ("untrained", "sign_sgd", "adam", "rmsprop")
     """names (adam, adam_linear, rmsprop, sgd, sign_sgd, untrained, untrained:star, pretrained/NAME, untrained:pretrained/NAME)
     and paths of meta-trained .npz"""
+    suite: Literal["paper", "transfer"] | None = None
+    """instead of --env-name and --optimizers: the environments of a figure of the paper, as far as the machine can run them,
+    and in each the weights in pretrained/ that were trained there or on several, with the controls and classical optimizers"""
     num_seeds: int = 10
     """agents trained with each optimizer"""
     seed: int = 1000
@@ -81,12 +94,37 @@ class Learner(NamedTuple):
     env: Any
 
 
+def fill_in(args: Args) -> Args:
+    """The arguments with a suite's environments and step sizes. Raises ValueError, in one line, for what cannot be."""
+    if args.suite is None:
+        return args
+    if args.env_name != Args.env_name or args.optimizers != Args.optimizers:
+        raise ValueError(f"--suite {args.suite} says which environments and optimizers; give no --env-name or --optimizers")
+    env_names = SUITES[args.suite]
+    if jax.default_backend() == "cpu":
+        left_out = [name for name in env_names if name in WANT_ACCELERATOR]
+        env_names = tuple(name for name in env_names if name not in left_out)
+        print(f"left out, since there is no accelerator: {', '.join(left_out)} (--env-name runs them anyway)")
+    return dataclasses.replace(args, env_name=env_names, learning_rates=args.learning_rates or SUITE_RATES[args.suite])
+
+
+def suite_optimizers(env_name: str) -> list[str]:
+    """Every optimizer that has weights for this environment: trained there or on several; then controls and classical ones."""
+    shipped = []
+    for name in optimizers.pretrained_names():
+        header = optimizers.load_learned(name)[2]
+        trained_on = header["trained"]["env_name"]
+        if len(trained_on) > 1 or env_name in trained_on:
+            shipped += [name] if header["optimizer"] == "optim4rl" else [name, f"untrained:{name}"]
+    return [*shipped, *Args.optimizers]
+
+
 def plan(args: Args) -> list[Run]:
     """The runs to make. Raises ValueError, in one line, for an unfit optimizer."""
     to_run = []
     for env_name in args.env_name:
         default, labels = args.learning_rate or settings.setting_of(env_name).learning_rate, set()
-        for name in dict.fromkeys(args.optimizers):
+        for name in dict.fromkeys(suite_optimizers(env_name) if args.suite else args.optimizers):
             optimizers.make_optimizer(name, default)
             rates, label = (default,), name
             if name in optimizers.CLASSICAL and args.learning_rates:
@@ -174,6 +212,7 @@ def main() -> None:
             raise ValueError("--optimizers and --env-name must name at least one, and each environment once")
         if args.inspect:
             return draw_inspection(args)
+        args = fill_in(args)
         learners = {name: make_learner(args, name) for name in args.env_name}
         to_run = plan(args)
         folder = runs.make_folder(args.runs_dir, "+".join(learners), "evaluate", args.seed, args)

@@ -33,6 +33,7 @@ from optim4rl import (
 from star import make_star
 from velo import make_velo
 
+PRETRAINED = Path(__file__).parent / "pretrained"
 PREPROCESSING_P = 10.0  # of L2LGD2's inputs
 
 
@@ -107,16 +108,18 @@ def falling() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
+def pretrained_names() -> list[str]:
+    return [f"pretrained/{path.stem}" for path in sorted(PRETRAINED.glob("*.npz"))]
+
+
 def theta_path(name_or_path: str) -> str:
     """pretrained/NAME is the file of this name beside this module, wherever the script is run."""
-    folder = Path(__file__).parent / "pretrained"
-    name = name_or_path.removeprefix("pretrained/").removesuffix(".npz")
     if not name_or_path.startswith("pretrained/") or os.path.exists(name_or_path):
         return name_or_path
-    if not (folder / f"{name}.npz").exists():
-        known = sorted(path.stem for path in folder.glob("*.npz"))
-        raise ValueError(f"no pretrained optimizer {name!r}; there are {', '.join(known)}")
-    return str(folder / f"{name}.npz")
+    name = name_or_path.removesuffix(".npz")
+    if name not in pretrained_names():
+        raise ValueError(f"no optimizer {name!r}; there are {', '.join(pretrained_names())}")
+    return str(PRETRAINED / f"{Path(name).name}.npz")
 
 
 def is_theta(name_or_path: str) -> bool:

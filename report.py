@@ -26,7 +26,19 @@ import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend tha
 
 COLUMNS = ("env_name", "optimizer", "learning_rate", "seed", "env_steps", "return")
 REFERENCE = "adam"  # what the others are held against
-STYLES = ("-", "--", "-.", ":")
+# The first that a label begins with: color, line, marker. The same in every figure, and told apart in grey too.
+LOOKS = {
+    "pretrained/momentum4rl (trained)": ("C3", "-", None),
+    "pretrained/momentum4rl": ("C1", "--", None),
+    "pretrained/optim4rl_gridworlds": ("C0", "-", "o"),
+    "pretrained/optim4rl": ("C2", "-", "s"),
+    "untrained": ("C9", "--", "^"),
+    "adam_linear": ("0.0", ":", "x"),
+    "adam": ("0.0", "--", None),
+    "rmsprop": ("0.4", "-.", None),
+    "sign_sgd": ("0.6", ":", None),
+}
+STYLES, MARKERS = ("-", "--", "-.", ":"), "DvP*X"  # of the others
 
 
 @dataclass(frozen=True)
@@ -139,6 +151,16 @@ def tables(results: list[Result]) -> str:
 # --- Figures and files ---
 
 
+def look(label: str, labels: list[str]) -> dict:
+    """How an optimizer's curve is drawn; labels: all in the figure."""
+    for start, (color, line, marker) in LOOKS.items():
+        if label.startswith(start):
+            return {"color": color, "linestyle": line, "marker": marker, "markevery": 0.1, "markersize": 4}
+    i = [other for other in labels if not other.startswith(tuple(LOOKS))].index(label)
+    kind = {"color": f"C{4 + i % 5}", "linestyle": STYLES[i % len(STYLES)], "marker": MARKERS[i % len(MARKERS)]}
+    return kind | {"markevery": 0.1, "markersize": 4}
+
+
 def draw(path: Path, results: list[Result]) -> None:
     """Learning curves, a panel for each environment: mean over seeds, 90 % interval shaded. Every optimizer has one look."""
     env_names, labels = names_of(results, "env_name"), names_of(results, "label")
@@ -150,11 +172,10 @@ def draw(path: Path, results: list[Result]) -> None:
         for result in results:
             if result.env_name != name or not len(result.returns):
                 continue
-            i = labels.index(result.label)
             low, high = bootstrap_interval(result.returns)
-            look = {"color": f"C{i}", "linestyle": STYLES[i % len(STYLES)]}
-            axes.plot(result.env_steps, result.returns.mean(axis=0), label=result.label, **look)
-            axes.fill_between(result.env_steps, low, high, color=look["color"], alpha=0.2, linewidth=0)
+            style = look(result.label, labels)
+            axes.plot(result.env_steps, result.returns.mean(axis=0), label=result.label, linewidth=1.3, **style)
+            axes.fill_between(result.env_steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
         axes.set(xlabel="environment steps", ylabel="return", title=name)
         axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
         axes.grid(alpha=0.3)
