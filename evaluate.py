@@ -100,11 +100,8 @@ def fill_in(args: Args) -> Args:
         return args
     if args.env_name != Args.env_name or args.optimizers != Args.optimizers:
         raise ValueError(f"--suite {args.suite} says which environments and optimizers; give no --env-name or --optimizers")
-    env_names = SUITES[args.suite]
-    if jax.default_backend() == "cpu":
-        left_out = [name for name in env_names if name in WANT_ACCELERATOR]
-        env_names = tuple(name for name in env_names if name not in left_out)
-        print(f"left out, since there is no accelerator: {', '.join(left_out)} (--env-name runs them anyway)")
+    left_out = WANT_ACCELERATOR if jax.default_backend() == "cpu" else ()
+    env_names = tuple(name for name in SUITES[args.suite] if name not in left_out)
     return dataclasses.replace(args, env_name=env_names, learning_rates=args.learning_rates or SUITE_RATES[args.suite])
 
 
@@ -217,6 +214,8 @@ def main() -> None:
         to_run = plan(args)
         folder = runs.make_folder(args.runs_dir, "+".join(learners), "evaluate", args.seed, args)
 
+    if left_out := [name for name in SUITES.get(args.suite, ()) if name not in learners]:
+        print(f"left out, since there is no accelerator: {', '.join(left_out)} (--env-name runs them anyway)")
     results, swept, began = [], [], time.perf_counter()
     with runs.interruptible() as interrupted:
         for number, run in enumerate(to_run, start=1):

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+import evaluate
 import gridworld
 import report
 from optim4rl import load_theta
@@ -143,6 +144,23 @@ def test_reports_of_several_evaluations_join(tmp_path):
             expected.append(float(row["return"]))
     (last,) = [row for row in rows if (row["env_name"], row["optimizer"], row["env_steps"]) == ("catch", "adam", "6400")]
     assert abs(float(last["mean"]) - np.mean(expected)) < 1e-4 and last["seeds"] == "2"
+
+
+def test_a_suite_takes_what_has_weights_and_says_what_it_leaves_out(monkeypatch):
+    """On a CPU no ant and no humanoid; weights of one environment are shown there only, every learned one beside its untrained
+    form."""
+    shown = {}
+    for run in evaluate.plan(evaluate.fill_in(evaluate.Args(suite="paper"))):
+        shown.setdefault(run.env_name, {})[run.optimizer] = run.rates
+    assert set(shown) == {"catch", "small_dense_long", "big_dense_long"}
+    for env_name, runs in shown.items():
+        trained = {name for name in runs if name.startswith("pretrained/optim4rl_")}
+        assert trained == {"pretrained/optim4rl_gridworlds", f"pretrained/optim4rl_{env_name}"}
+        both = {"pretrained/momentum4rl", "untrained:pretrained/momentum4rl", "untrained", "sign_sgd", "adam", "rmsprop"}
+        assert set(runs) == both | trained
+        assert len(runs["adam"]) > 1 and len(runs["pretrained/momentum4rl"]) == 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "humanoid" in evaluate.fill_in(evaluate.Args(suite="transfer")).env_name
 
 
 GOES_WRONG = """
