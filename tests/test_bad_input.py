@@ -147,6 +147,7 @@ BAD = [
     ("evaluate", "--optimizers", "optimizers"),
     ("evaluate", "--runs-dir a_file", "a_file"),
     ("evaluate", "--optimizers pretrained/nosuch", "nosuch"),
+    ("evaluate", "--env-name inverted_pendulum --value-layers 64 0", "--value-layers"),
     ("evaluate", "--suite nosuch", "transfer"),
     ("evaluate", "--suite paper --env-name small_dense_long", "--env-name"),
     ("evaluate", "--suite transfer --optimizers adam sgd", "--optimizers"),
