@@ -68,6 +68,8 @@ class Args:
     """environments of each agent (catch 64, gridworlds 512, Brax 2048 or 4096)"""
     value_layers: tuple[int, ...] = ppo.Args.value_layers
     """hidden layers of PPO's critic (paper: 5 of 256; in meta-training 5 of 64, with which a CPU is done in half the time)"""
+    num_evals: int = ppo.Args.num_evals
+    """evaluations of each of PPO's agents; in short runs they are most of the time"""
     backend: Literal["spring", "generalized", "positional", "mjx"] = "spring"
     """physics of Brax's tasks: spring, generalized, positional or mjx"""
     inspect: str | None = None
@@ -152,9 +154,8 @@ def make_learner(args: Args, env_name: str) -> Learner:
     settings.check_environment(env_name)
     shared = {"env_name": env_name, "num_seeds": args.num_seeds, "seed": args.seed}
     if env_name not in gridworld.NAMES:
-        shared |= {"total_steps": args.total_steps, "num_envs": args.num_envs, "value_layers": args.value_layers}
-        agent_args = ppo.fill_in(ppo.Args(**shared, backend=args.backend))
-        learner = Learner(ppo, agent_args, ppo.make_env(env_name, args.backend))
+        shared |= {name: getattr(args, name) for name in ("total_steps", "num_envs", "value_layers", "num_evals", "backend")}
+        learner = Learner(ppo, ppo.fill_in(ppo.Args(**shared)), ppo.make_env(env_name, args.backend))
     else:
         steps = args.total_steps or (5e5 if env_name == "catch" else 3e6 if env_name.startswith("small") else 4e6)
         num_envs = args.num_envs or (64 if env_name == "catch" else 512)
@@ -208,7 +209,7 @@ def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
         runs.check_positive(args, "num_seeds", "sweep_seeds", "learning_rate", "learning_rates", "total_steps", "num_envs")
-        runs.check_positive(args, "value_layers")
+        runs.check_positive(args, "value_layers", "num_evals")
         if not args.optimizers or not args.env_name or len(set(args.env_name)) < len(args.env_name):
             raise ValueError("--optimizers and --env-name must name at least one, and each environment once")
         if args.inspect:

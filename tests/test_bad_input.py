@@ -148,6 +148,7 @@ BAD = [
     ("evaluate", "--runs-dir a_file", "a_file"),
     ("evaluate", "--optimizers pretrained/nosuch", "nosuch"),
     ("evaluate", "--env-name inverted_pendulum --value-layers 64 0", "--value-layers"),
+    ("evaluate", "--num-evals 0", "--num-evals"),
     ("evaluate", "--suite nosuch", "transfer"),
     ("evaluate", "--suite paper --env-name small_dense_long", "--env-name"),
     ("evaluate", "--suite transfer --optimizers adam sgd", "--optimizers"),
