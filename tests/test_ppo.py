@@ -11,6 +11,7 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
+import optimizers
 import ppo
 
 PROBE = ppo.Args(
@@ -217,9 +218,9 @@ def test_cut_off_episodes_are_worth_as_much_as_endless_ones():
 
 
 def test_probe_environment_is_solved():
-    history = ppo.train(PROBE, probe_env(), optax.adam(3e-3), lambda *_: None)
-    # The mode's reward: 0 at a = 0.3
-    assert history["eval_return"][0, -1] > -2e-3
+    history = ppo.train(PROBE, probe_env(), optimizers.make_optimizer("adam_linear", 3e-3), lambda *_: None)
+    # The mode's reward: 0 at a = 0.3. The steps fall to zero, lest the last ones leave it somewhere near.
+    assert history["eval_return"][0, -1] > -5e-4
     assert history["eval_return"][0, 0] < -0.05
     assert history["eval_steps"].tolist()[-1] == ppo.num_updates(PROBE) * ppo.steps_per_update(PROBE)
 
