@@ -18,6 +18,7 @@ with g the gradient, clipped elementwise to [-1, 1]. theta, the weights of the t
 Legend: P coordinates in all, C coordinates in a block, M blocks, H hidden units, D inputs of a network (1 raw, 2 log).
 """
 
+import io
 import json
 import os
 import zipfile
@@ -322,11 +323,12 @@ def optim4rl(theta: dict, learning_rate: float, grad_clip: float | None = 1.0) -
 
 
 def write_whole(path: str | os.PathLike, write: Callable) -> None:
-    """Call write(file) on a temporary file beside `path`, then rename it: a reader never finds half a file."""
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
+    """Call write(buffer), write that to a temporary file beside `path`, and rename it: a reader never finds half a file."""
+    buffer, temporary = io.BytesIO(), f"{os.fspath(path)}.{os.getpid()}.tmp"
+    write(buffer)
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(buffer.getbuffer())
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
@@ -341,7 +343,7 @@ def save_theta(path: str | os.PathLike, theta: Any, optimizer: str, config: dict
     header = {"format": FORMAT, "optimizer": optimizer, "config": config, "trained": trained}
     paths_and_leaves = jax.tree_util.tree_flatten_with_path(theta)[0]
     arrays = {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in paths_and_leaves}
-    write_whole(path, lambda file: np.savez(file, header=np.array(json.dumps(header)), **arrays))
+    write_whole(path, lambda buffer: np.savez(buffer, header=np.array(json.dumps(header)), **arrays))
 
 
 def load_theta(path: str | os.PathLike) -> tuple[dict, dict]:
