@@ -183,7 +183,7 @@ def draw(path: Path, results: list[Result]) -> None:
         axes.remove()
     handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize="small")
-    optim4rl.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=95 if len(env_names) > 1 else 150))
+    optim4rl.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=90 if len(env_names) > 1 else 150))
     plt.close(figure)
 
 
