@@ -67,7 +67,7 @@ class Args:
     num_envs: int | None = None
     """environments of each agent (catch 64, gridworlds 512, Brax 2048 or 4096)"""
     value_layers: tuple[int, ...] = ppo.Args.value_layers
-    """hidden layers of PPO's critic (paper: 5 of 256; in meta-training 5 of 64, with which a CPU is done in half the time)"""
+    """hidden layers of PPO's critic (paper: 5 of 256; in meta-training 5 of 64, with which a CPU is sooner done)"""
     num_evals: int = ppo.Args.num_evals
     """evaluations of each of PPO's agents; in short runs they are most of the time"""
     backend: Literal["spring", "generalized", "positional", "mjx"] = "spring"
@@ -236,6 +236,7 @@ def main() -> None:
             if interrupted():  # this one is not whole
                 break
             results.append(result)
+            report.write_results(folder / "results.csv", results, args.seed)  # so that a kill loses this one at most
             if len(results) == 1:
                 runs.warn_if_long((time.perf_counter() - began) * len(to_run), SHORTER)
     if results:
