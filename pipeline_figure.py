@@ -72,7 +72,7 @@ def draw(path: Path, all_seen: dict, title: str) -> None:
     figure, grid = plt.subplots(len(all_seen), 2, figsize=(8.4, 2.5 * len(all_seen) + 0.4), layout="constrained", squeeze=False)
     sizes = {pipeline: np.array(seen.sizes) for pipeline, seen in all_seen.items()}  # [T, N]
     oldest = max(np.max(seen.ages) for seen in all_seen.values())
-    low, high = (limit(values.min() if limit is min else values.max() for values in sizes.values()) for limit in (min, max))
+    limits = (min(np.min(x) for x in sizes.values()) - 0.1, max(np.max(x) for x in sizes.values()) + 0.1)
     for (left, right), (pipeline, seen) in zip(grid, all_seen.items(), strict=True):
         ages = np.array(seen.ages).T
         image = left.imshow(ages, aspect="auto", cmap="viridis", vmin=0, vmax=oldest, interpolation="nearest")
@@ -80,11 +80,11 @@ def draw(path: Path, all_seen: dict, title: str) -> None:
         figure.colorbar(image, ax=left, label="iterations since its start")
         numbers = np.arange(len(sizes[pipeline]))
         for inner, shade in ((90, "0.85"), (50, "0.6")):
-            limits = np.percentile(sizes[pipeline], (50 - inner / 2, 50 + inner / 2), axis=1)
-            right.fill_between(numbers, *limits, color=shade, linewidth=0, label=f"{inner} % of the units")
+            edges = np.percentile(sizes[pipeline], (50 - inner / 2, 50 + inner / 2), axis=1)
+            right.fill_between(numbers, *edges, color=shade, linewidth=0, label=f"{inner} % of the units")
         right.plot(numbers, np.median(sizes[pipeline], axis=1), color="0.0", linewidth=1, label="median")
         right.set(title=f"{TITLES[pipeline]}: size of gradients", xlabel="meta-iteration", ylabel="log10 of mean |g|")
-        right.set(xlim=(0, len(numbers) - 1), ylim=(low - 0.1, high + 0.1))
+        right.set(xlim=(0, len(numbers) - 1), ylim=limits)
         right.grid(alpha=0.3)
     figure.suptitle(title, fontsize="medium")
     handles, labels = grid[0, 1].get_legend_handles_labels()
