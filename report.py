@@ -26,15 +26,17 @@ import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend tha
 
 COLUMNS = ("env_name", "optimizer", "learning_rate", "seed", "env_steps", "return")
 REFERENCE = "adam"  # what the others are held against
-# The first that a label begins with: color, line, marker. The same in every figure, and told apart in grey too.
+# Color, line, marker: the same in every figure, and told apart in grey too.
 LOOKS = {
     "pretrained/momentum4rl (trained)": ("C3", "-", None),
-    "pretrained/momentum4rl": ("C1", "--", None),
-    "pretrained/optim4rl_gridworlds": ("C0", "-", "o"),
-    "pretrained/optim4rl": ("C2", "-", "s"),
+    "pretrained/momentum4rl (untrained)": ("C1", "--", None),
+    "pretrained/optim4rl_gridworlds (trained)": ("C0", "-", "o"),
+    "pretrained/optim4rl_catch (trained)": ("C2", "-", "s"),
+    "pretrained/optim4rl_small_dense_long (trained)": ("C2", "-", "s"),
+    "pretrained/optim4rl_big_dense_long (trained)": ("C2", "-", "s"),
     "untrained": ("C9", "--", "^"),
-    "adam_linear": ("0.0", ":", "x"),
     "adam": ("0.0", "--", None),
+    "adam_linear": ("0.0", ":", "x"),
     "rmsprop": ("0.4", "-.", None),
     "sign_sgd": ("0.6", ":", None),
 }
@@ -153,12 +155,12 @@ def tables(results: list[Result]) -> str:
 
 def look(label: str, labels: list[str]) -> dict:
     """How an optimizer's curve is drawn; labels: all in the figure."""
-    for start, (color, line, marker) in LOOKS.items():
-        if label.startswith(start):
-            return {"color": color, "linestyle": line, "marker": marker, "markevery": 0.1, "markersize": 4}
-    i = [other for other in labels if not other.startswith(tuple(LOOKS))].index(label)
-    kind = {"color": f"C{4 + i % 5}", "linestyle": STYLES[i % len(STYLES)], "marker": MARKERS[i % len(MARKERS)]}
-    return kind | {"markevery": 0.1, "markersize": 4}
+    if label in LOOKS:
+        color, line, marker = LOOKS[label]
+    else:
+        i = [other for other in labels if other not in LOOKS].index(label)
+        color, line, marker = f"C{4 + i % 5}", STYLES[i % len(STYLES)], MARKERS[i % len(MARKERS)]
+    return {"color": color, "linestyle": line, "marker": marker, "markevery": 0.1, "markersize": 4}
 
 
 def draw(path: Path, results: list[Result]) -> None:
