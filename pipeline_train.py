@@ -66,6 +66,8 @@ class Args:
     """hidden layers of the read-outs, e.g. 16 16; none in the paper"""
     grad_clip: float | None = None
     """agent-gradients are clipped elementwise to this (paper: 1; on catch inf, that is, not)"""
+    theta: str | None = None
+    """go on from these weights, with their kind of optimizer and its settings: pretrained/NAME or a .npz; else from scratch"""
     # --- Pipeline training ---
     num_units: int | None = None
     """agents trained in parallel, for each environment (paper: 512; catch 64; here 16 for Brax's tasks)"""
@@ -195,17 +197,27 @@ def all_agent_args(args: Args) -> list[a2c.Args | ppo.Args]:
 
 
 def set_up(args: Args) -> tuple[list[Task], LearnedOptimizer, dict]:
-    """-> the tasks, the optimizer, and the config that its theta file will carry."""
-    factory = optimizers.LEARNED[args.optimizer]
-    parameters = inspect.signature(factory).parameters
-    config = {name: getattr(args, name, parameter.default) for name, parameter in parameters.items()}
-    config |= {"grad_clip": None if np.isinf(args.grad_clip) else args.grad_clip} if "grad_clip" in config else {}
+    """-> the tasks, the optimizer, and the config that its theta file will carry. Raises ValueError, in one line, for an unfit
+    --theta."""
+    learned, config = make_learned(args)
     tasks = []
     for name, rate, agent_args in zip(args.env_name, args.learning_rate, all_agent_args(args), strict=True):
         on_brax = isinstance(agent_args, ppo.Args)
         env = ppo.make_env(name, args.backend) if on_brax else gridworld.make(name)
         tasks.append(Task((ppo if on_brax else a2c).make_agent(env, agent_args), rate))
-    return tasks, factory(**config), config
+    return tasks, learned, config
+
+
+def make_learned(args: Args) -> tuple[LearnedOptimizer, dict]:
+    """-> the optimizer, which starts from --theta or from scratch, and its config."""
+    if args.theta:
+        learned, theta, header = optimizers.load_learned(args.theta)
+        return learned._replace(init_theta=lambda key: theta), header["config"]
+    factory = optimizers.LEARNED[args.optimizer]
+    parameters = inspect.signature(factory).parameters
+    config = {name: getattr(args, name, parameter.default) for name, parameter in parameters.items()}
+    config |= {"grad_clip": None if np.isinf(args.grad_clip) else args.grad_clip} if "grad_clip" in config else {}
+    return factory(**config), config
 
 
 # --- The command line ---
@@ -215,12 +227,17 @@ def fill_in(args: Args) -> Args:
     """The arguments with the paper's values where they were left unset. Raises ValueError, in one line, for what cannot be."""
     if not args.env_name or len(set(args.env_name)) < len(args.env_name):
         raise ValueError("--env-name must name at least one environment, and each once")
+    if args.theta:
+        args = dataclasses.replace(args, optimizer=optimizers.load_learned(args.theta)[2]["optimizer"])
     if args.optimizer not in optimizers.LEARNED:
         raise ValueError(f"unknown learned optimizer {args.optimizer!r}; choose from {', '.join(optimizers.LEARNED)}")
     for name in ("cell", "inputs", "hidden_size", "readout_layers", "grad_clip"):
         known = name in inspect.signature(optimizers.LEARNED[args.optimizer]).parameters
-        if not known and getattr(args, name) != getattr(Args, name):
+        given = getattr(args, name) != getattr(Args, name)
+        if given and not known:
             raise ValueError(f"--{name.replace('_', '-')} is not a setting of {args.optimizer}")
+        if given and args.theta:
+            raise ValueError(f"--{name.replace('_', '-')} is what it is in {args.theta}; leave it out")
     if args.total_steps is not None and args.num_iterations is not None:
         raise ValueError("give --total-steps or --num-iterations, not both")
     for name in args.env_name:

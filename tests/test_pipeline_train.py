@@ -17,7 +17,7 @@ import optimizers
 import pipeline_train
 import ppo
 from meta_gradient import Unit, inner_loop, replay_gradient, streamed_replay_gradient
-from optim4rl import BLOCK, make_optim4rl, to_optax
+from optim4rl import BLOCK, make_optim4rl, save_theta, to_optax
 from pipeline_train import Args, fill_in, make_meta_step, set_up
 from units import Schedule, Task, new_unit, only_finite, reset_due, reset_slots, schedule, train_group, train_units
 
@@ -387,6 +387,17 @@ def test_a_meta_gradient_that_is_not_finite_changes_nothing():
     new, old = {"a": jnp.ones(2), "b": jnp.array([1, 2])}, {"a": jnp.zeros(2), "b": jnp.array([3, 4])}
     for judge, expected in (({"g": jnp.array([1.0, jnp.inf])}, old), ({"g": jnp.array([1.0])}, new)):
         jax.tree.map(np.testing.assert_array_equal, only_finite(new, old, judge), expected)
+
+
+def test_training_goes_on_from_given_weights(tmp_path):
+    learned = make_optim4rl("gru", "log", 4)
+    theta = learned.init_theta(jax.random.key(7))
+    save_theta(tmp_path / "x.npz", theta, "optim4rl", {"cell": "gru", "inputs": "log", "hidden_size": 4}, {})
+    args = small_args(theta=str(tmp_path / "x.npz"))
+    states = iterate(args, iterations=1)
+    jax.tree.map(np.testing.assert_array_equal, states[0].theta, theta)
+    assert 0 < relative(states[1].theta, theta) < 0.1
+    assert set_up(args)[2]["hidden_size"] == 4
 
 
 def test_the_papers_settings_are_the_defaults():
