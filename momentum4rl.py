@@ -10,9 +10,10 @@ with bias-corrected running means m_b of g and v of g^2 (decay .99), the number 
 coordinate's layer adds up (1 for biases), and the fraction f of training that is done (0 if the optimizer is not told), and
 
     h <- RNN(h, x)      o1, o2 = readout(h, x)
-    update = -learning_rate (1 - f) min(1, 128 / n) (g / sqrt(v) exp(o1) + m_.9 / sqrt(v) exp(o2 - 1.5))
+    update = -learning_rate (1 - f) min(1, sqrt(128 / w)) (g / sqrt(v) exp(o1) + m_.9 / sqrt(v) exp(o2 - 1.5))
 
-A wide layer takes smaller steps, since what its inputs' weights change adds up (Yang & Hu 2021, arXiv 2011.14522).
+A wide network, w being the largest n in it, takes smaller steps in all its layers: what a layer's weights change is added up by
+the layers above, so a convolution of 20 inputs below a layer of 2,688 needs steps as small as that layer's.
 
 All of x stays the same when every gradient changes its sign, so the updates change theirs: that need not be learned. The
 read-out starts near zero, so before meta-training this is RMSProp with a little momentum and a step size that falls to zero.
@@ -23,7 +24,6 @@ Legend: C coordinates in a block, M blocks, H hidden units.
 
 import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ LOG_SCALE = 0.1  # logarithms are from -18 to 12
 READOUT_GAIN = 10.0  # the read-out is learned faster than the cell: so much more do its weights, at first this much smaller, do
 READOUT_SCALE = 0.01
 MOMENTUM_BIAS = -1.5
-WIDE = 128.0  # inputs of a layer that takes smaller steps when it has more
+WIDE = 128.0  # inputs of its widest layer with which a network takes smaller steps
 
 
 def update_moments(g: jax.Array, moments: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -65,20 +65,19 @@ def update_moments(g: jax.Array, moments: jax.Array) -> tuple[jax.Array, jax.Arr
 
 def momentum4rl_rule(theta: dict, given: jax.Array, state: tuple, cell: str, grad_clip: float | None) -> tuple:
     """One step for a block of coordinates. given: [3, C], g, n and f; state: (cell's, moments) -> step [C], state"""
-    g, fan_in, fraction = constant(given[0], grad_clip), *given[1:]
+    g, n, fraction = constant(given[0], grad_clip), *given[1:]
     m, v, moments = update_moments(g, state[1])
     root = jnp.sqrt(v) + EPS
-    logs = LOG_SCALE * jnp.log(jnp.stack([jnp.abs(g) + EPS, root, moments[-1], fan_in]))
+    logs = LOG_SCALE * jnp.log(jnp.stack([jnp.abs(g) + EPS, root, moments[-1], n]))
     x = jnp.concatenate([jnp.abs(g)[None] / root, jnp.sign(g) * m / root, logs, fraction[None]])
     cell_state = CELLS[cell](theta["rnn"], state[0], x)
     o1, o2 = READOUT_GAIN * readout(theta["readout"], jnp.concatenate([cell_state[0], x]))
-    step = g / root * jnp.exp(o1) + m[1] / root * jnp.exp(o2 + MOMENTUM_BIAS)
-    return (1 - fraction) * jnp.minimum(1, WIDE / fan_in) * step, (cell_state, moments)
+    return g / root * jnp.exp(o1) + m[1] / root * jnp.exp(o2 + MOMENTUM_BIAS), (cell_state, moments)
 
 
-def fan_ins(tree: Any) -> Any:
-    """Each coordinate's n, of weights whose last axis is the layer's output. -> like tree"""
-    return jax.tree.map(lambda w: jnp.full(jnp.shape(w), math.prod(jnp.shape(w)[:-1]), float), tree)
+def fan_in(w: jax.Array) -> int:
+    """How many inputs a layer adds up, from its weights, whose last axis is its output; 1 for biases."""
+    return max(1, math.prod(jnp.shape(w)[:-1]))
 
 
 def make_momentum4rl(cell="lstm", hidden_size=8, readout_layers=(), grad_clip: float | None = 1.0) -> LearnedOptimizer:
@@ -98,9 +97,11 @@ def make_momentum4rl(cell="lstm", hidden_size=8, readout_layers=(), grad_clip: f
     def update(theta, grads, state, params, learning_rate, *, fraction=0.0, **extra_args):
         del params, extra_args
         g = to_blocks(grads)
-        fan_in = jnp.maximum(to_blocks(fan_ins(grads)), 1)  # the padding's zeros too
-        given = jnp.stack([g, fan_in, jnp.full_like(g, fraction)], axis=1)
+        n = to_blocks(jax.tree.map(lambda g: jnp.full(jnp.shape(g), fan_in(g), float), grads))
+        given = jnp.stack([g, jnp.maximum(n, 1), jnp.full_like(g, fraction)], axis=1)  # 1 for the padding too
         steps, state = apply(theta, given, state)
-        return from_blocks(-learning_rate * steps, grads), state
+        widest = max(map(fan_in, jax.tree.leaves(grads)), default=1)
+        rate = learning_rate * (1 - fraction) * min(1.0, math.sqrt(WIDE / widest))
+        return from_blocks(-rate * steps, grads), state
 
     return LearnedOptimizer(init_theta, partial(init_blocks, init_block=init_block), update, rule=None)

@@ -101,6 +101,8 @@ class Args:
     """pes: standard deviation of the perturbations of theta"""
     meta_learning_rate: float | None = None
     """step size of Adam on theta (paper: 1e-5 to 1e-3; catch to 1e-2)"""
+    anneal_meta_lr: bool = False
+    """with --anneal-meta-lr that step size falls linearly to 0 at the last iteration"""
     meta_clip: Literal["global_norm", "elementwise", "none"] = "global_norm"
     """how each environment's meta-gradient is clipped: to norm 0.5, each element to 1, or not"""
     # --- The run ---
@@ -142,7 +144,8 @@ def make_meta_step(args: Args, tasks: list[Task], learned: LearnedOptimizer, mes
 
     theta is on every device of the mesh, the units are spread over them; step takes over the buffers of its MetaState.
     """
-    meta_optimizer = optax.adam(args.meta_learning_rate)
+    last = 0.0 if args.anneal_meta_lr else args.meta_learning_rate
+    meta_optimizer = optax.adam(optax.linear_schedule(args.meta_learning_rate, last, args.num_iterations))
     clip = clipping(args.meta_clip)
 
     def init(key):

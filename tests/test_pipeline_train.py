@@ -389,6 +389,13 @@ def test_a_meta_gradient_that_is_not_finite_changes_nothing():
         jax.tree.map(np.testing.assert_array_equal, only_finite(new, old, judge), expected)
 
 
+def test_an_annealed_meta_step_size_falls_to_zero():
+    args = small_args(anneal_meta_lr=True, num_iterations=2)
+    thetas = [state.theta for state in iterate(args, iterations=3)]
+    first, second, third = (relative(new, old) for old, new in zip(thetas, thetas[1:], strict=False))
+    assert first > 1.5 * second > 0 and third == 0
+
+
 def test_training_goes_on_from_given_weights(tmp_path):
     learned = make_optim4rl("gru", "log", 4)
     theta = learned.init_theta(jax.random.key(7))
