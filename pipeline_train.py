@@ -35,7 +35,7 @@ import gridworld
 import optimizers
 import ppo
 import runs
-from optim4rl import LearnedOptimizer, save_theta
+from optim4rl import LearnedOptimizer, load_theta, save_theta
 from settings import check_environment, setting_of
 from units import Task, new_unit, only_finite, schedule, train_group, train_units
 
@@ -230,8 +230,9 @@ def fill_in(args: Args) -> Args:
     """The arguments with the paper's values where they were left unset. Raises ValueError, in one line, for what cannot be."""
     if not args.env_name or len(set(args.env_name)) < len(args.env_name):
         raise ValueError("--env-name must name at least one environment, and each once")
-    if args.theta:
-        args = dataclasses.replace(args, optimizer=optimizers.load_learned(args.theta)[2]["optimizer"])
+    if args.theta:  # its header only: nothing may be put on a device before main chooses the devices
+        header = load_theta(optimizers.theta_path(args.theta))[1]
+        args = dataclasses.replace(args, optimizer=header["optimizer"])
     if args.optimizer not in optimizers.LEARNED:
         raise ValueError(f"unknown learned optimizer {args.optimizer!r}; choose from {', '.join(optimizers.LEARNED)}")
     for name in ("cell", "inputs", "hidden_size", "readout_layers", "grad_clip"):

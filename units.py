@@ -44,8 +44,10 @@ class Schedule(NamedTuple):
 def schedule(key: jax.Array, iteration: jax.Array, args: Any) -> Schedule:
     """Until its first reset, and always without the pipeline, a unit is as old as training. With pes, pairs share keys and
     slots."""
-    pair = 2 if args.meta_estimator == "pes" else 1
-    slots = np.repeat(reset_slots(args.num_units // pair, args.reset_interval), pair)
+    pair, slots = 1, reset_slots(args.num_units, args.reset_interval)
+    if args.meta_estimator == "pes":  # few pairs: they go round a circle, lest the last be next to the first
+        pair, num_pairs = 2, args.num_units // 2
+        slots = np.repeat(np.arange(num_pairs) * args.reset_interval // num_pairs, pair)
     since_reset = (iteration - slots) % args.reset_interval
     age = jnp.minimum(since_reset, iteration) if args.pipeline else jnp.full(args.num_units, iteration)
     number = jnp.arange(args.num_units)

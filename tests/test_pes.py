@@ -113,7 +113,7 @@ def test_pairs_share_keys_and_slots_and_a_reset_clears_the_sum():
         for field in (plan.due, plan.age, jax.random.key_data(plan.key)):
             np.testing.assert_array_equal(field[::2], field[1::2])
         np.testing.assert_array_equal(plan.sign, [1, -1, 1, -1, 1, -1])
-        np.testing.assert_array_equal(plan.due[::2], [t % 5 == 0, t % 5 == 2, t % 5 == 4])
+        np.testing.assert_array_equal(plan.due[::2], [t % 5 == 0, t % 5 == 1, t % 5 == 3])
     theta, task = {"step": jnp.ones(2)}, Task(make_point(), 0.3)
     unit = new_unit(jax.random.key(0), theta, task, MOVE, args)
     np.testing.assert_array_equal(unit.perturbation["step"], [0, 0])

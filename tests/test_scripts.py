@@ -74,6 +74,19 @@ def test_velo_by_pes_then_evaluate(tmp_path):
     assert "velo, catch (trained)" in done.stdout and "velo, catch (untrained)" in done.stdout
 
 
+def test_training_goes_on_from_another_runs_theta(tmp_path):
+    """The kind of optimizer and its settings come with the file."""
+    flags = "--env-name catch --num-units 2 --num-iterations 1 --inner-updates 1".split()
+    theta = ROOT / "pretrained" / "momentum4rl.npz"
+    done = run_script("pipeline_train", *flags, "--theta", str(theta), "--meta-learning-rate", "1e-9", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("runs/*/theta.npz")
+    (after, header), (before, header_before) = load_theta(path), load_theta(theta)
+    assert (header["optimizer"], header["config"]) == ("momentum4rl", header_before["config"])
+    assert header["trained"]["theta"] == str(theta)
+    jax.tree.map(lambda new, old: np.testing.assert_allclose(new, old, atol=1e-6), after, before)
+
+
 def interrupt(script, flags, number, cwd, ready, done):
     """Start a script, and once ready() send the signal, as an impatient user does, until done(). -> exit code, stderr"""
     command = [sys.executable, str(ROOT / f"{script}.py"), *flags.split()]
