@@ -103,18 +103,21 @@ def names_of(results: list[Result], field: str) -> list[str]:
 def table(results: list[Result]) -> str:
     """A markdown table of the optimizers in one environment."""
     goal = 0.9 * max(result.score() for result in results)
+    most = max(len(result.returns) + result.ended for result in results)
     rows = [
         f"| optimizer | step size | return (mean of last {results[0].last}) | 90 % interval | steps to reach {goal:.3g} |",
         "|---" * 5 + "|",
     ]
     for result in results:
-        ended = f" ({result.ended} seeds ended early, not finite)" if result.ended else ""
+        note = f" ({result.ended} seeds ended early, not finite)" if result.ended else ""
+        if len(result.returns) + result.ended < most:  # joined with an evaluation of more seeds
+            note += f" (seeds: {len(result.returns)})"
         interval, reached = "one seed" if len(result.returns) else "none", "never"
         if len(result.returns) > 1:
             interval = "{:.3f} to {:.3f}".format(*bootstrap_interval(result.scores()))
         if len(result.returns) and np.isfinite(steps := steps_to_reach(goal, result.returns.mean(axis=0), result.env_steps)):
             reached = f"{steps:.3g}"
-        rows.append(f"| {result.label}{ended} | {result.learning_rate:g} | {result.score():.3f} | {interval} | {reached} |")
+        rows.append(f"| {result.label}{note} | {result.learning_rate:g} | {result.score():.3f} | {interval} | {reached} |")
     return "\n".join(rows)
 
 

@@ -21,8 +21,11 @@ from report import read_results  # noqa: E402, found only now
 OUT = ROOT / "runs" / "sweep"
 BASE = "--env-name small_dense_short small_dense_long small_sparse_short small_sparse_long --optimizer momentum4rl"
 BASE += " --meta-estimator pes --num-units 8 --envs-per-unit 512 --inner-updates 20 --reset-interval 15 --reward-scale 1"
-BASE += " --learning-rate 6e-2 --num-iterations 200"
-SETTINGS = ("--sigma 0.005 --meta-learning-rate 0.0005", "--sigma 0.01 --meta-learning-rate 0.001")
+BASE += " --learning-rate 6e-2"
+SETTINGS = (
+    "--sigma 0.01 --meta-learning-rate 0.001 --anneal-meta-lr --num-iterations 300",
+    "--sigma 0.005 --meta-learning-rate 0.0005 --num-iterations 200",
+)
 META_SEEDS = (0, 1)
 TEST = "--num-seeds 4 --seed 5000"  # not those of results/
 ADAM = "--optimizers adam --learning-rates 1e-1 3e-2 1e-2 3e-3 1e-3 3e-4"

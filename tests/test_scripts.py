@@ -315,6 +315,8 @@ def test_tables_show_scores_at_the_end_and_relative_to_adams():
         results.append(report.Result(env_name, label, 0.1, steps, returns[np.isfinite(returns[:, -1])]))
     assert results[1].score() == pytest.approx(20 * 190.5 / 200) and results[1].score(0.25) == pytest.approx(20 * 40.5 / 200)
     assert "| x | 0.1 | 19.050 |" in report.table(results[:2])
+    fewer = results[1]._replace(returns=results[1].returns[:1])
+    assert "| x (seeds: 1) | 0.1 | 19.050 |" in report.table([results[0], fewer])
     assert report.relative_table(results[:4]).splitlines()[2:] == [
         "| adam | 1.00, 1.00 | 1.00, 1.00 |",
         "| x | 2.00, 2.00 | 0.75, 0.75 |",
