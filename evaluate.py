@@ -240,7 +240,7 @@ def main() -> None:
             if len(results) == 1:
                 runs.warn_if_long((time.perf_counter() - began) * len(to_run), SHORTER)
     if results:
-        report.write(folder, results, swept, args.seed)
+        report.write(folder, results, swept)
     sys.exit(interrupted())
 
 

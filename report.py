@@ -237,9 +237,8 @@ def summary_rows(result: Result, points: int = 40) -> list[tuple]:
     return [(*name, f"{steps:g}", *(f"{x:.5g}" for x in values)) for steps, *values in numbers]
 
 
-def write(folder: Path, results: list[Result], swept: list[Result], first_seed: int) -> None:
-    """An evaluation's results.csv, curves.png, table.md, and sweep.csv if step sizes were compared; the table is printed."""
-    write_results(folder / "results.csv", results, first_seed)
+def write(folder: Path, results: list[Result], swept: list[Result]) -> None:
+    """An evaluation's curves.png, table.md, and sweep.csv if step sizes were compared, beside its results.csv; prints the table."""
     if swept:
         rows = [(*result[:2], f"{result.learning_rate:g}", f"{result.score():.5g}") for result in swept]
         write_csv(folder / "sweep.csv", (*COLUMNS[:3], "score"), rows)
