@@ -238,7 +238,7 @@ def summary_rows(result: Result, points: int = 40) -> list[tuple]:
 
 
 def write(folder: Path, results: list[Result], swept: list[Result]) -> None:
-    """An evaluation's curves.png, table.md, and sweep.csv if step sizes were compared, beside its results.csv; prints the table."""
+    """An evaluation's curves.png, table.md, and sweep.csv if step sizes were compared; prints the table."""
     if swept:
         rows = [(*result[:2], f"{result.learning_rate:g}", f"{result.score():.5g}") for result in swept]
         write_csv(folder / "sweep.csv", (*COLUMNS[:3], "score"), rows)
