@@ -4,16 +4,17 @@ Optim4RL's update is sign(g) times a positive number: it cannot average noise aw
 cells to see. Here one cell reads, of every coordinate,
 
     x = |g| / sqrt(v), sign(g) m_.5 / sqrt(v), sign(g) m_.9 / sqrt(v), sign(g) m_.99 / sqrt(v),
-        log|g|, log sqrt(v), log t, log n, f
+        log|g|, log sqrt(v), log t, log n, log max(1, w / 128), f
 
 with bias-corrected running means m_b of g and v of g^2 (decay .99), the number of steps t, the number n of inputs that the
-coordinate's layer adds up (1 for biases), and the fraction f of training that is done (0 if the optimizer is not told), and
+coordinate's layer adds up (1 for biases), the largest such number w in the network, and the fraction f of training that is
+done (0 if the optimizer is not told), and
 
     h <- RNN(h, x)      o1, o2 = readout(h, x)
     update = -learning_rate (1 - f) min(1, sqrt(128 / w)) (g / sqrt(v) exp(o1) + m_.9 / sqrt(v) exp(o2 - 1.5))
 
-A wide network, w being the largest n in it, takes smaller steps in all its layers: what a layer's weights change is added up by
-the layers above, so a convolution of 20 inputs below a layer of 2,688 needs steps as small as that layer's.
+A wide network takes smaller steps in all its layers: what a layer's weights change is added up by the layers above, so a
+convolution of 20 inputs below a layer of 2,688 needs steps as small as that layer's.
 
 All of x stays the same when every gradient changes its sign, so the updates change theirs: that need not be learned. The
 read-out starts near zero, so before meta-training this is RMSProp with a little momentum and a step size that falls to zero.
@@ -45,13 +46,13 @@ from optim4rl import (
 
 DECAYS = (0.5, 0.9, 0.99)  # of the means of g
 SQUARE_DECAY = 0.99  # of the mean of g^2
-NUM_INPUTS = 9
+NUM_INPUTS = 10
 EPS = 1e-8
 LOG_SCALE = 0.1  # logarithms are from -18 to 12
 READOUT_GAIN = 10.0  # the read-out is learned faster than the cell: so much more do its weights, at first this much smaller, do
 READOUT_SCALE = 0.01
 MOMENTUM_BIAS = -1.5
-WIDE = 128.0  # inputs of its widest layer with which a network takes smaller steps
+WIDE = 128.0  # a network whose widest layer adds up more inputs takes smaller steps
 
 
 def update_moments(g: jax.Array, moments: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -64,11 +65,11 @@ def update_moments(g: jax.Array, moments: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def momentum4rl_rule(theta: dict, given: jax.Array, state: tuple, cell: str, grad_clip: float | None) -> tuple:
-    """One step for a block of coordinates. given: [3, C], g, n and f; state: (cell's, moments) -> step [C], state"""
-    g, n, fraction = constant(given[0], grad_clip), *given[1:]
+    """One step for a block of coordinates. given: [4, C], g, n, max(1, w/128), f; state: (cell, moments) -> step [C], state"""
+    g, n, width, fraction = constant(given[0], grad_clip), *given[1:]
     m, v, moments = update_moments(g, state[1])
     root = jnp.sqrt(v) + EPS
-    logs = LOG_SCALE * jnp.log(jnp.stack([jnp.abs(g) + EPS, root, moments[-1], n]))
+    logs = LOG_SCALE * jnp.log(jnp.stack([jnp.abs(g) + EPS, root, moments[-1], n, width]))
     x = jnp.concatenate([jnp.abs(g)[None] / root, jnp.sign(g) * m / root, logs, fraction[None]])
     cell_state = CELLS[cell](theta["rnn"], state[0], x)
     o1, o2 = READOUT_GAIN * readout(theta["readout"], jnp.concatenate([cell_state[0], x]))
@@ -98,10 +99,10 @@ def make_momentum4rl(cell="lstm", hidden_size=8, readout_layers=(), grad_clip: f
         del params, extra_args
         g = to_blocks(grads)
         n = to_blocks(jax.tree.map(lambda g: jnp.full(jnp.shape(g), fan_in(g), float), grads))
-        given = jnp.stack([g, jnp.maximum(n, 1), jnp.full_like(g, fraction)], axis=1)  # 1 for the padding too
-        steps, state = apply(theta, given, state)
-        widest = max(map(fan_in, jax.tree.leaves(grads)), default=1)
-        rate = learning_rate * (1 - fraction) * min(1.0, math.sqrt(WIDE / widest))
+        width = max(1.0, max(map(fan_in, jax.tree.leaves(grads)), default=1) / WIDE)
+        shared = jnp.full_like(g, width), jnp.full_like(g, fraction)
+        steps, state = apply(theta, jnp.stack([g, jnp.maximum(n, 1), *shared], axis=1), state)  # 1 for the padding too
+        rate = learning_rate * (1 - fraction) / math.sqrt(width)
         return from_blocks(-rate * steps, grads), state
 
     return LearnedOptimizer(init_theta, partial(init_blocks, init_block=init_block), update, rule=None)

@@ -283,6 +283,34 @@ def test_momentum4rl_takes_smaller_steps_in_all_layers_of_a_wide_network(widest,
         np.testing.assert_allclose(update, -0.1 * factor, rtol=1e-4)
 
 
+def test_momentum4rls_read_out_sees_the_inputs_of_its_docstring():
+    """A read-out that hands on one input at a time, exp(o1) = exp(x_i), shows what that is; against numpy's word by word."""
+    learned, theta = make("momentum4rl")
+    silent = set_readout(theta, [0.0, -jnp.inf])["readout"]["0"]
+    rng, fraction, steps = np.random.default_rng(0), 0.25, 4
+    grads = [{"w": rng.normal(size=(512, 2)) * 1e-3, "b": rng.normal(size=3)} for _ in range(steps)]
+    grads = jax.tree.map(np.float32, grads)
+
+    def last_updates(i):
+        hand_on = silent | {"w": silent["w"].at[0, 8 + i].set(1 / READOUT_GAIN)}
+        optimizer = to_optax(learned, theta | {"readout": {"0": hand_on}}, 0.1)
+        state = optimizer.init(grads[0])
+        for grad in grads:
+            updates, state = optimizer.update(grad, state, fraction=fraction)
+        return updates
+
+    updates = jax.jit(jax.vmap(last_updates))(jnp.arange(10))
+    for name, n in (("w", 512), ("b", 1)):
+        g, t = [grad[name].astype(float) for grad in grads], steps
+        mean = {b: sum((1 - b) * b ** (t - 1 - i) * g[i] for i in range(t)) / (1 - b**t) for b in (0.5, 0.9, 0.99)}
+        root = np.sqrt(sum(0.01 * 0.99 ** (t - 1 - i) * g[i] ** 2 for i in range(t)) / (1 - 0.99**t)) + 1e-8
+        x = [np.abs(g[-1]) / root, *[np.sign(g[-1]) * m / root for m in mean.values()]]
+        x += [0.1 * np.log(np.abs(g[-1]) + 1e-8), 0.1 * np.log(root)]
+        x += [np.full_like(root, value) for value in (0.1 * np.log(t), 0.1 * np.log(n), 0.1 * np.log(512 / 128), fraction)]
+        expected = -0.1 * (1 - fraction) * 0.5 * g[-1] / root * np.exp(x)
+        np.testing.assert_allclose(updates[name], expected, rtol=1e-4)
+
+
 def test_momentum4rls_cells_see_magnitude_and_consistency():
     """Sequences that Optim4RL's raw inputs cannot tell apart lead to different states: small, large, alternating."""
     learned, theta = make("momentum4rl")
