@@ -237,7 +237,7 @@ def test_shipped_weights_load_by_name_from_anywhere_and_update(name, tmp_path, m
 @pytest.mark.slow
 def test_shipped_momentum4rl_is_ahead_of_tuned_adam_where_it_was_trained():
     """Seeds that meta-training has not seen; 3e-2 is the best of half decades (results/gridworlds)."""
-    args = a2c.Args(env_name="small_sparse_long", total_steps=3e6, num_seeds=3, seed=2000)
+    args = a2c.Args(env_name="small_dense_long", total_steps=3e6, num_seeds=3, seed=2000)
 
     def scores(name, learning_rate):
         history = a2c.train(
