@@ -292,7 +292,7 @@ def test_momentum4rls_read_out_sees_the_inputs_of_its_docstring():
     grads = jax.tree.map(np.float32, grads)
 
     def last_updates(i):
-        hand_on = silent | {"w": silent["w"].at[0, 8 + i].set(1 / READOUT_GAIN)}
+        hand_on = silent | {"w": silent["w"].at[0, 8 + i].set(1 / READOUT_GAIN)}  # the cell's 8 come first
         optimizer = to_optax(learned, theta | {"readout": {"0": hand_on}}, 0.1)
         state = optimizer.init(grads[0])
         for grad in grads:
