@@ -66,6 +66,8 @@ class Args:
     """environment steps of each agent (catch 5e5, small gridworlds 3e6, big ones 4e6, Brax 2e6 to 1e8)"""
     num_envs: int | None = None
     """environments of each agent (catch 64, gridworlds 512, Brax 2048 or 4096)"""
+    batch_size: int | None = None
+    """rollouts in a minibatch of PPO's (paper: 512 to 2048); with fewer a short run has more updates"""
     value_layers: tuple[int, ...] = ppo.Args.value_layers
     """hidden layers of PPO's critic (paper: 5 of 256; in meta-training 5 of 64, with which a CPU is sooner done)"""
     num_evals: int = ppo.Args.num_evals
@@ -154,7 +156,8 @@ def make_learner(args: Args, env_name: str) -> Learner:
     settings.check_environment(env_name)
     shared = {"env_name": env_name, "num_seeds": args.num_seeds, "seed": args.seed}
     if env_name not in gridworld.NAMES:
-        shared |= {name: getattr(args, name) for name in ("total_steps", "num_envs", "value_layers", "num_evals", "backend")}
+        given = ("total_steps", "num_envs", "batch_size", "value_layers", "num_evals", "backend")
+        shared |= {name: getattr(args, name) for name in given}
         learner = Learner(ppo, ppo.fill_in(ppo.Args(**shared)), ppo.make_env(env_name, args.backend))
     else:
         steps = args.total_steps or (5e5 if env_name == "catch" else 3e6 if env_name.startswith("small") else 4e6)
@@ -209,7 +212,7 @@ def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
         runs.check_positive(args, "num_seeds", "sweep_seeds", "learning_rate", "learning_rates", "total_steps", "num_envs")
-        runs.check_positive(args, "value_layers", "num_evals")
+        runs.check_positive(args, "batch_size", "value_layers", "num_evals")
         if not args.optimizers or not args.env_name or len(set(args.env_name)) < len(args.env_name):
             raise ValueError("--optimizers and --env-name must name at least one, and each environment once")
         if args.inspect:

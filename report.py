@@ -2,7 +2,8 @@
 
     python report.py runs/FOLDER runs/ANOTHER --out results/gridworlds
 
-into a table for each environment, a table of one number each relative to Adam, and a figure with a panel for each.
+into a table for each environment, a table of one number each relative to Adam, and a figure with a panel for each. Other seeds
+of the same optimizer at the same step size are put together, so that ten seeds may be run five at a time.
 """
 
 import csv
@@ -212,20 +213,37 @@ def write_results(path: Path, results: list[Result], first_seed: int) -> None:
     write_csv(path, COLUMNS, rows)
 
 
-def read_results(path: Path) -> list[Result]:
-    """Raises ValueError, in one line, for what write_results did not write."""
+def read_results(*paths: Path) -> list[Result]:
+    """One result for each optimizer, step size and environment, with the seeds of all files. Raises ValueError, in one line,
+    for what write_results did not write, and for a seed that is there twice."""
+    curves: dict = {}  # environment, optimizer, step size -> seed -> path, [updates, 2]
+    for path in paths:
+        for (*key, seed), curve in read_curves(path).items():
+            seeds = curves.setdefault(tuple(key), {})
+            if seed in seeds:
+                raise ValueError(f"{path}: seed {seed} of {key[1]} in {key[0]} is in {seeds[seed][0]} too; give each seed once")
+            seeds[seed] = path, curve
+            if curve.shape != (first := next(iter(seeds.values())))[1].shape:
+                raise ValueError(
+                    f"{path}: {key[1]} in {key[0]} has not as many updates as in {first[0]}; they cannot be joined"
+                )
+    joined = {key: np.stack([curve for _, curve in seeds.values()]) for key, seeds in curves.items()}  # [seeds, updates, 2]
+    return [Result(*key, curve[0, :, 0], curve[:, :, 1]) for key, curve in joined.items()]
+
+
+def read_curves(path: Path) -> dict:
+    """(environment, optimizer, step size, seed) -> [updates, 2], steps and return. Raises ValueError as above."""
+    rows: dict = {}
     try:
         with open(path, newline="") as file:
-            rows = [tuple(row[name] for name in COLUMNS) for row in csv.DictReader(file)]
-        runs_of: dict = {}
-        for env_name, label, rate, seed, steps, value in rows:
-            runs_of.setdefault((env_name, label, float(rate)), {}).setdefault(seed, []).append((float(steps), float(value)))
-        curves = {key: np.array(list(seeds.values())) for key, seeds in runs_of.items()}  # [seeds, updates, 2]
-        return [Result(*key, curve[0, :, 0], curve[:, :, 1]) for key, curve in curves.items()]
+            for row in csv.DictReader(file):
+                env_name, label, rate, seed, steps, value = (row[name] for name in COLUMNS)
+                rows.setdefault((env_name, label, float(rate), seed), []).append((float(steps), float(value)))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; a run folder of evaluate.py has one") from None
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the results of evaluate.py ({error})") from None
+    return {key: np.array(curve) for key, curve in rows.items()}
 
 
 def summary_rows(result: Result, points: int = 40) -> list[tuple]:
@@ -252,7 +270,7 @@ def write(folder: Path, results: list[Result], swept: list[Result]) -> None:
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
-        results = [result for folder in args.folders for result in read_results(Path(folder) / "results.csv")]
+        results = read_results(*(Path(folder) / "results.csv" for folder in args.folders))
         if not results:
             raise ValueError("name at least one run folder of evaluate.py")
         out = Path(args.out)

@@ -154,6 +154,8 @@ BAD = [
     ("evaluate", "--optimizers pretrained/nosuch", "nosuch"),
     ("evaluate", "--env-name inverted_pendulum --value-layers 64 0", "--value-layers"),
     ("evaluate", "--num-evals 0", "--num-evals"),
+    ("evaluate", "--env-name ant --batch-size 0", "--batch-size"),
+    ("evaluate", "--env-name ant --batch-size 100", "--num-envs"),
     ("evaluate", "--suite nosuch", "transfer"),
     ("evaluate", "--suite paper --env-name small_dense_long", "--env-name"),
     ("evaluate", "--suite transfer --optimizers adam sgd", "--optimizers"),

@@ -159,6 +159,29 @@ def test_reports_of_several_evaluations_join(tmp_path):
     assert abs(float(last["mean"]) - np.mean(expected)) < 1e-4 and last["seeds"] == "2"
 
 
+def test_seeds_of_several_evaluations_join(tmp_path):
+    """Four seeds in one file, or two in each of two: the same. A seed given twice, and curves that do not fit, are refused."""
+    returns = np.random.default_rng(0).normal(size=(4, 5)).round(3)
+    names = ("all", "first", "last", "shorter")
+    paths = {name: tmp_path / f"{name}.csv" for name in names}
+    for name, rows, seed in zip(
+        names, (returns, returns[:2], returns[2:], returns[2:, :4]), (1000, 1000, 1002, 1002), strict=True
+    ):
+        steps = 10 * np.arange(1, rows.shape[1] + 1)
+        parts = [report.Result("catch", label, 0.1, steps, rows) for label in ("adam", "rmsprop")]
+        report.write_results(paths[name], parts, seed)
+    joined = report.read_results(paths["first"], paths["last"])
+    assert [(result.label, result.learning_rate) for result in joined] == [("adam", 0.1), ("rmsprop", 0.1)]
+    for result, whole in zip(joined, report.read_results(paths["all"]), strict=True):
+        np.testing.assert_array_equal(result.returns, returns)
+        np.testing.assert_array_equal(result.env_steps, [10, 20, 30, 40, 50])
+        np.testing.assert_array_equal(whole.returns, returns)
+    with pytest.raises(ValueError, match=r"last\.csv: seed 1002 of adam in catch is in .*all\.csv too"):
+        report.read_results(paths["all"], paths["last"])
+    with pytest.raises(ValueError, match="not as many updates"):
+        report.read_results(paths["first"], paths["shorter"])
+
+
 def test_a_suite_takes_what_has_weights_and_says_what_it_leaves_out(monkeypatch):
     """On a CPU no ant and no humanoid; weights of one environment are shown there only, every learned one beside its untrained
     form."""
