@@ -18,7 +18,10 @@ convolution of 20 inputs below a layer of 2,688 needs steps as small as that lay
 
 All of x stays the same when every gradient changes its sign, so the updates change theirs: that need not be learned. The
 read-out starts near zero, so before meta-training this is RMSProp with a little momentum and a step size that falls to zero.
-It is not in the paper. The fraction is optax's extra argument: optimizer.update(grads, state, params, fraction=done).
+It is not in the paper. Copy this file and optim4rl.py into your own project, and use it with optax:
+
+    theta, header = load_theta("momentum4rl.npz")
+    optimizer = momentum4rl(theta, learning_rate=6e-2, num_steps=10_000, **header["config"])
 
 Legend: C coordinates in a block, M blocks, H hidden units.
 """
@@ -28,6 +31,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optim4rl import (
     BLOCK,
@@ -106,3 +110,22 @@ def make_momentum4rl(cell="lstm", hidden_size=8, readout_layers=(), grad_clip: f
         return from_blocks(-rate * steps, grads), state
 
     return LearnedOptimizer(init_theta, partial(init_blocks, init_block=init_block), update, rule=None)
+
+
+def momentum4rl(theta: dict, learning_rate: float, num_steps: int, **config) -> optax.GradientTransformation:
+    """The optimizer with these meta-parameters, for any pytree of parameters. It counts its updates, of which there are to be
+    num_steps; later ones are 0. config: the theta file's (header["config"]). Raises ValueError for num_steps below 1."""
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be the number of updates of a whole training, got {num_steps}")
+    learned = make_momentum4rl(**config)
+
+    def init(params):
+        return learned.init_state(params), jnp.zeros((), jnp.int32)
+
+    def update(grads, state, params=None):
+        state, done = state
+        fraction = jnp.minimum(done / num_steps, 1.0)
+        updates, state = learned.update(theta, grads, state, params, learning_rate, fraction=fraction)
+        return updates, (state, done + 1)
+
+    return optax.GradientTransformation(init, update)

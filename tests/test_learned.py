@@ -1,10 +1,9 @@
-"""One table of tests for every learned optimizer, and each against its equations. (Optim4RL's own are in test_optim4rl.py.)"""
+"""One table of tests for every learned optimizer, and each against its equations. (Tests of one of optim4rl, momentum4rl and
+velo are in files of their own.)"""
 
 import functools
-import sys
 from pathlib import Path
 
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,6 @@ import optimizers
 import star
 import velo
 from meta_gradient import replay_gradient
-from momentum4rl import READOUT_GAIN
 from optim4rl import save_theta, to_optax
 
 COORDINATEWISE = ("optim4rl", "momentum4rl", "linear_optim", "l2lgd2")
@@ -249,81 +247,6 @@ def test_shipped_momentum4rl_is_ahead_of_tuned_adam_where_it_was_trained():
     assert (scores("pretrained/momentum4rl", 6e-2) > 1.05 * scores("adam", 3e-2)).all()
 
 
-# --- momentum4rl ---
-
-
-@pytest.mark.parametrize("o1, o2, fraction", [(0.0, -jnp.inf, 0.0), (-jnp.inf, 1.5, 0.25), (0.4, 0.7, 0.5)])
-def test_momentum4rl_is_rmsprop_and_adam_in_the_proportions_of_its_read_out(o1, o2, fraction):
-    learned, theta = make("momentum4rl")
-    optimizer = to_optax(learned, set_readout(theta, [o1 / READOUT_GAIN, o2 / READOUT_GAIN]), 0.1)
-    parts = optax.adam(0.1, b1=0.0, b2=0.99), optax.adam(0.1, b1=0.9, b2=0.99)
-    params = jnp.ones(5)
-    state, states = optimizer.init(params), [part.init(params) for part in parts]
-    for seed in range(4):
-        g = jax.random.normal(jax.random.key(seed), (5,)) * jnp.array([1.0, 1e-3, 1e-6, 10.0, 0.0])
-        updates, state = optimizer.update(g, state, fraction=fraction)
-        both = [part.update(g, state) for part, state in zip(parts, states, strict=True)]
-        states = [state for _, state in both]
-        expected = (1 - fraction) * (np.exp(o1) * both[0][0] + np.exp(o2 - 1.5) * both[1][0])
-        np.testing.assert_allclose(updates, expected, rtol=1e-4)
-
-
-@pytest.mark.parametrize("widest, factor", [(64, 1.0), (128, 1.0), (512, 0.5), (2688, 0.21822)])
-def test_momentum4rl_takes_smaller_steps_in_all_layers_of_a_wide_network(widest, factor):
-    learned, theta = make("momentum4rl")
-    optimizer = to_optax(learned, set_readout(theta, [0.0, -jnp.inf]), 0.1)
-    grads = {
-        "wide": jnp.ones((widest // 16, 16, 3)),
-        "narrow": jnp.ones((20, 3)),
-        "bias": jnp.ones(6000),
-        "scalar": jnp.ones(()),
-    }
-    updates, _ = optimizer.update(grads, optimizer.init(grads))
-    for update in jax.tree.leaves(updates):
-        np.testing.assert_allclose(update, -0.1 * factor, rtol=1e-4)
-
-
-def test_momentum4rls_read_out_sees_the_inputs_of_its_docstring():
-    """A read-out that hands on one input at a time, exp(o1) = exp(x_i), shows what that is; against numpy's word by word."""
-    learned, theta = make("momentum4rl")
-    silent = set_readout(theta, [0.0, -jnp.inf])["readout"]["0"]
-    rng, fraction, steps = np.random.default_rng(0), 0.25, 4
-    grads = [{"w": rng.normal(size=(512, 2)) * 1e-3, "b": rng.normal(size=3)} for _ in range(steps)]
-    grads = jax.tree.map(np.float32, grads)
-
-    def last_updates(i):
-        hand_on = silent | {"w": silent["w"].at[0, 8 + i].set(1 / READOUT_GAIN)}  # the cell's 8 come first
-        optimizer = to_optax(learned, theta | {"readout": {"0": hand_on}}, 0.1)
-        state = optimizer.init(grads[0])
-        for grad in grads:
-            updates, state = optimizer.update(grad, state, fraction=fraction)
-        return updates
-
-    updates = jax.jit(jax.vmap(last_updates))(jnp.arange(10))
-    for name, n in (("w", 512), ("b", 1)):
-        g, t = [grad[name].astype(float) for grad in grads], steps
-        mean = {b: sum((1 - b) * b ** (t - 1 - i) * g[i] for i in range(t)) / (1 - b**t) for b in (0.5, 0.9, 0.99)}
-        root = np.sqrt(sum(0.01 * 0.99 ** (t - 1 - i) * g[i] ** 2 for i in range(t)) / (1 - 0.99**t)) + 1e-8
-        x = [np.abs(g[-1]) / root, *[np.sign(g[-1]) * m / root for m in mean.values()]]
-        x += [0.1 * np.log(np.abs(g[-1]) + 1e-8), 0.1 * np.log(root)]
-        x += [np.full_like(root, value) for value in (0.1 * np.log(t), 0.1 * np.log(n), 0.1 * np.log(512 / 128), fraction)]
-        expected = -0.1 * (1 - fraction) * 0.5 * g[-1] / root * np.exp(x)
-        np.testing.assert_allclose(updates[name], expected, rtol=1e-4)
-
-
-def test_momentum4rls_cells_see_magnitude_and_consistency():
-    """Sequences that Optim4RL's raw inputs cannot tell apart lead to different states: small, large, alternating."""
-    learned, theta = make("momentum4rl")
-    optimizer, states = to_optax(learned, theta, 0.1), []
-    for scale, flip in ((1e-5, 1), (1e-2, 1), (1e-2, -1)):
-        state = optimizer.init(jnp.zeros(1))
-        for t in range(6):
-            _, state = optimizer.update(jnp.array([scale * flip**t]), state)
-        states.append(np.asarray(state[0][0][0, :, 0]))
-    for i in range(3):
-        assert np.abs(states[i] - states[i - 1]).max() > 0.02
-
-
 # --- STAR ---
 
 
@@ -373,144 +296,3 @@ def test_stars_features_do_not_depend_on_the_gradients_scale():
     for name in ("g", "m", "adafactor g"):
         mean_square = np.mean(np.square(star.normalise(100 * found[name])), axis=(1, 2))
         np.testing.assert_allclose(mean_square, 1.0, rtol=1e-2)
-
-
-# --- VeLO ---
-
-
-def published_weights(rng, lstm_size, num_bases):
-    """A file of the published structure (Haiku's names, weights [inputs, outputs]) with numbers of its own."""
-    sizes = [1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3]
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32) * 0.3  # noqa: E731
-    linear = lambda n, m: {"w": draw(n, m), "b": draw(m)}  # noqa: E731
-    rnn = {name: linear(30, lstm_size) for name in ("linear", "linear_1", "linear_2")}
-    rnn |= {"rnn/linear": linear(2 * lstm_size, 4 * lstm_size)}
-    rnn |= {"rnn_to_controls": linear(lstm_size, num_bases), "step_size": linear(lstm_size, 1)}
-    bases = {f"w0__{i}": draw(num_bases, n, 4) for i, n in enumerate(sizes)}
-    bases |= {"b0": draw(num_bases, 4), "w1": draw(num_bases, 4, 4), "b1": draw(num_bases, 4)}
-    bases |= {"w2": draw(num_bases, 4, 3), "b2": draw(num_bases, 3)}
-    start = {"hidden": draw(1, lstm_size), "cell": draw(1, lstm_size)}
-    return {"params": {"lstm_init_state": start, "rnn_params": rnn, "ff_mod_stack": {"~": bases}}, "gen_id": "", "step": 1}
-
-
-class Reference:
-    """VeLO in numpy, from the published layout: one vector of features per parameter, features last, matrices only."""
-
-    decays = np.array([0.9, 0.99, 0.999])
-
-    def __init__(self, stored, params, num_steps):
-        self.w, self.num_steps, self.t = stored["params"], num_steps, 0
-        tile = lambda x: np.repeat(x, len(params), axis=0)  # noqa: E731
-        self.h, self.c = (tile(self.w["lstm_init_state"][name]) for name in ("hidden", "cell"))
-        self.m = [np.zeros((*p.shape, 3)) for p in params]
-        self.v = [np.zeros((*p.shape, 1)) for p in params]
-        self.full = [np.zeros((*p.shape, 3)) for p in params]
-        self.row = [np.zeros((p.shape[0], 3)) if p.ndim == 2 else None for p in params]
-        self.col = [np.zeros((p.shape[-1], 3)) if p.ndim == 2 else None for p in params]
-        self.loss_decays = np.exp(-1 / np.logspace(1, np.log10(num_steps), 10))
-        self.loss_sums, self.lowest = np.zeros(10), np.full(10, 1e12)
-
-    def loss(self, loss):
-        d, t = self.loss_decays, self.t
-        if t:
-            loss = min(2 * abs((self.loss_sums / (1 - d ** (t + 1))).max()), loss)
-        self.loss_sums = d * self.loss_sums + (1 - d) * loss
-        means = self.loss_sums / (1 - d ** (t + 1))
-        self.lowest = np.minimum(self.lowest, means)
-        found = (means[:-1] - self.lowest[:-1]) / np.maximum(means[1:] - self.lowest[:-1], 1e-8)
-        return np.clip(found - 1, -1, 1) * (t + 1 > 2)
-
-    def tensor_features(self, i, p, loss):
-        scale = 1 / np.sqrt(max(np.mean(p**2), 1e-9))
-        m, v = scale * self.m[i].reshape(-1, 3), scale * self.v[i].reshape(-1, 1)
-        log = lambda x: np.clip(np.log(1e-8 + np.abs(10 * x)), -5, 5) * 0.5  # noqa: E731
-        rank = np.eye(5)[sum(n > 1 for n in p.shape)]
-        done = np.tanh((self.t / self.num_steps - np.array([0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1])) * 10)
-        var_v = np.mean((v - m.mean(0)) ** 2, axis=0)
-        return np.concatenate([done, loss, log(v.mean(0)), rank, log(m.var(0)), log(var_v)])
-
-    def lstm(self, x):
-        rnn = self.w["rnn_params"]
-        linear = lambda name, x: x @ rnn[name]["w"] + rnn[name]["b"]  # noqa: E731
-        sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
-        x = linear("linear_2", x) + np.maximum(linear("linear_1", x), 0).max(axis=0)
-        i, g, f, o = np.split(linear("rnn/linear", np.concatenate([x, self.h], axis=1)), 4, axis=1)
-        self.c = sigmoid(f + 1) * self.c + sigmoid(i) * np.tanh(g)
-        self.h = sigmoid(o) * np.tanh(self.c)
-        return linear("rnn_to_controls", self.h), linear("step_size", self.h)[:, 0]
-
-    def tensor_update(self, i, p, g, control, multiplier):
-        d, e = self.decays, np.expand_dims
-        self.m[i] = d * self.m[i] + (1 - d) * e(g, -1)
-        self.v[i] = 0.999 * self.v[i] + 0.001 * e(g * g, -1)
-        m, v, square = self.m[i], self.v[i], e(g * g + 1e-30, -1)
-        if p.ndim == 2:
-            rows, cols = p.shape  # the larger axis is the one that `row` is a mean over
-            along, across = (1, 0) if cols >= rows else (0, 1)
-            if self.row[i].shape[0] != p.shape[across]:
-                self.row[i], self.col[i] = np.zeros((p.shape[across], 3)), np.zeros((p.shape[along], 3))
-            self.row[i] = d * self.row[i] + (1 - d) * square.mean(along)
-            self.col[i] = d * self.col[i] + (1 - d) * square.mean(across)
-            row, col = e(self.row[i], along), e(self.col[i], across)
-            scale = 1 / np.sqrt(np.maximum(row / (self.row[i].mean(0) + 1e-9), 1e-9) * np.maximum(col, 1e-9))
-            row, col = (np.broadcast_to(x, (*p.shape, 3)) for x in (row, col))
-            m_scaled, g_scaled = m * scale, e(g, -1) * scale
-        else:
-            self.full[i] = d * self.full[i] + (1 - d) * square
-            row = col = self.full[i]
-            m_scaled, g_scaled = m / np.sqrt(row), e(g, -1) / np.sqrt(np.maximum(row + 1e-9, 1e-9))
-        rsqrt = 1 / np.sqrt(v + 1e-6)
-        inputs = [e(g, -1), e(np.clip(g, -0.1, 0.1), -1), e(p, -1), m, v, m * rsqrt, rsqrt, g_scaled, e(g, -1) * rsqrt]
-        inputs += [row, col, 1 / np.sqrt(row + 1e-8), 1 / np.sqrt(col + 1e-8), m_scaled]
-        axes = tuple(range(p.ndim))
-        inputs = [x / np.sqrt(1e-5 + np.mean(x**2, axis=axes, keepdims=True)) for x in inputs]
-        bases = self.w["ff_mod_stack"]["~"]
-        layer = lambda name: 100 * np.mean(bases[name] * control.reshape(-1, *[1] * (bases[name].ndim - 1)), axis=0)  # noqa: E731
-        hidden = sum(x @ layer(f"w0__{k}") for k, x in enumerate(inputs)) + layer("b0")
-        hidden = np.maximum(hidden, 0) @ layer("w1") + layer("b1")
-        out = np.maximum(hidden, 0) @ layer("w2") + layer("b2")
-        return -1e-3 * multiplier * out[..., 0] * np.exp(1e-3 * out[..., 1]) * np.sqrt(np.mean(p**2) + 1e-9)
-
-    def update(self, params, grads, loss):
-        loss = self.loss(loss)
-        controls, multipliers = self.lstm(np.stack([self.tensor_features(i, p, loss) for i, p in enumerate(params)]))
-        each = zip(range(len(params)), params, grads, controls, multipliers, strict=True)
-        updates = [self.tensor_update(*one) for one in each]
-        self.t += 1
-        return updates
-
-
-def test_velo_from_a_published_file_is_the_published_equations(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(velo, "PUBLISHED", {"lstm_size": 6, "num_bases": 256, "step_size": 1e-3})
-    rng = np.random.default_rng(0)
-    stored = published_weights(rng, 6, 256)
-    (tmp_path / "params").write_bytes(flax.serialization.msgpack_serialize(stored))
-    monkeypatch.setattr(sys, "argv", ["velo.py", str(tmp_path / "params"), str(tmp_path / "velo.npz")])
-    velo.main()
-    assert "velo.npz" in capsys.readouterr().out
-
-    optimizer = optimizers.make_optimizer(str(tmp_path / "velo.npz"), 123.0)  # its step size is its own
-    params = [rng.normal(size=shape) for shape in ((4, 3), (5,), (2, 6))]
-    reference = Reference(stored, params, num_steps=40)
-    with jax.enable_x64(True):
-        state, update = optimizer.init(params), jax.jit(optimizer.update)
-        for t in range(6):
-            grads, loss = [rng.normal(size=p.shape) * 0.2 for p in params], 3.0 - 0.4 * t + 2 * rng.normal()
-            updates, state = update(grads, state, params, value=loss, fraction=t / 40)
-            expected = reference.update(params, grads, loss)
-            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), updates, expected)
-            params = [p + 10 * u for p, u in zip(params, expected, strict=True)]
-
-
-@pytest.mark.parametrize("content", [b"", b"not msgpack", flax.serialization.msgpack_serialize({"params": {"a": 1}})])
-def test_velo_refuses_another_file(tmp_path, content):
-    (tmp_path / "params").write_bytes(content)
-    with pytest.raises(ValueError, match="not VeLO's published weights"):
-        velo.load_published(str(tmp_path / "params"))
-
-
-def test_velo_asks_for_what_it_reads():
-    learned, theta = make("velo")
-    optimizer = to_optax(learned, theta, 0.1)
-    with pytest.raises(TypeError, match="'value' and 'fraction'"):
-        optimizer.update(jnp.ones(3), optimizer.init(jnp.ones(3)), jnp.ones(3))

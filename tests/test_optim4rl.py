@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -345,6 +346,14 @@ def test_unknown_optimizer():
 def test_module_imports_alone_from_an_empty_folder(module, tmp_path):
     shutil.copy(ROOT / f"{module}.py", tmp_path)
     subprocess.run([sys.executable, "-c", f"import {module}"], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
+
+
+def test_the_readmes_code_runs_with_copies_of_two_files_and_learns(tmp_path):
+    for path in ("optim4rl.py", "momentum4rl.py", "pretrained/momentum4rl.npz"):
+        shutil.copy(ROOT / path, tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code += 'assert abs(params["w"].sum(1) + params["b"].sum() - 3.0).max() < 1e-3, params'
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
 
 
 # --- Any pytree ---
