@@ -51,7 +51,8 @@ class Args:
     and paths of meta-trained .npz"""
     suite: Literal["paper", "transfer"] | None = None
     """instead of --env-name and --optimizers: the environments of a figure of the paper, as far as the machine can run them,
-    and in each the weights in pretrained/ that were trained there or on several, with the controls and classical optimizers"""
+    and in each the weights in pretrained/ that were trained there (not for transfer) or on several, with the controls and
+    classical optimizers"""
     num_seeds: int = 10
     """agents trained with each optimizer"""
     seed: int = 1000
@@ -111,13 +112,14 @@ def fill_in(args: Args) -> Args:
     return dataclasses.replace(args, env_name=env_names, learning_rates=args.learning_rates or SUITE_RATES[args.suite])
 
 
-def suite_optimizers(env_name: str) -> list[str]:
-    """Every optimizer that has weights for this environment: trained there or on several; then controls and classical ones."""
+def suite_optimizers(suite: str, env_name: str) -> list[str]:
+    """Every optimizer that has weights for this environment: trained on several others or, but for transfer, right there; then
+    controls and classical ones."""
     shipped = []
     for name in optimizers.pretrained_names():
         header = optimizers.load_learned(name)[2]
         trained_on = header["trained"]["env_name"]
-        if len(trained_on) > 1 or env_name in trained_on:
+        if len(trained_on) > 1 or (suite == "paper" and env_name in trained_on):
             shipped += [name] if header["optimizer"] == "optim4rl" else [name, f"untrained:{name}"]
     return [*shipped, *Args.optimizers]
 
@@ -127,7 +129,7 @@ def plan(args: Args) -> list[Run]:
     to_run = []
     for env_name in args.env_name:
         default, labels = args.learning_rate or settings.setting_of(env_name).learning_rate, set()
-        for name in dict.fromkeys(suite_optimizers(env_name) if args.suite else args.optimizers):
+        for name in dict.fromkeys(suite_optimizers(args.suite, env_name) if args.suite else args.optimizers):
             optimizers.make_optimizer(name, default)
             rates, label = (default,), name
             if name in optimizers.CLASSICAL and args.learning_rates:

@@ -35,6 +35,8 @@ LOOKS = {
     "pretrained/optim4rl_catch (trained)": ("C2", "-", "s"),
     "pretrained/optim4rl_small_dense_long (trained)": ("C2", "-", "s"),
     "pretrained/optim4rl_big_dense_long (trained)": ("C2", "-", "s"),
+    "pretrained/optim4rl_ant (trained)": ("C2", "-", "s"),
+    "pretrained/optim4rl_humanoid (trained)": ("C2", "-", "s"),
     "untrained": ("C9", "--", "^"),
     "adam": ("0.0", "--", None),
     "adam_linear": ("0.0", ":", "x"),

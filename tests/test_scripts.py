@@ -196,7 +196,9 @@ def test_a_suite_takes_what_has_weights_and_says_what_it_leaves_out(monkeypatch)
         assert set(runs) == both | trained
         assert len(runs["adam"]) > 1 and len(runs["pretrained/momentum4rl"]) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert "humanoid" in evaluate.fill_in(evaluate.Args(suite="transfer")).env_name
+    for suite, seen in (("paper", {"pretrained/optim4rl_ant"}), ("transfer", set())):  # transfer: only what has not seen it
+        runs = [run for run in evaluate.plan(evaluate.fill_in(evaluate.Args(suite=suite))) if run.env_name == "ant"]
+        assert {run.optimizer for run in runs} == both | {"pretrained/optim4rl_gridworlds"} | seen
 
 
 GOES_WRONG = """
