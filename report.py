@@ -70,8 +70,8 @@ class Result(NamedTuple):
         return 20 if self.env_name in gridworld.NAMES else 2
 
     def scores(self, until: float = 1.0) -> np.ndarray:
-        """Each seed's score after this fraction of training. -> [seeds]"""
-        end = max(1, round(until * len(self.env_steps)))
+        """Each seed's score at the first return after this fraction of training. -> [seeds]"""
+        end = 1 + np.searchsorted(self.env_steps, until * self.env_steps[-1])
         return np.nanmean(self.returns[:, max(0, end - self.last) : end], axis=1)
 
     def score(self, until: float = 1.0) -> float:

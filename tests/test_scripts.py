@@ -347,3 +347,8 @@ def test_tables_show_scores_at_the_end_and_relative_to_adams():
         "| x | 2.00, 2.00 | 0.75, 0.75 |",
     ]
     assert "| y | - | - |" in report.relative_table(results)
+
+
+def test_a_quarter_is_one_of_the_steps_where_the_evaluations_are_few_and_the_first_is_before_training():
+    result = report.Result("ant", "x", 0.1, np.array([0, 10, 20, 30, 40]), np.array([[5.0, 7.0, 11.0, 13.0, 19.0]]))
+    assert [result.score(until) for until in (0.25, 0.3, 0.5, 1.0)] == [6.0, 9.0, 9.0, 16.0]
