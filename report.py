@@ -3,7 +3,8 @@
     python report.py runs/FOLDER runs/ANOTHER --out results/gridworlds
 
 into a table for each environment, a table of one number each relative to Adam, and a figure with a panel for each. Other seeds
-of the same optimizer at the same step size are put together, so that ten seeds may be run five at a time.
+of the same optimizer at the same step size are put together, so that ten seeds may be run five at a time; other step sizes
+are rows of the table, the best of them in what is relative and in the figure.
 """
 
 import csv
@@ -124,9 +125,19 @@ def table(results: list[Result]) -> str:
     return "\n".join(rows)
 
 
+def at_best_rate(results: list[Result]) -> list[Result]:
+    """Of an optimizer that was joined from several step sizes, in each environment the one with the best score at the end."""
+    best: dict = {}
+    for result in results:
+        key = (result.env_name, result.label)
+        best[key] = max(best.get(key, result), result, key=Result.score)
+    return list(best.values())
+
+
 def relative_table(results: list[Result]) -> str:
-    """Each optimizer's return at a quarter of the steps and at the end, divided by Adam's, in each environment."""
-    by_name = {(result.env_name, result.label): result for result in results}
+    """Each optimizer's return at a quarter of the steps and at the end, divided by Adam's, in each environment; of several step
+    sizes the best."""
+    by_name = {(result.env_name, result.label): result for result in at_best_rate(results)}
     env_names, labels = names_of(results, "env_name"), names_of(results, "label")
 
     def cell(env_name, label):
@@ -170,14 +181,15 @@ def look(label: str, labels: list[str]) -> dict:
 
 
 def draw(path: Path, results: list[Result]) -> None:
-    """Learning curves, a panel for each environment: mean over seeds, 90 % interval shaded. Every optimizer has one look."""
+    """Learning curves, a panel for each environment: mean over seeds, 90 % interval shaded. Every optimizer has one look; of
+    several step sizes the best is drawn."""
     env_names, labels = names_of(results, "env_name"), names_of(results, "label")
     columns = min(3, len(env_names))
     rows = -(-len(env_names) // columns)
     size = (6, 4) if len(env_names) == 1 else (3.6 * columns, 2.7 * rows + 0.6)
     figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for axes, name in zip(grid.flat, env_names, strict=False):
-        for result in results:
+        for result in at_best_rate(results):
             if result.env_name != name or not len(result.returns):
                 continue
             low, high = bootstrap_interval(result.returns)

@@ -347,6 +347,10 @@ def test_tables_show_scores_at_the_end_and_relative_to_adams():
         "| x | 2.00, 2.00 | 0.75, 0.75 |",
     ]
     assert "| y | - | - |" in report.relative_table(results)
+    slower = results[0]._replace(learning_rate=0.01, returns=results[0].returns / 2)  # Adam on catch, at two step sizes
+    for two in ([slower, *results[:4]], [*results[:4], slower]):
+        assert report.relative_table(two) == report.relative_table(results[:4])
+        assert "| adam | 0.01 | 4.763 |" in report.tables(two) and "| adam | 0.1 | 9.525 |" in report.tables(two)
 
 
 def test_a_quarter_is_one_of_the_steps_where_the_evaluations_are_few_and_the_first_is_before_training():
