@@ -186,7 +186,7 @@ def draw(path: Path, results: list[Result]) -> None:
     env_names, labels = names_of(results, "env_name"), names_of(results, "label")
     columns = min(3, len(env_names))
     rows = -(-len(env_names) // columns)
-    size = (6, 4) if len(env_names) == 1 else (3.6 * columns, 2.7 * rows + 0.6)
+    size = (6, 4) if len(env_names) == 1 else (max(9.0, 3.6 * columns), 2.7 * rows + 0.6)
     figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for axes, name in zip(grid.flat, env_names, strict=False):
         for result in at_best_rate(results):
