@@ -1,4 +1,4 @@
-"""Two estimators of the meta-gradient, d meta-loss / d theta. Each trains some units for K updates on the way:
+"""Three estimators of the meta-gradient, d meta-loss / d theta. Each trains some units for K updates on the way:
 
     estimator(theta, key, units, ages, signs, ...) -> sum of the units' meta-gradients, units, metrics
 
@@ -19,6 +19,11 @@ updates, and
 without bias from the K updates being only a window of a life, and without a derivative. Units come in antithetic pairs that
 share their keys and differ in the sign of their perturbations.
 
+**nres**, noise-reuse evolution strategies (Li, Harrison, Sohl-Dickstein, Smith & Metz 2023, arXiv 2304.12180; ES-Single of
+Vicol, Kolter & Swersky 2023 is the same). As pes, but a unit keeps its perturbation for life, and it takes the sum's place: the
+windows of a life then move together, and what a perturbation does stands out more from what chance does: a late window's
+chance is multiplied by one perturbation, not by the sum of many.
+
 Legend: N units, K inner updates, S gradient steps of one, M blocks of C coordinates (optim4rl.py).
 """
 
@@ -36,7 +41,7 @@ from optim4rl import LearnedOptimizer, to_blocks, to_optax
 class Unit(NamedTuple):
     agent: Any  # the state of an a2c.Agent or ppo.Agent
     learning_rate: jax.Array  # []
-    perturbation: Any  # pes: like theta, the sum of perturbations since the unit started; backprop: ()
+    noise: Any  # like theta, perturbations / (sign sigma): pes the sum since the unit started, nres the one; backprop ()
 
 
 def inner_loop(key, unit, age, theta, agent, learned, inner_updates, lifetime):
@@ -61,9 +66,9 @@ def inner_loop(key, unit, age, theta, agent, learned, inner_updates, lifetime):
 # --- backprop ---
 
 
-def backprop(theta, keys, units, ages, signs, agent, learned, inner_updates, lifetime):
+def backprop(theta, keys, units, ages, signs, agent, learned, inner_updates, lifetime, sigma):
     """The paper's meta-gradient, by recording and replaying. keys, ages: [N] -> its sum over units, units, metrics [N]"""
-    del signs
+    del signs, sigma
     start = units.agent
 
     def train(key, unit, age):
@@ -142,25 +147,29 @@ def streamed_replay_gradient(rule: Callable, theta, opt_state, grads, cotangent,
     return jax.lax.scan(add_block, jax.tree.map(jnp.zeros_like, theta), blocks)[0]
 
 
-# --- pes ---
+# --- pes and nres ---
 
 
-def pes(theta, keys, units, ages, signs, agent, learned, inner_updates, lifetime, sigma):
-    """Persistent evolution strategies. keys: [N], the same for the two of a pair; signs: [N], 1 and -1 of each pair.
+def evolution(theta, keys, units, ages, signs, agent, learned, inner_updates, lifetime, sigma, reuse):
+    """pes, or with reuse nres. keys: [N], the same for the two of a pair; signs: [N], 1 and -1 of each pair.
 
     -> the sum over units of their estimates, units, metrics [N]
     """
 
     def train(key, unit, age, sign):
-        key_perturb, key_inner = jax.random.split(key)
-        noise = optax.tree.random_like(key_perturb, theta, jax.random.normal)
+        key_noise, key_inner = jax.random.split(key)
+        noise = unit.noise if reuse else optax.tree.random_like(key_noise, theta, jax.random.normal)
         perturbed = optax.tree.add_scale(theta, sign * sigma, noise)
         state, _, metrics = inner_loop(key_inner, unit, age, perturbed, agent, learned, inner_updates, lifetime)
-        perturbation = optax.tree.add_scale(unit.perturbation, sign * sigma, noise)
+        noise = noise if reuse else optax.tree.add(unit.noise, noise)
         loss = -jnp.mean(jnp.nan_to_num(metrics["return"]))  # NaN before the first episode ends
-        gradient = optax.tree.scale(loss / sigma**2, perturbation)
         metrics = {"meta_loss": loss, "return": metrics["return"][-1]}
-        return gradient, Unit(state, unit.learning_rate, perturbation), metrics
+        return optax.tree.scale(sign * loss / sigma, noise), Unit(state, unit.learning_rate, noise), metrics
 
     gradients, units, metrics = jax.vmap(train)(keys, units, ages, signs)
     return jax.tree.map(lambda g: jnp.sum(g, axis=0), gradients), units, metrics
+
+
+pes, nres = partial(evolution, reuse=False), partial(evolution, reuse=True)
+
+ESTIMATORS = {"backprop": backprop, "pes": pes, "nres": nres}

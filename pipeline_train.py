@@ -6,8 +6,8 @@
 
 One meta-iteration: every unit (an agent in its own environments) that is due starts anew; every unit learns for K updates
 with the optimizer as it stands; the agent loss on one more fresh rollout is the meta-loss, and its gradient with respect
-to theta (meta_gradient.py), averaged over units (units.py) and tasks, goes to Adam. With --meta-estimator pes the meta-loss
-is instead minus the agents' return, and its gradient is estimated by perturbing theta.
+to theta (meta_gradient.py), averaged over units (units.py) and tasks, goes to Adam. With --meta-estimator pes or
+nres the meta-loss is instead minus the agents' return, and its gradient is estimated by perturbing theta.
 
 Flags left unset take the paper's value for the environment; what was taken is printed.
 
@@ -95,10 +95,10 @@ class Args:
     learning_rate_range: tuple[float, float] = (1.0, 1.0)
     """likewise each unit's step size"""
     # --- The meta-gradient ---
-    meta_estimator: Literal["backprop", "pes"] = "backprop"
-    """the paper's meta-gradient of the agents' loss, or persistent evolution strategies on their return"""
+    meta_estimator: Literal["backprop", "pes", "nres"] = "backprop"
+    """the paper's meta-gradient of the agents' loss, or persistent or noise-reuse evolution strategies on their return"""
     sigma: float = 0.05
-    """pes: standard deviation of the perturbations of theta"""
+    """pes, nres: standard deviation of the perturbations of theta"""
     meta_learning_rate: float | None = None
     """step size of Adam on theta (paper: 1e-5 to 1e-3; catch to 1e-2)"""
     anneal_meta_lr: bool = False
@@ -274,8 +274,8 @@ def fill_in(args: Args) -> Args:
         low, high = getattr(args, name)
         if not 0 < low <= high < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} must be two numbers above 0, the lower first, got {low:g} {high:g}")
-    if args.meta_estimator == "pes" and args.num_units % 2:
-        raise ValueError(f"--num-units must be even with pes (antithetic pairs), got {args.num_units}")
+    if args.meta_estimator != "backprop" and args.num_units % 2:
+        raise ValueError(f"--num-units must be even with {args.meta_estimator} (antithetic pairs), got {args.num_units}")
     if not args.grad_clip > 0:
         raise ValueError(f"--grad-clip must be above 0, or inf for no clipping, got {args.grad_clip:g}")
     num_iterations = args.num_iterations or int(args.total_steps) // steps_per_iteration(args)

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import PartitionSpec
 
 import a2c
 import ppo
-from meta_gradient import Unit, backprop, pes
+from meta_gradient import ESTIMATORS, Unit
 from optim4rl import LearnedOptimizer, to_optax
 
 
@@ -37,15 +38,15 @@ class Schedule(NamedTuple):
 
     due: jax.Array  # [N] bool, starts anew
     age: jax.Array  # [N] int32, meta-iterations since it started
-    sign: jax.Array  # [N], of its perturbation (meta_gradient.pes)
+    sign: jax.Array  # [N], of its perturbation (meta_gradient.evolution)
     key: jax.Array  # [N]
 
 
 def schedule(key: jax.Array, iteration: jax.Array, args: Any) -> Schedule:
-    """Until its first reset, and always without the pipeline, a unit is as old as training. With pes, pairs share keys and
-    slots."""
+    """Until its first reset, and always without the pipeline, a unit is as old as training. With pes and nres, pairs share
+    keys and slots."""
     pair, slots = 1, reset_slots(args.num_units, args.reset_interval)
-    if args.meta_estimator == "pes":  # few pairs: they go round a circle, lest the last be next to the first
+    if args.meta_estimator != "backprop":  # few pairs: they go round a circle, lest the last be next to the first
         pair, num_pairs = 2, args.num_units // 2
         slots = np.repeat(np.arange(num_pairs) * args.reset_interval // num_pairs, pair)
     since_reset = (iteration - slots) % args.reset_interval
@@ -64,11 +65,16 @@ def spread(key: jax.Array, limits: tuple) -> jax.Array:
 def new_unit(key: jax.Array, theta: Any, task: Task, learned: LearnedOptimizer, args: Any) -> Unit:
     """A unit that starts now: an agent that has learned nothing, a step size and a reward scale from their ranges."""
     key_agent, key_rate, key_reward = jax.random.split(key, 3)
+    key_noise = jax.random.fold_in(key, 3)
     agent = task.agent.init(key_agent, to_optax(learned, theta, 1.0))
     agent = agent._replace(reward_factor=spread(key_reward, args.reward_scale_range))
     rate = task.learning_rate * spread(key_rate, args.learning_rate_range)
-    perturbation = jax.tree.map(jnp.zeros_like, theta) if args.meta_estimator == "pes" else ()
-    return Unit(agent, rate, perturbation)
+    noise = {
+        "backprop": lambda: (),
+        "pes": lambda: optax.tree.zeros_like(theta),
+        "nres": lambda: optax.tree.random_like(key_noise, theta, jax.random.normal),
+    }[args.meta_estimator]()
+    return Unit(agent, rate, noise)
 
 
 def reset_due(keys, units, due, new: Callable):
@@ -99,10 +105,10 @@ def train_group(theta, schedule: Schedule, units, task, learned, args):
     broken = ~jax.vmap(ppo.all_finite)(units.agent.params)
     new = partial(new_unit, theta=theta, task=task, learned=learned, args=args)
     units = reset_due(key_reset, units, schedule.due | broken, new)
-    estimate = partial(pes, sigma=args.sigma) if args.meta_estimator == "pes" else backprop
+    options = {"agent": task.agent, "learned": learned, "inner_updates": args.inner_updates, "sigma": args.sigma}
+    estimate = partial(ESTIMATORS[args.meta_estimator], **options)
     lifetime = args.reset_interval if args.pipeline else args.num_iterations
-    estimate = partial(estimate, agent=task.agent, learned=learned, inner_updates=args.inner_updates, lifetime=lifetime)
-    gradient, units, metrics = estimate(theta, key_train, units, schedule.age, schedule.sign)
+    gradient, units, metrics = estimate(theta, key_train, units, schedule.age, schedule.sign, lifetime=lifetime)
     lost = ~ppo.all_finite(gradient)
     gradient = only_finite(gradient, jax.tree.map(jnp.zeros_like, gradient))
     return gradient, units, metrics | {"broken": broken | lost}

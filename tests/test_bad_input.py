@@ -61,6 +61,7 @@ BAD = [
     ("pipeline_train", "--optimizer linear_optim --inputs log", "--inputs"),
     ("pipeline_train", "--meta-estimator es", "pes"),
     ("pipeline_train", "--meta-estimator pes --num-units 5", "even"),
+    ("pipeline_train", "--meta-estimator nres --num-units 5", "even"),
     ("pipeline_train", "--meta-estimator pes --sigma 0", "--sigma"),
     ("pipeline_train", "--reward-scale-range 10 1", "--reward-scale-range"),
     ("pipeline_train", "--learning-rate-range 0 1", "--learning-rate-range"),
