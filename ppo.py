@@ -570,10 +570,10 @@ def main() -> None:
         if not args.grad_clip > 0:
             raise ValueError(f"--grad-clip must be above 0, or inf for no clipping, got {args.grad_clip:g}")
         args = checkpoints.resumed_args(args.resume, args) if args.resume else fill_in(args)
-        env = make_env(args.env_name, args.backend)
-        optimizer = optimizers.make_optimizer(args.optimizer, args.learning_rate)
         if not num_updates(args):
             raise ValueError(f"--total-steps {args.total_steps:g} is less than one update's rollouts")
+        optimizer = optimizers.make_optimizer(args.optimizer, args.learning_rate)
+        env = make_env(args.env_name, args.backend)
         folder = runs.run_folder(args, args.env_name, "ppo")
         kept = checkpoints.Checkpoints(folder, args.checkpoint_minutes)
     print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
