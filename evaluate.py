@@ -31,6 +31,7 @@ import ppo
 import report
 import runs
 import settings
+from optim4rl import load_theta
 
 # The environments of the paper's figures, and those of them that take days without an accelerator.
 SUITES = {
@@ -117,7 +118,7 @@ def suite_optimizers(suite: str, env_name: str) -> list[str]:
     controls and classical ones."""
     shipped = []
     for name in optimizers.pretrained_names():
-        header = optimizers.load_learned(name)[2]
+        header = load_theta(optimizers.theta_path(name))[1]
         trained_on = header["trained"]["env_name"]
         if len(trained_on) > 1 or (suite == "paper" and env_name in trained_on):
             shipped += [name] if header["optimizer"] == "optim4rl" else [name, f"untrained:{name}"]
@@ -126,16 +127,18 @@ def suite_optimizers(suite: str, env_name: str) -> list[str]:
 
 def plan(args: Args) -> list[Run]:
     """The runs to make. Raises ValueError, in one line, for an unfit optimizer."""
-    to_run = []
+    to_run, checked = [], set()
     for env_name in args.env_name:
         default, labels = args.learning_rate or settings.setting_of(env_name).learning_rate, set()
         for name in dict.fromkeys(suite_optimizers(args.suite, env_name) if args.suite else args.optimizers):
-            optimizers.make_optimizer(name, default)
+            if name not in checked:  # only to see that it can be made, which takes a moment
+                optimizers.make_optimizer(name, default)
+                checked.add(name)
             rates, label = (default,), name
             if name in optimizers.CLASSICAL and args.learning_rates:
                 rates = args.learning_rates
             elif optimizers.is_theta(path := name.removeprefix("untrained:")):
-                header = optimizers.load_learned(path)[2]
+                header = load_theta(optimizers.theta_path(path))[1]
                 rates = (args.learning_rate or trained_rate(header["trained"], env_name) or default,)
                 label = optimizers.title(path, header) + (" (trained)" if path == name else " (untrained)")
             label = label if label not in labels else name
