@@ -132,7 +132,7 @@ def test_what_chance_does_matters_less_to_nres():
     assert np.all(spread(pes, 0.0) < spread(nres, 0.0))
 
 
-def test_pairs_share_keys_and_slots_and_a_reset_clears_the_sum():
+def test_pairs_share_keys_and_slots():
     args = fill_in(Args(env_name=("catch",), meta_estimator="pes", num_units=6, reset_interval=5, num_iterations=9))
     for t in range(7):
         plan = schedule(jax.random.key(1), jnp.int32(t), args)
