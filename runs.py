@@ -47,12 +47,17 @@ def parse(args_class: type, description: str) -> Any:
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(args_class, description=description)
+            args = tyro.cli(args_class, description=description)
     except SystemExit as end:
         if not end.code:
             raise
         text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]|Parsing error|Unrecognized options|For full helptext.*", " ", stderr.getvalue())
         fail(text)
+    runs_dir = Path(getattr(args, "runs_dir", "."))
+    there = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
+    if not there.is_dir():
+        fail(f"--runs-dir {runs_dir}: {there} is not a folder")
+    return args
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ BAD = [
     ("a2c", "--num-envs many", "num-envs"),
     ("a2c", "--nosuch 1", "nosuch"),
     ("a2c", "--runs-dir a_file", "a_file"),
+    ("a2c", "--runs-dir a_file/below", "a_file is not a folder"),
     ("ppo", "--env-name inverted_pendulm", "did you mean inverted_pendulum?"),
     ("ppo", "--env-name nosuch", "humanoid"),
     ("ppo", "--env-name swimmer --backend spring", "swimmer cannot be made with backend spring"),
@@ -214,8 +215,9 @@ def good(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, good):
-    """A folder with every kind of bad file. What is imported late is imported here: it does not count as time to refuse."""
-    ppo.task_names()
+    """A folder with every kind of bad file. What is imported late is imported here, Brax and what it compiles for its first
+    environment: that does not count as time to refuse."""
+    ppo.make_env("inverted_pendulum", "spring")
     folder = tmp_path_factory.mktemp("files")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
