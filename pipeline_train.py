@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import multihost
 
 import a2c
 import checkpoints
@@ -304,6 +305,8 @@ def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: M
     began = time.perf_counter()
     step = step.lower(key_train, state).compile()
     print(f"compiled in {time.perf_counter() - began:.1f} s")
+    # Between CPUs' processes a collective gives up on whoever comes 30 s late, and one may have had to compile and another not.
+    multihost.get_barrier_sync_fn()(key="compiled", timeout_ms=3_600_000)
     for iteration in range(done + 1, args.num_iterations + 1):
         began = time.perf_counter()
         # One iteration in flight at a time: with more, XLA's CPU devices were seen to wait for each other for ever.
