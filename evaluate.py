@@ -178,7 +178,8 @@ def train(learner: Learner, run: Run, rate: float, title: str, interrupted) -> r
     module, agent_args, env = learner
     with runs.progress(module.num_updates(agent_args), title) as bar:
 
-        def on_update(*_):
+        def on_update(number, metrics, state):
+            jax.block_until_ready(metrics)  # bar and Ctrl-C go by what is done, not by the updates that wait in a row
             bar.update()
             return interrupted()
 
