@@ -453,17 +453,22 @@ def make_agent(env: Env, args: Args) -> Agent:
 def evaluate(key: jax.Array, state: AgentState, env: Env, args: Args) -> jax.Array:
     """Mean return of args.eval_envs whole episodes of the policy's mode, in environments of their own. -> []"""
 
-    def step(carry, _):
-        env_state, obs, alive, total = carry
+    def goes_on(episode):
+        number, *_, terminated, _ = episode
+        return (number < args.episode_length) & ~terminated
+
+    def step(episode):
+        number, env_state, obs, _, total = episode
         mean, _ = policy(state.params, normalise(state.normaliser, obs))
         env_state, obs, reward, terminated = env.step(env_state, jnp.tanh(mean))
-        return (env_state, obs, alive & ~terminated, total + jnp.where(alive, reward, 0)), None
+        return number + 1, env_state, obs, terminated, total + reward
 
-    def episode(key):
-        start = (*env.reset(key), jnp.array(True), jnp.zeros(()))
-        return jax.lax.scan(step, start, None, args.episode_length)[0][-1]
+    def whole_return(key):
+        start = (jnp.int32(0), *env.reset(key), jnp.array(False), jnp.zeros(()))
+        return jax.lax.while_loop(goes_on, step, start)[-1]
 
-    return jnp.mean(jax.vmap(episode)(jax.random.split(key, args.eval_envs)))
+    # All stop when the longest has ended: an agent that soon falls is soon evaluated.
+    return jnp.mean(jax.vmap(whole_return)(jax.random.split(key, args.eval_envs)))
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -491,19 +496,24 @@ def train(args: Args, env: Env, optimizer: optax.GradientTransformation, on_upda
     seeds = args.seed + jnp.arange(args.num_seeds)
     keys_init, keys, keys_eval = jnp.moveaxis(jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(seeds), 1, 0)
 
-    def update(key, number, state, alive):
-        progress = ((number - 1) / num_updates(args), number / num_updates(args))
-        new, _, metrics = agent.learn(jax.random.fold_in(key, number), state, optimizer, progress)
-        alive &= metrics.pop("healthy")
-        state = jax.tree.map(lambda old, new: jnp.where(alive, new, old), state, new)
-        return state, alive, jax.tree.map(lambda x: jnp.where(alive, x, jnp.nan), metrics)
+    def over_seeds(f, seeds):
+        # A CPU takes one seed at a time and keeps it in its cache: a seventh less time than all at once.
+        return jax.lax.map(f, seeds) if jax.default_backend() == "cpu" else jax.vmap(f)(seeds)
 
     def update_all(number, agents, alive, history):
-        agents, alive, metrics = jax.vmap(update, (0, None, 0, 0))(keys, number, agents, alive)
+        def update(seed):
+            key, state, alive = seed
+            progress = ((number - 1) / num_updates(args), number / num_updates(args))
+            new, _, metrics = agent.learn(jax.random.fold_in(key, number), state, optimizer, progress)
+            alive &= metrics.pop("healthy")
+            state = jax.tree.map(lambda old, new: jnp.where(alive, new, old), state, new)
+            return state, alive, jax.tree.map(lambda x: jnp.where(alive, x, jnp.nan), metrics)
+
+        agents, alive, metrics = over_seeds(update, (keys, agents, alive))
         return agents, alive, jax.tree.map(lambda all, new: all.at[:, number - 1].set(new), history, metrics), metrics
 
     update_all = jax.jit(update_all, donate_argnums=(1, 2, 3))
-    mean_return = jax.jit(jax.vmap(partial(evaluate, env=env, args=args)))
+    mean_return = jax.jit(lambda keys, agents: over_seeds(lambda seed: evaluate(*seed, env, args), (keys, agents)))
     agents = jax.jit(jax.vmap(lambda key: agent.init(key, optimizer)))(keys_init)
     history = {name: jnp.full((args.num_seeds, num_updates(args)), jnp.nan) for name in ("return", "reward", "loss")}
     column = {number: i for i, number in enumerate((0, *sorted(eval_updates(args))))}

@@ -96,13 +96,16 @@ def test_grads_seen_are_those_of_the_mean_loss_over_environments():
     args = Args(env_name="small_dense_short", num_envs=3, rollout_steps=5)
     env, optimizer = gridworld.make(args.env_name), optax.sgd(1.0)
     agent = a2c.make_agent(env, args)
-    state = agent.init(jax.random.key(0), optimizer)
+    state = jax.jit(lambda key: agent.init(key, optimizer))(jax.random.key(0))
     key = jax.random.key(1)
-    after, (grads, _), _ = agent.learn(key, state, optimizer)
-    per_env = []
-    for i, k in enumerate(jax.random.split(key, 3)):
-        batch, _ = a2c.rollout(k, state.params, jax.tree.map(lambda x, i=i: x[i], state.streams), env, 5)
-        per_env.append(jax.grad(a2c.a2c_loss)(state.params, batch, args))
+    after, (grads, _), _ = jax.jit(lambda key, state: agent.learn(key, state, optimizer))(key, state)
+
+    @jax.jit
+    def gradient(key, stream):
+        return jax.grad(a2c.a2c_loss)(state.params, a2c.rollout(key, state.params, stream, env, 5)[0], args)
+
+    streams = [jax.tree.map(lambda x, i=i: x[i], state.streams) for i in range(3)]
+    per_env = [gradient(k, stream) for k, stream in zip(jax.random.split(key, 3), streams, strict=True)]
     expected = jax.tree.map(lambda *gs: sum(gs) / 3, *per_env)
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g[0], e, atol=1e-6), grads, expected)
     jax.tree.map(lambda p, q, g: np.testing.assert_allclose(q, p - g[0], atol=1e-6), state.params, after.params, grads)

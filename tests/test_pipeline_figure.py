@@ -16,13 +16,14 @@ def test_sizes_are_those_of_each_agents_own_gradient():
     args = a2c.Args(env_name="catch", num_envs=2)
     agent = a2c.make_agent(gridworld.make("catch"), args)
     optimizer = optimizers.make_optimizer("adam", 1e-2)
-    states = [agent.init(jax.random.key(i), optimizer) for i in range(3)]
+    init = jax.jit(lambda key: agent.init(key, optimizer))
+    states = [init(jax.random.key(i)) for i in range(3)]
     stacked = jax.tree.map(lambda *xs: jax.numpy.stack(xs), *states)
     keys = jax.random.split(jax.random.key(9), 3)
     ours = pipeline_figure.gradient_sizes(jax.random.key(9), stacked, agent)
+    gradient = jax.jit(lambda key, state: jax.grad(lambda p: agent.loss(key, state._replace(params=p))[0])(state.params))
     for key, state, size in zip(keys, states, ours, strict=True):
-        grads = jax.grad(lambda p, key=key, state=state: agent.loss(key, state._replace(params=p))[0])(state.params)
-        flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)])
+        flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient(key, state))])
         np.testing.assert_allclose(size, np.log10(np.abs(flat).mean() + 1e-8), rtol=1e-4)
 
 

@@ -175,6 +175,7 @@ def test_meta_gradient_against_finite_differences_in_float64(cell, inputs):
         def loss_of(params):
             return jnp.sum(jnp.sin(3 * params["w"]) * params["b"]) + params["b"] ** 3
 
+        @jax.jit
         def replayed(theta):
             params, state = start
             for k in range(5):
@@ -236,7 +237,7 @@ def test_a_due_unit_is_reset_whole_and_the_others_not_at_all():
     for i in range(4):
         if due[i]:
             same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6)  # noqa: E731
-            jax.tree.map(same, pick(after, i), new(keys[i]))
+            jax.tree.map(same, pick(after, i), jax.jit(new)(keys[i]))
         else:
             jax.tree.map(np.testing.assert_array_equal, pick(after, i), pick(units, i))
     before, after = (tree.agent.opt_state[0][0] for tree in (units, after))
@@ -248,18 +249,20 @@ def test_step_sizes_and_reward_scales_are_spread_over_units():
     args = small_args(learning_rate_range=(0.1, 10.0), reward_scale_range=(1.0, 100.0))
     theta = learned.init_theta(jax.random.key(0))
     new = functools.partial(new_unit, theta=theta, task=task, learned=learned, args=args)
-    units = jax.vmap(new)(jax.random.split(jax.random.key(1), 200))
+    units = jax.jit(jax.vmap(new))(jax.random.split(jax.random.key(1), 200))
     for values, low, high in ((units.learning_rate / task.learning_rate, 0.1, 10), (units.agent.reward_factor, 1, 100)):
         assert low <= values.min() < low * 1.2 and high / 1.2 < values.max() <= high
         np.testing.assert_allclose(np.median(values), np.sqrt(low * high), rtol=0.5)
 
+    @jax.jit
     def moved(unit):
         agent = task.agent.learn(jax.random.key(2), unit.agent, to_optax(learned, theta, unit.learning_rate))[0]
         return optax.tree.norm(optax.tree.sub(agent.params, unit.agent.params))
 
     one = pick(units, 0)
     np.testing.assert_allclose(moved(one._replace(learning_rate=2 * one.learning_rate)), 2 * moved(one), rtol=1e-3)
-    seen = [task.agent.learn(jax.random.key(2), one.agent._replace(reward_factor=f), optax.sgd(0.1))[1][0] for f in (1.0, 3.0)]
+    learn = jax.jit(lambda agent: task.agent.learn(jax.random.key(2), agent, optax.sgd(0.1)))
+    seen = [learn(one.agent._replace(reward_factor=jnp.float32(factor)))[1][0] for factor in (1, 3)]
     assert relative(seen[1]["critic"], seen[0]["critic"]) > 0.5
 
 
@@ -354,10 +357,11 @@ def test_inner_loop_records_what_it_applied():
     task, learned = make_task(), make_optim4rl()
     theta, units = make_units(task, learned, 1)
     unit, optimizer = pick(units, 0), to_optax(learned, theta, task.learning_rate)
-    after, (grads, _), _ = inner_loop(jax.random.key(0), unit, 0, theta, task.agent, learned, 3, 9)
+    train = jax.jit(lambda key, unit: inner_loop(key, unit, 0, theta, task.agent, learned, 3, 9))
+    after, (grads, _), _ = train(jax.random.key(0), unit)
     params, state = unit.agent.params, unit.agent.opt_state
     for k in range(3):
-        updates, state = optimizer.update(jax.tree.map(lambda g, k=k: g[k, 0], grads), state)
+        updates, state = jax.jit(optimizer.update)(jax.tree.map(lambda g, k=k: g[k, 0], grads), state)
         params = optax.apply_updates(params, updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, after.params)
 

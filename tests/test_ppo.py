@@ -147,7 +147,8 @@ def test_loss_is_its_definition():
     key_policy, key_value, key = jax.random.split(jax.random.key(0), 3)
     params = {"policy": ppo.init_mlp(key_policy, (3, 8, 4)), "value": ppo.init_mlp(key_value, (3, 8, 1))}
     normaliser = ppo.Normaliser(jnp.float32(4), jnp.array([0.1, -0.2, 0.3]), jnp.array([4.0, 1.0, 9.0]))
-    got = ppo.ppo_loss(params, normaliser, batch, key, args)
+    loss = jax.jit(partial(ppo.ppo_loss, args=args))
+    got = loss(params, normaliser, batch, key)
 
     def norm(obs):
         return (obs - np.array([0.1, -0.2, 0.3])) / np.sqrt(np.array([4.0, 1.0, 9.0]) / 4)
@@ -172,7 +173,7 @@ def test_loss_is_its_definition():
     expected = np.mean(-objective + 0.3 * advantages**2 - 0.02 * entropy)
     np.testing.assert_allclose(got, expected, rtol=1e-4)
     # The critic is drawn to values + advantages; nothing flows through the targets.
-    slope = jax.grad(lambda b: ppo.ppo_loss(params | {"value": b}, normaliser, batch, key, args))(params["value"])["1"]["b"]
+    slope = jax.grad(loss)(params, normaliser, batch, key)["value"]["1"]["b"]
     np.testing.assert_allclose(slope[0], np.mean(-2 * 0.3 * advantages), rtol=1e-3)
 
 
@@ -279,12 +280,12 @@ def test_brax_steps_are_brax_steps(name, backend):
     import brax.envs
 
     env, ours = brax.envs.get_environment(name, backend=backend), ppo.make_env(name, backend)
-    key = jax.random.key(5)
-    theirs, (state, obs) = env.reset(jax.random.key_data(key)), ours.reset(key)
+    # Both in one program, which compiles what is the same in them once.
+    reset = jax.jit(lambda key: (env.reset(jax.random.key_data(key)), ours.reset(key)))
+    step = jax.jit(lambda theirs, state, action: (env.step(theirs, action), ours.step(state, action)))
+    theirs, (state, obs) = reset(jax.random.key(5))
     for i in range(3):
-        action = jnp.full(env.action_size, 0.3 * i)
-        theirs = jax.jit(env.step)(theirs, action)
-        state, obs, reward, terminated = jax.jit(ours.step)(state, action)
+        theirs, (state, obs, reward, terminated) = step(theirs, state, jnp.full(env.action_size, 0.3 * i))
     np.testing.assert_array_equal(obs, theirs.obs)
     assert reward == theirs.reward and terminated == (theirs.done > 0)
     assert ours.obs_size == obs.size and ours.action_size == env.action_size
