@@ -218,6 +218,30 @@ def test_cut_off_episodes_are_worth_as_much_as_endless_ones():
     np.testing.assert_allclose(learned_value(count_env(ends_after=8)), (1 - 0.9**8) / 0.1, rtol=0.03)
 
 
+def test_an_evaluation_is_the_mean_of_whole_episodes():
+    """Episodes end by themselves after 2 to 12 steps, each of which pays 1, or are cut off after 8; later steps pay NaN."""
+    lengths = []
+
+    def reset(key):
+        length = jax.random.randint(key, (), 2, 13)
+        jax.debug.callback(lambda length: lengths.append(int(length)), length)
+        return (length, jnp.int32(0)), jnp.zeros(1)
+
+    def step(state, action):
+        length, steps = state
+        reward = jnp.where(steps < length, 1.0, jnp.nan)
+        return (length, steps + 1), jnp.zeros(1), reward, steps + 1 == length
+
+    args, env = dataclasses.replace(PROBE, eval_envs=50), ppo.Env(reset, step, 1, 1)
+    agent = ppo.make_agent(env, args).init(jax.random.key(0), optax.sgd(0.1))
+    jax.effects_barrier()
+    lengths.clear()
+    got = jax.jit(partial(ppo.evaluate, env=env, args=args))(jax.random.key(1), agent)
+    jax.effects_barrier()
+    assert len(lengths) == 50 and len(set(lengths)) > 5
+    np.testing.assert_allclose(got, np.mean(np.minimum(lengths, args.episode_length)), rtol=1e-6)
+
+
 def test_probe_environment_is_solved():
     history = ppo.train(PROBE, probe_env(), optimizers.make_optimizer("adam_linear", 3e-3), lambda *_: None)
     # The mode's reward: 0 at a = 0.3. The steps fall to zero, lest the last ones leave it somewhere near.
