@@ -305,7 +305,7 @@ def test_units_are_reset_when_the_schedule_says(pipeline):
 
 
 def test_one_two_and_four_devices_give_the_same():
-    args = small_args()
+    args = small_args(num_units=8)
     one, two, four = (iterate(args, num_devices=n) for n in (1, 2, 4))
     for other in (two, four):
         assert relative(other[-1].theta, one[-1].theta) < 1e-5
