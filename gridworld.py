@@ -32,7 +32,7 @@ class Env(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """What a gridworld's name stands for. Good objects give +1; bad ones -1, and end the episode with probability 0.5."""
+    """What a gridworld's name stands for. A good object gives +1; a bad one -1, and ends the episode with probability 0.5."""
 
     rows: int
     cols: int
@@ -62,23 +62,25 @@ class GridState(NamedTuple):
     time: jax.Array  # [] int32, steps taken in this episode
 
 
-def free_cell(u: jax.Array, occupied: jax.Array, num_cells: int) -> jax.Array:
-    """A uniformly random free cell. u: [] uniform in [0, 1). occupied: [k] distinct cells, or num_cells for "none". -> []"""
-    num_free = num_cells - jnp.sum(occupied < num_cells)
-    rank = jnp.minimum((u * num_free).astype(jnp.int32), num_free - 1)
-    # The free cell of that rank has `rank` free cells before it: cell = rank + (occupied cells up to it). Iterating from
-    # below, each round that is not yet right passes at least one more occupied cell, so k rounds suffice.
-    cell = rank
-    for _ in range(occupied.shape[0]):
-        cell = rank + jnp.sum(occupied <= cell)
-    return cell
+def distinct_cells(u: jax.Array, num_cells: int) -> jax.Array:
+    """Uniformly random distinct cells. u: [k] uniform in [0, 1) -> [k] int32
+
+    The first k draws of a Fisher-Yates shuffle: draw i takes the entry of a random slot among the first num_cells - i, and the
+    last of these slots' entries moves to where it was taken. The list itself is never made: only k slots can have changed.
+    """
+    slots = (u * (num_cells - jnp.arange(u.size))).astype(jnp.int32)
+    cells = []
+    for i in range(u.size):
+        cell = slots[i]
+        for j in reversed(range(i)):
+            cell = jnp.where(cell == slots[j], num_cells - 1 - j, cell)
+        cells.append(cell)
+    return jnp.stack(cells)
 
 
 def grid_reset_state(u: jax.Array, grid: Grid) -> GridState:
     """Agent and objects at distinct uniformly random cells. u: [1 + n] uniform in [0, 1)."""
-    cells = jnp.zeros(0, jnp.int32)
-    for i in range(u.shape[0]):
-        cells = jnp.append(cells, free_cell(u[i], cells, grid.rows * grid.cols))
+    cells = distinct_cells(u, grid.rows * grid.cols)
     return GridState(cells[0], cells[1:], jnp.ones(u.shape[0] - 1, bool), jnp.int32(0))
 
 
@@ -91,35 +93,33 @@ def grid_observe(state: GridState, grid: Grid) -> jax.Array:
 
 
 def grid_step(key: jax.Array, state: GridState, action: jax.Array, grid: Grid):
-    """Move, collect, respawn, and start anew where the episode ended. action: [] int in 0 .. 8.
+    """Move, collect what is in the agent's cell, respawn, and reset where the episode ended. action: [] int in 0 .. 8.
+
+    An absent object respawns at a uniformly random cell, occupied or not, perhaps in the step in which it was collected. One
+    that respawns in the agent's cell is collected in a later step that ends there (staying is one); of two in one cell both are.
 
     -> state, obs [R + 2, C + 2, n + 1], reward [] float32, done [] bool
     """
-    num_cells, n = grid.rows * grid.cols, 2 * grid.num_each
-    u_end, u_respawn, u_cell, u_reset = jnp.split(jax.random.uniform(key, (2 + 3 * n,)), [1, 1 + n, 1 + 2 * n])
+    k, n = grid.num_each, 2 * grid.num_each
+    u = jax.random.uniform(key, (k + 3 * n + 1,))
+    u_end, u_respawn, u_cell, u_reset = jnp.split(u, [k, k + n, k + 2 * n])
 
     move = jnp.array(MOVES)[action]
     row, col = state.agent // grid.cols + move[0], state.agent % grid.cols + move[1]
     inside = (0 <= row) & (row < grid.rows) & (0 <= col) & (col < grid.cols)
     agent = jnp.where(inside, row * grid.cols + col, state.agent)
 
-    collected = state.present & (state.objects == agent)  # [n], at most one is true
-    reward = jnp.sum(collected[: grid.num_each], dtype=jnp.float32) - jnp.sum(collected[grid.num_each :])
-    ended = jnp.any(collected[grid.num_each :]) & (u_end[0] < END_PROBABILITY)
-    present = state.present & ~collected
+    collected = state.present & (state.objects == agent)  # [n]
+    good, bad = collected[:k], collected[k:]
+    reward = jnp.sum(good, dtype=jnp.float32) - jnp.sum(bad)
+    ended = jnp.any(bad & (u_end < END_PROBABILITY))
 
-    # One after the other, so that two objects that come back in the same step find different cells. An object may come
-    # back in the step in which it was collected.
+    present = state.present & ~collected
     respawn = ~present & (u_respawn < grid.respawn)
-    objects = jnp.where(present, state.objects, num_cells)
-    for i in range(n):
-        cell = free_cell(u_cell[i], jnp.append(jnp.delete(objects, i), agent), num_cells)
-        objects = objects.at[i].set(jnp.where(respawn[i], cell, objects[i]))
-    present = present | respawn
-    objects = jnp.where(present, objects, state.objects)
+    objects = jnp.where(respawn, (u_cell * grid.rows * grid.cols).astype(jnp.int32), state.objects)
 
     done = ended | (state.time + 1 >= grid.horizon)
-    state = GridState(agent, objects, present, state.time + 1)
+    state = GridState(agent, objects, present | respawn, state.time + 1)
     state = jax.tree.map(lambda new, old: jnp.where(done, new, old), grid_reset_state(u_reset, grid), state)
     return state, grid_observe(state, grid), reward, done
 
