@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 
 import gridworld
-from gridworld import Grid, GridState, free_cell, grid_observe, grid_reset_state, grid_step
+from gridworld import Grid, GridState, distinct_cells, grid_observe, grid_reset_state, grid_step
 
 MOVES = [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)]
 
@@ -64,34 +64,48 @@ def test_respawn_probability_also_in_the_step_of_collection(probability):
         assert scipy.stats.binomtest(int(after.present[:, 0].sum()), 20_000, probability).pvalue > 1e-3
 
 
-def test_respawn_cells_are_uniform_over_the_free_ones():
+def test_objects_respawn_at_any_cell_independently():
+    """Also in the agent's cell, and in another object's: the cells of two are uniform over all pairs."""
     grid = Grid(3, 4, 1, 1.0, 500)
     after = steps(grid, make_state(5, [0, 11], [False, True]), 0, 20_000)[0]
-    counts = np.bincount(after.objects[:, 0], minlength=12)
-    free = np.setdiff1d(np.arange(12), [5, 11])
-    assert counts[[5, 11]].sum() == 0
-    assert scipy.stats.chisquare(counts[free]).pvalue > 1e-3
+    assert np.all(after.present) and np.all(after.objects[:, 1] == 11)
+    assert scipy.stats.chisquare(np.bincount(after.objects[:, 0], minlength=12)).pvalue > 1e-3
+    after = steps(grid, make_state(5, [0, 11], [False, False]), 0, 20_000)[0]
+    pairs = after.objects[:, 0] * 12 + after.objects[:, 1]
+    assert scipy.stats.chisquare(np.bincount(pairs, minlength=144)).pvalue > 1e-3
 
 
-def test_objects_that_come_back_together_find_different_free_cells():
-    grid = Grid(3, 3, 2, 1.0, 500)
-    after = steps(grid, make_state(4, [0, 1, 2, 3], [False] * 4), 0, 5_000)[0]
-    cells = np.concatenate([after.agent[:, None], after.objects], axis=1)
-    assert np.all(after.present)
-    assert all(len(set(row)) == 5 for row in cells.tolist())
-    for i in range(4):
-        counts = np.bincount(after.objects[:, i], minlength=9)
-        assert counts[4] == 0 and scipy.stats.chisquare(np.delete(counts, 4)).pvalue > 1e-3
+@pytest.mark.parametrize("action, collected", [(0, True), (4, False)])
+def test_an_object_that_respawns_on_the_agent_is_collected_by_a_later_step_that_ends_there(action, collected):
+    grid = Grid(3, 4, 1, 1.0, 500)
+    state, obs, reward, _ = steps(grid, make_state(5, [0, 11], [False, True]), 0, 200)
+    assert np.all(reward == 0.0)  # not in the step in which it lands there
+    (i,) = np.flatnonzero(state.objects[:, 0] == 5)[:1]
+    landed = jax.tree.map(lambda x: x[i], state)
+    assert obs[i, 2, 2, 0] == obs[i, 2, 2, 1] == 1
+    _, _, reward, done = grid_step(jax.random.key(0), landed, action, grid._replace(respawn=0.0))
+    assert (float(reward), bool(done)) == (float(collected), False)
 
 
-def test_free_cell_against_a_list():
-    num_cells = 7
-    for occupied in itertools.permutations(range(num_cells + 1), 3):
-        occupied = [min(cell, num_cells) for cell in occupied]
-        free = [cell for cell in range(num_cells) if cell not in occupied]
-        u = (jnp.arange(len(free)) + 0.5) / len(free)
-        got = jax.vmap(lambda u, occupied=occupied: free_cell(u, jnp.array(occupied), num_cells))(u)
-        np.testing.assert_array_equal(got, free)
+def test_two_objects_in_one_cell_are_both_collected():
+    state, _, reward, done = steps(Grid(3, 8, 1, 0.0, 50), make_state(5, [6, 6]), 4, 10_000)
+    assert np.all(reward == 0.0)
+    assert scipy.stats.binomtest(int(done.sum()), 10_000, 0.5).pvalue > 1e-3
+    assert not np.any(state.present[~np.asarray(done)])
+    _, _, reward, done = steps(Grid(3, 8, 2, 0.0, 50), make_state(5, [6, 6, 6, 20]), 4, 10_000)
+    assert np.all(reward == 1.0)
+    assert scipy.stats.binomtest(int(done.sum()), 10_000, 0.5).pvalue > 1e-3
+    _, _, reward, done = steps(Grid(3, 8, 2, 0.0, 50), make_state(5, [20, 21, 6, 6]), 4, 10_000)
+    assert np.all(reward == -2.0)  # each of the two may end the episode
+    assert scipy.stats.binomtest(int(done.sum()), 10_000, 0.75).pvalue > 1e-3
+
+
+def test_every_draw_of_distinct_cells_comes_once():
+    num_cells, k = 6, 4
+    slots = itertools.product(*(range(num_cells - i) for i in range(k)))
+    u = [[(slot + 0.5) / (num_cells - i) for i, slot in enumerate(draw)] for draw in slots]
+    cells = jax.vmap(lambda u: distinct_cells(u, num_cells))(jnp.array(u))
+    assert sorted(map(tuple, cells.tolist())) == sorted(itertools.permutations(range(num_cells), k))
 
 
 @pytest.mark.parametrize("name", list(gridworld.GRIDS))
@@ -115,6 +129,124 @@ def test_horizon_ends_the_episode_and_resets_it(name):
     assert done and int(state.time) == 0 and float(reward) == 0.0
     assert np.all(state.present)
     np.testing.assert_array_equal(obs, grid_observe(state, grid))
+
+
+# --- Whole episodes under a fixed policy, against the paper's rules written as plain Python ---
+
+# reward, probability that the episode ends when it is collected; interior size, respawn, horizon: the paper's appendix
+GOOD, BAD = (1.0, 0.0), (-1.0, 0.5)
+PAPER = {
+    "small_sparse_short": (3, 8, [GOOD, BAD], 0.05, 50),
+    "small_sparse_long": (8, 3, [GOOD, BAD], 0.05, 500),
+    "small_dense_short": (4, 6, [GOOD, BAD], 0.5, 50),
+    "small_dense_long": (6, 4, [GOOD, BAD], 0.5, 500),
+    "big_sparse_short": (10, 12, [GOOD, GOOD, BAD, BAD], 0.05, 50),
+    "big_sparse_long": (12, 10, [GOOD, GOOD, BAD, BAD], 0.05, 500),
+    "big_dense_short": (9, 13, [GOOD, GOOD, BAD, BAD], 0.5, 50),
+    "big_dense_long": (13, 9, [GOOD, GOOD, BAD, BAD], 0.5, 500),
+}
+
+
+class NaiveGrid:
+    """One gridworld; an absent object is None."""
+
+    def __init__(self, name, rng):
+        self.rows, self.cols, self.kinds, self.respawn, self.horizon = PAPER[name]
+        self.rng, self.steps = rng, 0
+        cells = [(row, col) for row in range(self.rows) for col in range(self.cols)]
+        self.agent, *self.objects = (cells[i] for i in rng.permutation(len(cells))[: 1 + len(self.kinds)])
+
+    def step(self, action):
+        row, col = self.agent[0] + MOVES[action][0], self.agent[1] + MOVES[action][1]
+        if row in range(self.rows) and col in range(self.cols):
+            self.agent = (row, col)
+        total, done = 0.0, False
+        for i, (reward, end_probability) in enumerate(self.kinds):
+            if self.objects[i] == self.agent:
+                total += reward
+                done = done or self.rng.random() < end_probability
+                self.objects[i] = None
+            if self.objects[i] is None and self.rng.random() < self.respawn:
+                self.objects[i] = (int(self.rng.integers(self.rows)), int(self.rng.integers(self.cols)))
+        self.steps += 1
+        return total, done or self.steps == self.horizon
+
+
+def distances(targets, walls):
+    """Moves from every cell to the nearest target, not through walls; inf where there is no way. [B, rows, cols]"""
+    distance = np.where(targets & ~walls, 0.0, np.inf)
+    while True:
+        padded = np.pad(distance, ((0, 0), (1, 1), (1, 1)), constant_values=np.inf)
+        rows, cols = distance.shape[1:]
+        near = np.min([padded[:, 1 + r : 1 + r + rows, 1 + c : 1 + c + cols] for r, c in MOVES], axis=0)
+        nearer = np.where(walls, np.inf, np.minimum(distance, near + 1))
+        if np.array_equal(nearer, distance):
+            return distance
+        distance = nearer
+
+
+def nearest_good(agent, good, bad):
+    """Go to the nearest good object, around the bad ones if there is a way; stay if there is none to go to.
+
+    agent, good, bad: where they are, [B, rows, cols] bool -> actions [B]
+    """
+    around, through = distances(good, bad), distances(good, np.zeros_like(bad))
+    batch, row, col = np.nonzero(agent)
+    assert np.array_equal(batch, np.arange(len(agent)))
+    rows, cols = agent.shape[1:]
+    costs = np.full((len(agent), 9), np.inf)
+    for action, (d_row, d_col) in enumerate(MOVES):
+        r, c = row + d_row, col + d_col
+        inside = (0 <= r) & (r < rows) & (0 <= c) & (c < cols)
+        r, c = np.clip(r, 0, rows - 1), np.clip(c, 0, cols - 1)
+        some_way = np.minimum(around[batch, r, c], 1e3 + np.minimum(through[batch, r, c], 1e3))
+        costs[:, action] = np.where(inside, some_way, np.inf)
+    return np.argmin(costs, axis=1)
+
+
+def play_naive(name, num_episodes):
+    """-> returns and lengths of that many episodes"""
+    rng = np.random.default_rng(0)
+    envs = [NaiveGrid(name, rng) for _ in range(num_episodes)]
+    shape, num_good = (num_episodes, *PAPER[name][:2]), len(PAPER[name][2]) // 2
+    returns, lengths, over = np.zeros(num_episodes), np.zeros(num_episodes), np.zeros(num_episodes, bool)
+    while not over.all():
+        agent, good, bad = (np.zeros(shape, bool) for _ in range(3))
+        for i, env in enumerate(envs):
+            agent[i][env.agent] = True
+            for j, cell in enumerate(env.objects):
+                if cell is not None:
+                    (good if j < num_good else bad)[i][cell] = True
+        for i, action in enumerate(nearest_good(agent, good, bad)):
+            if not over[i]:
+                reward, over[i] = envs[i].step(action)
+                returns[i], lengths[i] = returns[i] + reward, lengths[i] + 1
+    return returns, lengths
+
+
+def play(name, num_episodes):
+    """The same with the project's environment, seen through its observations."""
+    env, num_good = gridworld.make(name), gridworld.GRIDS[name].num_each
+    key_reset, key_steps = jax.random.split(jax.random.key(0))
+    state, obs = jax.vmap(env.reset)(jax.random.split(key_reset, num_episodes))
+    step = jax.jit(jax.vmap(env.step))
+    returns, lengths, over = np.zeros(num_episodes), np.zeros(num_episodes), np.zeros(num_episodes, bool)
+    while not over.all():
+        agent, *objects = np.moveaxis(np.asarray(obs, bool)[:, 1:-1, 1:-1], -1, 0)
+        actions = nearest_good(agent, np.any(objects[:num_good], axis=0), np.any(objects[num_good:], axis=0))
+        keys = jax.random.split(jax.random.fold_in(key_steps, int(lengths.max())), num_episodes)
+        state, obs, reward, done = step(keys, state, actions)
+        returns, lengths = returns + np.where(over, 0, reward), lengths + ~over
+        over = over | np.asarray(done)
+    return returns, lengths
+
+
+@pytest.mark.parametrize("name", list(PAPER))
+def test_returns_and_lengths_under_a_fixed_policy_are_those_of_the_rules(name):
+    num_episodes = 200 if name.endswith("short") else 100
+    for ours, naive in zip(play(name, num_episodes), play_naive(name, num_episodes), strict=True):
+        standard_error = np.sqrt((ours.var() + naive.var()) / num_episodes)
+        assert abs(ours.mean() - naive.mean()) <= 3 * standard_error
 
 
 def test_observation_planes():
