@@ -182,11 +182,11 @@ def look(label: str, labels: list[str]) -> dict:
 
 def draw(path: Path, results: list[Result]) -> None:
     """Learning curves, a panel for each environment: mean over seeds, 90 % interval shaded. Every optimizer has one look; of
-    several step sizes the best is drawn."""
+    several step sizes the best is drawn. Each panel's legend names the step sizes."""
     env_names, labels = names_of(results, "env_name"), names_of(results, "label")
     columns = min(3, len(env_names))
     rows = -(-len(env_names) // columns)
-    size = (6, 4) if len(env_names) == 1 else (max(9.0, 3.6 * columns), 2.7 * rows + 0.6)
+    size = (6, 4.5) if len(env_names) == 1 else (4.2 * columns, 4 * rows)
     figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for axes, name in zip(grid.flat, env_names, strict=False):
         for result in at_best_rate(results):
@@ -194,15 +194,15 @@ def draw(path: Path, results: list[Result]) -> None:
                 continue
             low, high = bootstrap_interval(result.returns)
             style = look(result.label, labels)
-            axes.plot(result.env_steps, result.returns.mean(axis=0), label=result.label, linewidth=1.3, **style)
+            label = f"{result.label}, {result.learning_rate:g}"
+            axes.plot(result.env_steps, result.returns.mean(axis=0), label=label, linewidth=1.3, **style)
             axes.fill_between(result.env_steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
         axes.set(xlabel="environment steps", ylabel="return", title=name)
         axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
         axes.grid(alpha=0.3)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, fontsize="x-small", frameon=False)
     for axes in list(grid.flat)[len(env_names) :]:
         axes.remove()
-    handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize="small")
     optim4rl.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=90 if len(env_names) > 1 else 150))
     plt.close(figure)
 
