@@ -95,8 +95,8 @@ def grid_observe(state: GridState, grid: Grid) -> jax.Array:
 def grid_step(key: jax.Array, state: GridState, action: jax.Array, grid: Grid):
     """Move, collect what is in the agent's cell, respawn, and reset where the episode ended. action: [] int in 0 .. 8.
 
-    An absent object respawns at a uniformly random cell, occupied or not, perhaps in the step in which it was collected. One
-    that respawns in the agent's cell is collected in a later step that ends there (staying is one); of two in one cell both are.
+    An absent object respawns at a uniformly random cell, occupied or not, perhaps in the step in which it was collected. In
+    the agent's cell it is collected by a later step that ends there (staying is one). Of two in one cell both are collected.
 
     -> state, obs [R + 2, C + 2, n + 1], reward [] float32, done [] bool
     """

@@ -1,6 +1,8 @@
 """Three estimators of the meta-gradient, d meta-loss / d theta. Each trains some units for K updates on the way:
 
-    estimator(theta, key, units, ages, signs, ...) -> sum of the units' meta-gradients, units, metrics
+    estimator(theta, schedule, units, agent, learned, ...) -> sum of the units' meta-gradients, units, metrics
+
+schedule: what the meta-iteration means to each unit (pipeline_train.Schedule), of which age, sign and key are read.
 
 **backprop**, the paper's. The meta-loss is the agent loss on one more rollout. Agent-gradients are constants to the
 meta-gradient (optim4rl.py stops the derivative there), so with g_1 .. g_K recorded,
@@ -16,7 +18,7 @@ updates, and
 
     d meta-loss / d theta ~ mean over units of meta-loss * (sum of the unit's perturbations since it started) / sigma^2
 
-without bias from the K updates being only a window of a life, and without a derivative. Units come in antithetic pairs that
+without bias from the K updates being only a window of a lifetime, and without a derivative. Units come in antithetic pairs that
 share their keys and differ in the sign of their perturbations.
 
 **nres**, noise-reuse evolution strategies (Li, Harrison, Sohl-Dickstein, Smith & Metz 2023, arXiv 2304.12180; ES-Single of
@@ -55,39 +57,39 @@ def inner_loop(key, unit, age, theta, agent, learned, inner_updates, lifetime):
         key, number = key_and_number
         done = age * inner_updates + number
         progress = (done / (lifetime * inner_updates), (done + 1) / (lifetime * inner_updates))
-        state, seen, metrics = agent.learn(key, state, optimizer, progress)
-        return state, (seen, metrics)
+        state, recorded, metrics = agent.learn(key, state, optimizer, progress)
+        return state, (recorded, metrics)
 
     keys = jax.random.split(key, inner_updates)
-    state, (seen, metrics) = jax.lax.scan(update, unit.agent, (keys, jnp.arange(inner_updates)))
-    return state, seen, metrics
+    state, (recorded, metrics) = jax.lax.scan(update, unit.agent, (keys, jnp.arange(inner_updates)))
+    return state, recorded, metrics
 
 
 # --- backprop ---
 
 
-def backprop(theta, keys, units, ages, signs, agent, learned, inner_updates, lifetime, sigma):
-    """The paper's meta-gradient, by recording and replaying. keys, ages: [N] -> its sum over units, units, metrics [N]"""
-    del signs, sigma
+def backprop(theta, schedule, units, agent, learned, inner_updates, lifetime, sigma):
+    """The paper's meta-gradient, by recording and replaying. -> its sum over units, units, metrics [N]"""
+    del sigma
     start = units.agent
 
     def train(key, unit, age):
         key_inner, key_meta = jax.random.split(key)
-        state, seen, metrics = inner_loop(key_inner, unit, age, theta, agent, learned, inner_updates, lifetime)
+        state, recorded, metrics = inner_loop(key_inner, unit, age, theta, agent, learned, inner_updates, lifetime)
 
         def meta_loss(params):
             return agent.loss(key_meta, state._replace(params=params))
 
         (loss, state), cotangent = jax.value_and_grad(meta_loss, has_aux=True)(state.params)
-        seen = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen)
-        return unit._replace(agent=state), seen, cotangent, {"meta_loss": loss, "return": metrics["return"][-1]}
+        recorded = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), recorded)
+        return unit._replace(agent=state), recorded, cotangent, {"meta_loss": loss, "return": metrics["return"][-1]}
 
-    units, seen, cotangent, metrics = jax.vmap(train)(keys, units, ages)
+    units, recorded, cotangent, metrics = jax.vmap(train)(schedule.key, units, schedule.age)
     if learned.rule:
-        gradient = streamed_replay_gradient(learned.rule, theta, start.opt_state, seen[0], cotangent, units.learning_rate)
+        gradient = streamed_replay_gradient(learned.rule, theta, start.opt_state, recorded[0], cotangent, units.learning_rate)
     else:
         replay = jax.vmap(partial(replay_gradient, learned, theta))
-        gradients = replay((start.params, start.opt_state), *seen, cotangent, units.learning_rate)
+        gradients = replay((start.params, start.opt_state), *recorded, cotangent, units.learning_rate)
         gradient = jax.tree.map(lambda g: jnp.sum(g, axis=0), gradients)
     return gradient, units, metrics
 
@@ -95,18 +97,18 @@ def backprop(theta, keys, units, ages, signs, agent, learned, inner_updates, lif
 def replay_gradient(learned: LearnedOptimizer, theta, start, grads, extra_args, cotangent, learning_rate) -> Any:
     """d <cotangent, params after the K recorded updates> / d theta, by replaying them. For any learned optimizer.
 
-    start: (params, opt_state) before the updates; grads: [K, ...] like params; extra_args: {name: [K]}, what the optimizer
-    was told besides; cotangent: like params. One agent.
+    start: (params, opt_state) before the updates; grads: [K, ...] like params; extra_args: {name: [K]}, the optimizer's
+    extra arguments; cotangent: like params. One agent.
     """
 
     @jax.checkpoint  # keep the states, compute the rest anew
-    def step(theta, carry, seen):
-        (params, opt_state), (grad, extra_args) = carry, seen
+    def step(theta, carry, recorded):
+        (params, opt_state), (grad, extra_args) = carry, recorded
         updates, opt_state = learned.update(theta, grad, opt_state, params, learning_rate, **extra_args)
         return optax.apply_updates(params, updates), opt_state
 
     def replayed(theta):
-        params, _ = jax.lax.scan(lambda carry, seen: (step(theta, carry, seen), None), start, (grads, extra_args))[0]
+        params, _ = jax.lax.scan(lambda carry, x: (step(theta, carry, x), None), start, (grads, extra_args))[0]
         return optax.tree.vdot(cotangent, params)
 
     return jax.grad(replayed)(theta)
@@ -150,8 +152,8 @@ def streamed_replay_gradient(rule: Callable, theta, opt_state, grads, cotangent,
 # --- pes and nres ---
 
 
-def evolution(theta, keys, units, ages, signs, agent, learned, inner_updates, lifetime, sigma, reuse):
-    """pes, or with reuse nres. keys: [N], the same for the two of a pair; signs: [N], 1 and -1 of each pair.
+def evolution(theta, schedule, units, agent, learned, inner_updates, lifetime, sigma, reuse):
+    """pes, or with reuse nres. The two units of a pair have the same key, and the signs 1 and -1.
 
     -> the sum over units of their estimates, units, metrics [N]
     """
@@ -166,7 +168,7 @@ def evolution(theta, keys, units, ages, signs, agent, learned, inner_updates, li
         metrics = {"meta_loss": loss, "return": metrics["return"][-1]}
         return optax.tree.scale(sign * loss / sigma, noise), Unit(state, unit.learning_rate, noise), metrics
 
-    gradients, units, metrics = jax.vmap(train)(keys, units, ages, signs)
+    gradients, units, metrics = jax.vmap(train)(schedule.key, units, schedule.age, schedule.sign)
     return jax.tree.map(lambda g: jnp.sum(g, axis=0), gradients), units, metrics
 
 

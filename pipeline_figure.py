@@ -23,7 +23,7 @@ import pipeline_train
 import report
 import runs
 from optim4rl import write_whole
-from units import schedule
+from pipeline_train import schedule
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen

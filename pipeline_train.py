@@ -4,11 +4,14 @@
     python pipeline_train.py --env-name catch
     python pipeline_train.py --env-name ant
 
-One meta-iteration: every unit (an agent in its own environments) that is due starts anew; every unit learns for K updates
-with the optimizer as it stands; the agent loss on one more fresh rollout is the meta-loss, and its gradient with respect
-to theta (meta_gradient.py), averaged over units (units.py) and tasks, goes to Adam. With --meta-estimator pes or
-nres the meta-loss is instead minus the agents' return, and its gradient is estimated by perturbing theta.
+A unit is an agent in its own environments with its own optimizer state. One meta-iteration:
 
+    1. reset every unit whose turn it is                              (schedule, reset_due)
+    2. K updates of every unit with the optimizer theta               (train_group, meta_gradient.inner_loop)
+    3. the meta-gradient of the agents' loss on one more rollout      (train_group, meta_gradient.backprop)
+    4. its mean over units and tasks goes to Adam, which moves theta  (meta_step)
+
+With --meta-estimator pes or nres the meta-loss is minus the agents' return, and its gradient is estimated by perturbing theta.
 Flags left unset take the paper's value for the environment; what was taken is printed.
 
 Legend: N units, K inner updates, S gradient steps of one update, m reset interval.
@@ -36,14 +39,173 @@ import gridworld
 import optimizers
 import ppo
 import runs
-from optim4rl import LearnedOptimizer, load_theta, save_theta
+from meta_gradient import ESTIMATORS, Unit
+from optim4rl import LearnedOptimizer, load_theta, save_theta, to_optax
 from settings import check_environment, setting_of
-from units import Task, new_unit, only_finite, schedule, train_group, train_units
 
-COMPILER_OPTIONS = {
-    "xla_cpu_prefer_vector_width": 512,  # where a CPU has such registers: a fifth off an iteration's time
-    "xla_disable_hlo_passes": "cpu-parallel-task-assigner",  # each core has units of its own: no thread helps another
-}
+# --- Pipeline training ---
+
+
+class Task(NamedTuple):
+    agent: a2c.Agent | ppo.Agent
+    learning_rate: float
+
+
+class MetaState(NamedTuple):
+    theta: Any
+    meta_opt_state: Any
+    units: tuple  # for each task its units, a meta_gradient.Unit of [N, ...]
+    iteration: jax.Array  # [] int32
+    bad_updates: jax.Array  # [] int32, updates in a row that were skipped because the meta-gradient was not finite
+
+
+class Schedule(NamedTuple):
+    """What a meta-iteration means to each unit."""
+
+    due: jax.Array  # [N] bool, is reset
+    age: jax.Array  # [N] int32, meta-iterations since its reset
+    sign: jax.Array  # [N], of its perturbation (meta_gradient.evolution)
+    key: jax.Array  # [N]
+
+
+def reset_slots(num_units: int, reset_interval: int) -> np.ndarray:
+    """[N] int: unit i is reset at every meta-iteration t with t mod m equal to its slot."""
+    return np.floor(np.linspace(0, reset_interval - 1, num_units)).astype(np.int32)
+
+
+def schedule(key: jax.Array, iteration: jax.Array, args: "Args") -> Schedule:
+    """Until its first reset, and always without the pipeline, a unit is as old as training. With pes and nres, pairs share
+    keys and slots."""
+    pair, slots = 1, reset_slots(args.num_units, args.reset_interval)
+    if args.meta_estimator != "backprop":  # few pairs: evenly round a circle, so that the last is not next to the first
+        pair, num_pairs = 2, args.num_units // 2
+        slots = np.repeat(np.arange(num_pairs) * args.reset_interval // num_pairs, pair)
+    since_reset = (iteration - slots) % args.reset_interval
+    age = jnp.minimum(since_reset, iteration) if args.pipeline else jnp.full(args.num_units, iteration)
+    number = jnp.arange(args.num_units)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, number // pair)
+    return Schedule((since_reset == 0) & args.pipeline, age, 1.0 - 2 * (number % 2), keys)
+
+
+def new_unit(key: jax.Array, theta: Any, task: Task, learned: LearnedOptimizer, args: "Args") -> Unit:
+    """A unit with a new agent, and a learning rate and a reward scale drawn from their ranges."""
+    key_agent, key_rate, key_reward = jax.random.split(key, 3)
+    key_noise = jax.random.fold_in(key, 3)
+    agent = task.agent.init(key_agent, to_optax(learned, theta, 1.0))
+    agent = agent._replace(reward_factor=log_uniform(key_reward, args.reward_scale_range))
+    learning_rate = task.learning_rate * log_uniform(key_rate, args.learning_rate_range)
+    noise = {
+        "backprop": lambda: (),
+        "pes": lambda: optax.tree.zeros_like(theta),
+        "nres": lambda: optax.tree.random_like(key_noise, theta, jax.random.normal),
+    }[args.meta_estimator]()
+    return Unit(agent, learning_rate, noise)
+
+
+def reset_due(keys: jax.Array, units: Unit, due: jax.Array, new: Callable) -> Unit:
+    """Whole new units (parameters, optimizer state, environments) where due; the others unchanged. due: [N] bool."""
+
+    def reset(units):
+        def choose(new, old):
+            return jnp.where(due.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+        return jax.tree.map(choose, jax.vmap(new)(keys), units)
+
+    return jax.lax.cond(jnp.any(due), reset, lambda units: units, units)
+
+
+def train_group(theta, schedule: Schedule, units: Unit, task: Task, learned: LearnedOptimizer, args: "Args"):
+    """Reset and train some units side by side. -> sum of their meta-gradients, units, metrics [N]
+
+    A unit whose parameters are no longer finite is reset too; a sum that is not finite is left out. metrics["broken"] says
+    whose they were.
+    """
+    key_reset, key_train = jnp.moveaxis(jax.vmap(jax.random.split)(schedule.key), 1, 0)
+    broken = ~jax.vmap(ppo.all_finite)(units.agent.params)
+    new = partial(new_unit, theta=theta, task=task, learned=learned, args=args)
+    units = reset_due(key_reset, units, schedule.due | broken, new)
+    lifetime = args.reset_interval if args.pipeline else args.num_iterations
+    estimate = partial(ESTIMATORS[args.meta_estimator], inner_updates=args.inner_updates, lifetime=lifetime, sigma=args.sigma)
+    gradient, units, metrics = estimate(theta, schedule._replace(key=key_train), units, task.agent, learned)
+    lost = ~ppo.all_finite(gradient)
+    gradient = keep_if_finite(gradient, optax.tree.zeros_like(gradient))
+    return gradient, units, metrics | {"broken": broken | lost}
+
+
+def init_meta_state(key: jax.Array, tasks: list[Task], learned: LearnedOptimizer, args: "Args") -> MetaState:
+    key_theta, key_units = jax.random.split(key)
+    theta = learned.init_theta(key_theta)
+    units = []
+    for i, task in enumerate(tasks):
+        keys = schedule(jax.random.fold_in(key_units, i), 0, args).key
+        units.append(jax.vmap(partial(new_unit, theta=theta, task=task, learned=learned, args=args))(keys))
+    return MetaState(theta, meta_optimizer(args).init(theta), tuple(units), jnp.int32(0), jnp.int32(0))
+
+
+def meta_step(key: jax.Array, state: MetaState, tasks: list[Task], learned: LearnedOptimizer, args: "Args", mesh: Mesh):
+    """One meta-iteration. -> MetaState, for each task its metrics"""
+    gradients, all_units, all_metrics = [], [], []
+    for i, (task, units) in enumerate(zip(tasks, state.units, strict=True)):
+        key_task = jax.random.fold_in(jax.random.fold_in(key, state.iteration), i)
+        train = partial(train_group, task=task, learned=learned, args=args)
+        plan = schedule(key_task, state.iteration, args)
+        gradient, units, metrics = runs.mean_over_units(train, state.theta, plan, units, mesh)
+        gradient = optax.tree.scale(jnp.where(jnp.all(metrics["broken"]), jnp.nan, 1.0), gradient)
+        gradients.append(gradient)
+        all_units.append(units)
+        all_metrics.append(
+            {
+                "meta_loss": jnp.nanmean(metrics["meta_loss"]),
+                "return": jnp.nanmean(metrics["return"]),
+                "meta_grad_norm": optax.tree.norm(gradient),
+                "broken_units": jnp.sum(metrics["broken"]),
+            }
+        )
+    clip = META_CLIPS[args.meta_clip]
+    clipped = [clip.update(gradient, clip.init(gradient))[0] for gradient in gradients]
+    gradient = jax.tree.map(lambda *gs: sum(gs) / len(gs), *clipped)
+    updates, meta_opt_state = meta_optimizer(args).update(gradient, state.meta_opt_state)
+    after = (optax.apply_updates(state.theta, updates), meta_opt_state, jnp.int32(0))
+    before = (state.theta, state.meta_opt_state, state.bad_updates + 1)
+    theta, meta_opt_state, bad_updates = keep_if_finite(after, before, (after, gradients))
+    return MetaState(theta, meta_opt_state, tuple(all_units), state.iteration + 1, bad_updates), all_metrics
+
+
+META_CLIPS = {"global_norm": optax.clip_by_global_norm(0.5), "elementwise": optax.clip(1.0), "none": optax.identity()}
+
+
+def meta_optimizer(args: "Args") -> optax.GradientTransformation:
+    last = 0.0 if args.anneal_meta_lr else args.meta_learning_rate
+    return optax.adam(optax.linear_schedule(args.meta_learning_rate, last, args.num_iterations))
+
+
+def log_uniform(key: jax.Array, limits: tuple) -> jax.Array:
+    """A number between the limits, uniform in its logarithm."""
+    low, high = jnp.log(jnp.array(limits))
+    return jnp.exp(jax.random.uniform(key, minval=low, maxval=high))
+
+
+def keep_if_finite(new: Any, old: Any, judge: Any = None) -> Any:
+    """new where all of it (or of `judge`) is finite, old otherwise."""
+    finite = ppo.all_finite(new if judge is None else judge)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+
+
+def jit_meta_step(args: "Args", tasks: list[Task], learned: LearnedOptimizer, mesh: Mesh) -> tuple[Callable, Callable]:
+    """-> init(key) -> MetaState, step(key, MetaState) -> MetaState, metrics
+
+    theta is on every device of the mesh, the units are spread over them; step reuses the buffers of its MetaState.
+    """
+    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("units"))
+    shardings = MetaState(whole, whole, split, whole, whole)
+    init = partial(init_meta_state, tasks=tasks, learned=learned, args=args)
+    step = partial(meta_step, tasks=tasks, learned=learned, args=args, mesh=mesh)
+    options = {"out_shardings": (shardings, whole), "compiler_options": runs.COMPILER_OPTIONS}
+    return jax.jit(init, out_shardings=shardings), jax.jit(step, donate_argnums=1, **options)
+
+
+# --- The command line ---
+
 MOST_BAD_UPDATES = 10  # in a row end the run
 SHORTER = "--num-units 64 with --total-steps 1e6, or fewer --num-iterations, make it short; Ctrl-C keeps what was trained"
 
@@ -125,67 +287,6 @@ class Args:
     """the run's folder is made in here"""
 
 
-class MetaState(NamedTuple):
-    theta: Any
-    meta_opt_state: Any
-    units: tuple  # for each task the agents' states, [N, ...]
-    iteration: jax.Array  # [] int32
-    bad_updates: jax.Array  # [] int32, updates in a row that were left out because the meta-gradient was not finite
-
-
-# --- Meta-training ---
-
-
-def clipping(meta_clip: str) -> optax.GradientTransformation:
-    return {"global_norm": optax.clip_by_global_norm(0.5), "elementwise": optax.clip(1.0), "none": optax.identity()}[meta_clip]
-
-
-def make_meta_step(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh) -> tuple[Callable, Callable]:
-    """-> init(key) -> MetaState, step(key, MetaState) -> MetaState, metrics: one meta-iteration. Both jitted.
-
-    theta is on every device of the mesh, the units are spread over them; step takes over the buffers of its MetaState.
-    """
-    last = 0.0 if args.anneal_meta_lr else args.meta_learning_rate
-    meta_optimizer = optax.adam(optax.linear_schedule(args.meta_learning_rate, last, args.num_iterations))
-    clip = clipping(args.meta_clip)
-
-    def init(key):
-        key_theta, key_units = jax.random.split(key)
-        theta = learned.init_theta(key_theta)
-        units = []
-        for i, task in enumerate(tasks):
-            keys = schedule(jax.random.fold_in(key_units, i), 0, args).key
-            units.append(jax.vmap(partial(new_unit, theta=theta, task=task, learned=learned, args=args))(keys))
-        return MetaState(theta, meta_optimizer.init(theta), tuple(units), jnp.int32(0), jnp.int32(0))
-
-    def step(key, state):
-        gradients, all_units, all_metrics = [], [], []
-        for i, (task, units) in enumerate(zip(tasks, state.units, strict=True)):
-            key_task = jax.random.fold_in(jax.random.fold_in(key, state.iteration), i)
-            train = partial(train_group, task=task, learned=learned, args=args)
-            plan = schedule(key_task, state.iteration, args)
-            gradient, units, metrics = train_units(state.theta, plan, units, train, mesh)
-            all_units.append(units)
-            some_left = jnp.where(jnp.all(metrics["broken"]), jnp.nan, 1.0)
-            gradients.append(gradient := optax.tree.scale(some_left, gradient))
-            means = {"meta_loss": jnp.nanmean(metrics["meta_loss"]), "return": jnp.nanmean(metrics["return"])}
-            all_metrics.append(
-                means | {"meta_grad_norm": optax.tree.norm(gradient), "broken_units": jnp.sum(metrics["broken"])}
-            )
-        clipped = [clip.update(gradient, clip.init(gradient))[0] for gradient in gradients]
-        gradient = jax.tree.map(lambda *gs: sum(gs) / len(gs), *clipped)
-        updates, meta_opt_state = meta_optimizer.update(gradient, state.meta_opt_state)
-        after = (optax.apply_updates(state.theta, updates), meta_opt_state, jnp.int32(0))
-        before = (state.theta, state.meta_opt_state, state.bad_updates + 1)
-        theta, meta_opt_state, bad_updates = only_finite(after, before, (after, gradients))
-        return MetaState(theta, meta_opt_state, tuple(all_units), state.iteration + 1, bad_updates), all_metrics
-
-    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("units"))
-    shardings = MetaState(whole, whole, split, whole, whole)
-    step = jax.jit(step, donate_argnums=1, out_shardings=(shardings, whole), compiler_options=COMPILER_OPTIONS)
-    return jax.jit(init, out_shardings=shardings), step
-
-
 def all_agent_args(args: Args) -> list[a2c.Args | ppo.Args]:
     """What make_agent needs for a unit of each environment."""
     many = []
@@ -222,9 +323,6 @@ def make_learned(args: Args) -> tuple[LearnedOptimizer, dict]:
     config = {name: getattr(args, name, parameter.default) for name, parameter in parameters.items()}
     config |= {"grad_clip": None if np.isinf(args.grad_clip) else args.grad_clip} if "grad_clip" in config else {}
     return factory(**config), config
-
-
-# --- The command line ---
 
 
 def fill_in(args: Args) -> Args:
@@ -298,7 +396,7 @@ def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: M
     kept: the run's checkpoints; with --resume the iterations go on from the last. -> MetaState
     """
     key_init, key_train = jax.random.split(jax.random.key(args.seed))
-    init, step = make_meta_step(args, tasks, learned, mesh)
+    init, step = jit_meta_step(args, tasks, learned, mesh)
     state, steps = init(key_init), steps_per_iteration(args)
     state = kept.restore(state) if args.resume else state
     done = int(state.iteration)

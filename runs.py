@@ -11,17 +11,23 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import tyro
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 import optim4rl
 
+COMPILER_OPTIONS = {
+    "xla_cpu_prefer_vector_width": 512,  # where a CPU has such registers: a fifth off an iteration's time
+    "xla_disable_hlo_passes": "cpu-parallel-task-assigner",  # each core has units of its own: no thread helps another
+}
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "chex", "brax")
 
 
@@ -124,6 +130,38 @@ def choose_devices(num_units: int, num_devices: int | None, num_processes=1, pro
     num_devices = num_devices or fitting[-1]
     devices = [[d for d in jax.devices() if d.process_index == i][:num_devices] for i in range(num_processes)]
     return Mesh(sum(devices, []), "units")
+
+
+def mean_over_units(train: Callable, theta: Any, schedule: Any, units: Any, mesh: Mesh) -> tuple:
+    """Apply train(theta, schedule, units) -> sum of meta-gradients, units, metrics to all units, spread over the devices of the
+    mesh, on each device group by group. schedule, units: [N, ...] -> mean meta-gradient, units, metrics [N]"""
+    num_units = jax.tree.leaves(schedule)[0].shape[0]
+    per_device = num_units // mesh.size
+    # On a CPU one unit at a time stays in the cache; an accelerator wants many, as far as its memory goes.
+    most = 1 if jax.default_backend() == "cpu" else 64
+    group = max(size for size in range(1, most + 1) if per_device % size == 0)
+
+    def on_device(theta, schedule, units):
+        def on_group(carry, start):
+            total, units = carry
+            some = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, group), (schedule, units))
+            some = jax.lax.optimization_barrier(some)  # a copy of these few, so that XLA does not copy all
+            gradient, some, metrics = train(theta, *some)
+            units = jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, 0), units, some)
+            return (jax.tree.map(jnp.add, total, gradient), units), metrics
+
+        # The units are the loop's carry, and so updated in place: they are most of the memory.
+        start = (jax.tree.map(jnp.zeros_like, theta), units)
+        (total, units), metrics = jax.lax.scan(on_group, start, jnp.arange(0, per_device, group))
+        metrics = jax.tree.map(jnp.ravel, metrics)
+        return jax.lax.psum(total, "units"), units, metrics
+
+    split, whole = PartitionSpec("units"), PartitionSpec()
+    on_devices = jax.shard_map(
+        on_device, mesh=mesh, in_specs=(whole, split, split), out_specs=(whole, split, split), check_vma=False
+    )
+    total, units, metrics = on_devices(theta, schedule, units)
+    return jax.tree.map(lambda g: g / num_units, total), units, metrics
 
 
 def make_folder(runs_dir: str, env_name: str, script: str, seed: int, args: Any) -> Path:

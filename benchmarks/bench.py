@@ -136,7 +136,7 @@ def measure_meta(name, units, way, devices=1, inner_updates=4, repeats=3):
     (task,), learned, _ = pipeline_train.set_up(args)
     key = jax.random.key(0)
     if way == "ours":
-        init, step = pipeline_train.make_meta_step(args, [task], learned, mesh)
+        init, step = pipeline_train.jit_meta_step(args, [task], learned, mesh)
         state = init(key)
     else:
         theta = learned.init_theta(key)

@@ -12,8 +12,7 @@ import pytest
 from a2c import Agent
 from meta_gradient import Unit, nres, pes
 from optim4rl import LearnedOptimizer
-from pipeline_train import Args, fill_in
-from units import Task, new_unit, schedule, train_group
+from pipeline_train import Args, Schedule, Task, fill_in, new_unit, schedule, train_group
 
 # An agent is a point x that moves by theta at every update and is paid minus half its squared distance from `goal`; after T
 # updates from 0 it is at T theta, so the mean pay of a life of T updates is -1/2 mean_t (t theta - goal)^2. `chance` is added
@@ -68,7 +67,7 @@ def estimate(estimator, num_pairs, num_windows, inner_updates, chance=0.0):
     units = Unit(agent, jnp.ones((num_pairs, 2)), {"step": twice(noise[:, None])})
 
     def of_pair(keys, units, age):
-        return estimator(theta, keys, units, jnp.full(2, age), jnp.array([1.0, -1.0]), **options)[:2]
+        return estimator(theta, Schedule(None, jnp.full(2, age), jnp.array([1.0, -1.0]), keys), units, **options)[:2]
 
     of_pairs, found = jax.jit(jax.vmap(of_pair, (0, 0, None))), []
     for window in range(num_windows):

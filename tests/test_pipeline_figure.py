@@ -9,7 +9,7 @@ import a2c
 import gridworld
 import optimizers
 import pipeline_figure
-from units import reset_slots
+from pipeline_train import reset_slots
 
 
 def test_sizes_are_those_of_each_agents_own_gradient():

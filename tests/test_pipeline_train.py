@@ -16,10 +16,23 @@ import gridworld
 import optimizers
 import pipeline_train
 import ppo
+import runs
 from meta_gradient import Unit, inner_loop, replay_gradient, streamed_replay_gradient
 from optim4rl import BLOCK, make_optim4rl, save_theta, to_optax
-from pipeline_train import Args, fill_in, make_meta_step, set_up
-from units import Schedule, Task, new_unit, only_finite, reset_due, reset_slots, schedule, train_group, train_units
+from pipeline_train import (
+    Args,
+    Schedule,
+    Task,
+    fill_in,
+    jit_meta_step,
+    keep_if_finite,
+    new_unit,
+    reset_due,
+    reset_slots,
+    schedule,
+    set_up,
+    train_group,
+)
 
 KINDS = [(cell, inputs) for cell in ("lstm", "gru") for inputs in ("raw", "log")]
 
@@ -274,7 +287,7 @@ def small_args(**changes):
 @functools.lru_cache
 def compiled_meta_step(args, num_devices):
     tasks, learned, _ = set_up(args)
-    return make_meta_step(args, tasks, learned, Mesh(jax.devices()[:num_devices], "units"))
+    return jit_meta_step(args, tasks, learned, Mesh(jax.devices()[:num_devices], "units"))
 
 
 def iterate(args, iterations=4, num_devices=1):
@@ -320,7 +333,7 @@ def test_same_seed_same_theta_bit_for_bit():
 
 def test_one_trace_for_all_iterations(monkeypatch):
     chex.clear_trace_counter()
-    monkeypatch.setattr(pipeline_train, "train_units", chex.assert_max_traces(pipeline_train.train_units, n=1))
+    monkeypatch.setattr(runs, "mean_over_units", chex.assert_max_traces(runs.mean_over_units, n=1))
     iterate(small_args())
 
 
@@ -371,7 +384,7 @@ def test_a_unit_that_goes_wrong_is_left_out_and_starts_anew():
     task, learned = make_task(), make_optim4rl()
     theta, units = make_units(task, learned, 3)
     group, mesh = group_of(task, learned), Mesh(jax.devices()[:1], "units")
-    all_units = jax.jit(functools.partial(train_units, train=group, mesh=mesh))
+    all_units = jax.jit(functools.partial(runs.mean_over_units, group, mesh=mesh))
     good = jnp.array([0, 2])
     whole = group(theta, pick(planned(3), good), pick(units, good))[0]
     for value, overflows in ((jnp.nan, False), (1e30, True)):
@@ -390,7 +403,7 @@ def test_a_unit_that_goes_wrong_is_left_out_and_starts_anew():
 def test_a_meta_gradient_that_is_not_finite_changes_nothing():
     new, old = {"a": jnp.ones(2), "b": jnp.array([1, 2])}, {"a": jnp.zeros(2), "b": jnp.array([3, 4])}
     for judge, expected in (({"g": jnp.array([1.0, jnp.inf])}, old), ({"g": jnp.array([1.0])}, new)):
-        jax.tree.map(np.testing.assert_array_equal, only_finite(new, old, judge), expected)
+        jax.tree.map(np.testing.assert_array_equal, keep_if_finite(new, old, judge), expected)
 
 
 def test_an_annealed_meta_step_size_falls_to_zero():

@@ -202,13 +202,13 @@ def test_a_suite_takes_what_has_weights_and_says_what_it_leaves_out(monkeypatch)
 
 
 GOES_WRONG = """
-import sys, jax, jax.numpy as jnp, pipeline_train
-train_units = pipeline_train.train_units
-def wrong_from_3_on(theta, plan, units, *rest):
-    gradient, units, metrics = train_units(theta, plan, units, *rest)
+import sys, jax, jax.numpy as jnp, pipeline_train, runs
+mean_over_units = runs.mean_over_units
+def wrong_from_3_on(train, theta, plan, *rest):
+    gradient, units, metrics = mean_over_units(train, theta, plan, *rest)
     now = (3 <= plan.age.max()) & (plan.age.max() < {until})  # the oldest unit is as old as training
     return jax.tree.map(lambda g: jnp.where(now, jnp.{value}, g), gradient), units, metrics
-pipeline_train.train_units = wrong_from_3_on
+runs.mean_over_units = wrong_from_3_on
 pipeline_train.main()
 """
 
