@@ -16,7 +16,6 @@ import dataclasses
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +24,6 @@ import numpy as np
 
 import a2c
 import gridworld
-import inspection
 import optimizers
 import ppo
 import report
@@ -76,8 +74,6 @@ class Args:
     """evaluations of each of PPO's agents; in short runs they are most of the time"""
     backend: Literal["spring", "generalized", "positional", "mjx"] = "spring"
     """physics of Brax's tasks: spring, generalized, positional or mjx"""
-    inspect: str | None = None
-    """instead of all this draw what this optimizer does with made-up gradients (inspection.py): pretrained/NAME or a .npz"""
     runs_dir: str = "runs"
     """the run's folder is made in here"""
 
@@ -205,15 +201,6 @@ def sweep(learner: Learner, run: Run, args: Args, title: str, interrupted) -> li
     return results
 
 
-def draw_inspection(args: Args) -> None:
-    """Raises ValueError, in one line, for what is no theta file."""
-    optimizers.load_learned(args.inspect)
-    folder = runs.make_folder(args.runs_dir, Path(args.inspect).stem, "inspect", 0, args)
-    rows = inspection.inspect(args.inspect, folder)
-    report.write_csv(folder / "inspection.csv", ("optimizer", "gradients", "magnitude", "at", "update_over_step_size"), rows)
-    print(f"written: {folder}/inspection.png, inspection.csv")
-
-
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
@@ -221,8 +208,6 @@ def main() -> None:
         runs.check_positive(args, "batch_size", "value_layers", "num_evals")
         if not args.optimizers or not args.env_name or len(set(args.env_name)) < len(args.env_name):
             raise ValueError("--optimizers and --env-name must name at least one, and each environment once")
-        if args.inspect:
-            return draw_inspection(args)
         args = fill_in(args)
         learners = {name: make_learner(args, name) for name in args.env_name}
         to_run = plan(args)

@@ -96,7 +96,7 @@ def test_a_download_must_have_its_checksum(tmp_path, monkeypatch):
 
 
 def run_script(cwd, *flags):
-    command = [sys.executable, str(ROOT / "gradient_distributions.py"), *flags]
+    command = [sys.executable, str(ROOT / "figures" / "gradient_distributions.py"), *flags]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-import evaluate
+import inspection
 from inspection import MAGNITUDES, SHOWN, sequences, steps_made
 
 
@@ -20,8 +20,8 @@ def test_steps_of_adam_and_sign_descent_are_those_of_their_equations():
 
 def test_inspect_to_its_files(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--inspect", "pretrained/momentum4rl"])
-    evaluate.main()
+    monkeypatch.setattr("sys.argv", ["inspection.py", "pretrained/momentum4rl"])
+    inspection.main()
     (folder,) = (tmp_path / "runs").iterdir()
     assert (folder / "inspection.png").read_bytes()[1:4] == b"PNG" and str(folder.name) in capsys.readouterr().out
     assert (folder / "inspection.csv").read_text().count("\n") == 1 + 5 * 3 * len(MAGNITUDES)

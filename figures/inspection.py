@@ -1,12 +1,14 @@
-"""What has an optimizer learned, if more than a step size?
+"""What has an optimizer learned, if more than a learning rate?
 
-    python evaluate.py --inspect pretrained/momentum4rl
+    python figures/inspection.py pretrained/momentum4rl
 
 draws it beside Adam, RMSProp and sign descent: the size of its updates, in step sizes, against the gradient's magnitude and
 over time, for gradients that are always the same, that alternate in sign, and that are a tenth signal and the rest noise.
 Each magnitude is a coordinate of one vector of parameters.
 """
 
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -14,9 +16,14 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+import tyro
 
-import optimizers
-from optim4rl import write_whole
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import optimizers  # noqa: E402, once the project is on the path
+import report  # noqa: E402
+import runs  # noqa: E402
+from optim4rl import write_whole  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
@@ -28,6 +35,14 @@ WINDOW = 10  # updates
 STEP_SIZE = 1e-3
 CLASSICAL = ("adam", "rmsprop", "sign_sgd")
 LOOKS = {"adam": ("0.0", "--"), "rmsprop": ("0.45", "-."), "sign_sgd": ("0.7", ":")}
+
+
+@dataclass(frozen=True)
+class Args:
+    optimizer: tyro.conf.Positional[str]
+    """pretrained/NAME or the path of a .npz"""
+    runs_dir: str = "runs"
+    """the run's folder is made in here"""
 
 
 def sequences() -> dict[str, np.ndarray]:
@@ -79,3 +94,17 @@ def inspect(path: str, out: Path) -> list[tuple]:
     write_whole(out / "inspection.png", lambda file: figure.savefig(file, format="png", dpi=120))
     plt.close(figure)
     return rows
+
+
+def main() -> None:
+    args = runs.parse(Args, __doc__)
+    with runs.bad_input():
+        optimizers.load_learned(args.optimizer)
+        folder = runs.make_folder(args.runs_dir, Path(args.optimizer).stem, "inspection", 0, args)
+    columns = ("optimizer", "gradients", "magnitude", "at", "update_over_learning_rate")
+    report.write_csv(folder / "inspection.csv", columns, inspect(args.optimizer, folder))
+    print(f"written: {folder}/inspection.png, inspection.csv")
+
+
+if __name__ == "__main__":
+    main()

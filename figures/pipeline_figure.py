@@ -1,7 +1,7 @@
 """Pipeline training, seen (Figure 2a of Lan et al. 2024): how old every unit is at every meta-iteration, and how large its
 agent's gradients are, with the pipeline and without.
 
-    python pipeline_figure.py --env-name small_dense_long --num-units 32 --num-iterations 150 --reset-interval 48
+    python figures/pipeline_figure.py --env-name small_dense_long --num-units 32 --num-iterations 150 --reset-interval 48
 
 Flags are those of pipeline_train.py, and so are the two runs. Without the pipeline all units are of one age, and what
 the optimizer is trained on drifts as they learn; with it every age is there at once, from the first lifetime on.
@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-import pipeline_train
-import report
-import runs
-from optim4rl import write_whole
-from pipeline_train import schedule
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pipeline_train  # noqa: E402, once the project is on the path
+import report  # noqa: E402
+import runs  # noqa: E402
+from optim4rl import write_whole  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
@@ -58,7 +59,7 @@ def watch(args: pipeline_train.Args, mesh, interrupted) -> Seen:
     with runs.progress(args.num_iterations, TITLES[args.pipeline]) as bar:
 
         def on_iteration(iteration, state, row):
-            seen.ages.append(np.asarray(schedule(key, iteration - 1, args).age))
+            seen.ages.append(np.asarray(pipeline_train.schedule(key, iteration - 1, args).age))
             seen.sizes.append(np.asarray(measure(iteration, state.units[0].agent)))
             bar.update()
             return interrupted()
@@ -107,7 +108,7 @@ def main() -> None:
     args = runs.parse(pipeline_train.Args, __doc__)
     with runs.bad_input():
         if args.resume or args.num_processes > 1 or len(args.env_name) > 1:
-            raise ValueError("this figure takes one environment and one process, and is drawn anew: no --resume")
+            raise ValueError("this figure takes one environment and one process, and cannot be resumed: no --resume")
         args = pipeline_train.fill_in(args)
         mesh = runs.choose_devices(args.num_units, args.num_devices)
         pipeline_train.set_up(args)

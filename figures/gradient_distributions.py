@@ -1,8 +1,8 @@
 """How large are gradients, and the updates made of them, at the beginning, in the middle and at the end of training?
 
-    python gradient_distributions.py --task a2c --env-name big_dense_long --optimizer rmsprop --learning-rate 3e-3
-    python gradient_distributions.py --task mnist
-    python gradient_distributions.py --task digits
+    python figures/gradient_distributions.py --task a2c --env-name big_dense_long --optimizer rmsprop --learning-rate 3e-3
+    python figures/gradient_distributions.py --task mnist
+    python figures/gradient_distributions.py --task digits
 
 Histograms of log10(|g| + 1e-8) over all coordinates (Figures 1 and 5 of Lan et al. 2024), in all and layer by layer, of the
 first, the middle and the last tenth of the updates. They are counted inside the jitted update, in the optimizer's state:
@@ -24,13 +24,15 @@ import matplotlib
 import numpy as np
 import optax
 
-import a2c
-import classifier
-import gridworld
-import optimizers
-import report
-import runs
-from optim4rl import write_whole
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import a2c  # noqa: E402, once the project is on the path
+import classifier  # noqa: E402
+import gridworld  # noqa: E402
+import optimizers  # noqa: E402
+import report  # noqa: E402
+import runs  # noqa: E402
+from optim4rl import write_whole  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
