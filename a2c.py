@@ -30,7 +30,7 @@ class Args:
     """adam, adam_linear (falling to 0), rmsprop, sgd, sign_sgd, untrained (Optim4RL before meta-training; untrained:star),
     pretrained/NAME, or the path of a .npz"""
     learning_rate: float = 3e-3
-    """step size; for the gridworlds try 3e-2 to 1e-4 in half decades"""
+    """learning rate; for the gridworlds try 3e-2 to 1e-4 in half decades"""
     total_steps: float = 3e6
     """environment steps in all, over all environments"""
     num_envs: int = 512
@@ -54,9 +54,9 @@ class Args:
     """rewards are multiplied by this before learning; the logged returns are not"""
     # --- The run ---
     checkpoint_minutes: float = 5.0
-    """minutes between two writings of the whole state, from which --resume goes on"""
+    """minutes between two checkpoints of the whole state"""
     resume: str | None = None
-    """go on with the run in this folder; its arguments are taken"""
+    """continue the run in this folder, with its arguments"""
     runs_dir: str = "runs"
     """the run's folder is made in here"""
 
@@ -293,14 +293,14 @@ def num_updates(args: Args) -> int:
 
 
 def main() -> None:
-    import checkpoints
     import gridworld
     import optimizers
     import runs
+    from checkpoints import Checkpoints, resumed_args
 
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
-        args = checkpoints.resumed_args(args.resume, args) if args.resume else args
+        args = resumed_args(args.resume, args) if args.resume else args
         runs.check_positive(args, "learning_rate", "total_steps", "num_envs", "num_seeds", "rollout_steps", "reward_scale")
         runs.check_positive(args, "checkpoint_minutes")
         runs.check_between(args, 0, 1, "discount", "td_lambda")
@@ -310,7 +310,7 @@ def main() -> None:
         if not num_updates(args):
             raise ValueError(f"--total-steps {args.total_steps:g} is less than one rollout of all environments")
         folder = runs.run_folder(args, args.env_name, "a2c")
-        kept = checkpoints.Checkpoints(folder, args.checkpoint_minutes)
+        checkpoints = Checkpoints(folder, args.checkpoint_minutes)
 
     with runs.interruptible() as interrupted, runs.Log(folder, num_updates(args)) as log:
 
@@ -318,10 +318,10 @@ def main() -> None:
             per_seed = {f"return_seed_{args.seed + i}": value for i, value in enumerate(metrics["return"])}
             means = {name: value.mean() for name, value in metrics.items()}
             log.write(number, {"env_steps": number * steps_per_update(args), **means, **per_seed})
-            kept.save_if_due(number, state, log, interrupted())
+            checkpoints.save_if_due(number, state, log, interrupted())
             return interrupted()
 
-        history = train(args, env, optimizer, on_update, kept.restore if args.resume else lambda state: state)
+        history = train(args, env, optimizer, on_update, checkpoints.restore if args.resume else lambda state: state)
     final = history["return"][:, -20:].mean(axis=1)
     print(f"return over the last 20 updates: {final.mean():.3f} (by seed: {', '.join(f'{x:.3f}' for x in final)})")
     print(f"written: {folder}/config.json, metrics.csv, TensorBoard events (tensorboard --logdir {args.runs_dir})")

@@ -8,7 +8,7 @@
 A gridworld is learned with A2C, a task of Brax's with PPO, whatever theta was trained on.
 
 Two controls are in the default list, because a learned optimizer that does not beat them has learned nothing: Optim4RL
-before meta-training, and plain sign descent. With --learning-rates each classical optimizer is shown at its best step size,
+before meta-training, and plain sign descent. With --learning-rates each classical optimizer is shown at its best learning rate,
 picked by --sweep-seeds agents whose seeds are not among those that are shown. report.py makes the tables and figures.
 """
 
@@ -37,7 +37,7 @@ SUITES = {
     "transfer": ("inverted_double_pendulum", "ant", "humanoid", "walker2d"),
 }
 WANT_ACCELERATOR = ("ant", "humanoid", "walker2d")
-SUITE_RATES = {"paper": (3e-2, 1e-2, 3e-3, 1e-3), "transfer": ()}  # transfer: all at the paper's step size
+SUITE_RATES = {"paper": (3e-2, 1e-2, 3e-3, 1e-3), "transfer": ()}  # transfer: all at the paper's learning rate
 SHORTER = "fewer --num-seeds or --total-steps make it short; Ctrl-C keeps the optimizers that are done"
 
 
@@ -57,11 +57,11 @@ class Args:
     seed: int = 1000
     """the first agent's seed; away from 0, where meta-training's seeds start"""
     learning_rate: float | None = None
-    """step size (the paper's for the environment; a theta file's own if it was trained on this environment)"""
+    """learning rate (the paper's for the environment; a theta file's own if it was trained on this environment)"""
     learning_rates: tuple[float, ...] = ()
-    """sweep the classical optimizers over these step sizes, e.g. 3e-2 1e-2 3e-3 1e-3 3e-4 1e-4"""
+    """sweep the classical optimizers over these learning rates, e.g. 3e-2 1e-2 3e-3 1e-3 3e-4 1e-4"""
     sweep_seeds: int = 2
-    """agents trained at each step size of the sweep"""
+    """agents trained at each learning rate of the sweep"""
     total_steps: float | None = None
     """environment steps of each agent (catch 5e5, small gridworlds 3e6, big ones 4e6, Brax 2e6 to 1e8)"""
     num_envs: int | None = None
@@ -87,7 +87,7 @@ class Run(NamedTuple):
     env_name: str
     label: str
     optimizer: str  # its name or path
-    rates: tuple  # one step size, or several to choose from
+    rates: tuple  # one learning rate, or several to choose from
 
 
 class Learner(NamedTuple):
@@ -99,7 +99,7 @@ class Learner(NamedTuple):
 
 
 def fill_in(args: Args) -> Args:
-    """The arguments with a suite's environments and step sizes. Raises ValueError, in one line, for what cannot be."""
+    """The arguments with a suite's environments and learning rates. Raises ValueError, in one line, for what cannot be."""
     if args.suite is None:
         return args
     if args.env_name != Args.env_name or args.optimizers != Args.optimizers:
@@ -144,7 +144,7 @@ def plan(args: Args) -> list[Run]:
 
 
 def trained_rate(trained: dict, env_name: str) -> float | None:
-    """The step size that an optimizer was trained with: in this environment, or in all its gridworlds if this is another."""
+    """The learning rate of meta-training: in this environment, or in all its gridworlds if this is another."""
     rates = dict(zip(trained.get("env_name", ()), trained.get("learning_rate", ()), strict=False))
     same = set(rates.values())
     if env_name in gridworld.NAMES and len(rates) > 1 and len(same) == 1:
@@ -170,7 +170,7 @@ def make_learner(args: Args, env_name: str) -> Learner:
 
 
 def train(learner: Learner, run: Run, rate: float, title: str, interrupted) -> report.Result:
-    """All seeds at one step size."""
+    """All seeds at one learning rate."""
     module, agent_args, env = learner
     with runs.progress(module.num_updates(agent_args), title) as bar:
 
@@ -190,11 +190,11 @@ def train(learner: Learner, run: Run, rate: float, title: str, interrupted) -> r
 
 
 def sweep(learner: Learner, run: Run, args: Args, title: str, interrupted) -> list[report.Result]:
-    """One agent a seed of the sweep at each step size; none of the seeds is one of those that are shown."""
+    """One agent a seed of the sweep at each learning rate; none of the seeds is one of those that are shown."""
     apart = dataclasses.replace(learner.args, num_seeds=args.sweep_seeds, seed=args.seed + args.num_seeds)
     results = []
     for rate in run.rates:
-        result = train(learner._replace(args=apart), run, rate, f"{title}, step size {rate:g}", interrupted)
+        result = train(learner._replace(args=apart), run, rate, f"{title}, learning rate {rate:g}", interrupted)
         if interrupted():
             break
         results.append(result)

@@ -101,7 +101,7 @@ def replay_gradient(learned: LearnedOptimizer, theta, start, grads, extra_args, 
     extra arguments; cotangent: like params. One agent.
     """
 
-    @jax.checkpoint  # keep the states, compute the rest anew
+    @jax.checkpoint  # keep the states, recompute the rest
     def step(theta, carry, recorded):
         (params, opt_state), (grad, extra_args) = carry, recorded
         updates, opt_state = learned.update(theta, grad, opt_state, params, learning_rate, **extra_args)
@@ -135,7 +135,7 @@ def streamed_replay_gradient(rule: Callable, theta, opt_state, grads, cotangent,
             step, state = rule(theta, g, state)
             return state, step
 
-        # Few updates: keep what their derivatives need, in the cache. Many: keep only the states, compute the rest anew.
+        # Few updates: keep what their derivatives need, in the cache. Many: keep only the states, recompute the rest.
         few = grads.shape[0] <= 4
         steps = jax.lax.scan(step if few else jax.checkpoint(step), state, grads, unroll=few)[1]
         return jnp.vdot(cotangent, jnp.sum(steps, axis=0))

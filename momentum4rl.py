@@ -8,7 +8,7 @@ cells to see. Here one cell reads, of every coordinate,
 
 with bias-corrected running means m_b of g and v of g^2 (decay .99), the number of steps t, the number n of inputs that the
 coordinate's layer adds up (1 for biases), the largest such number w in the network, and the fraction f of training that is
-done (0 if the optimizer is not told), and
+done (0 if it is not given), and
 
     h <- RNN(h, x)      o1, o2 = readout(h, x)
     update = -learning_rate (1 - f) min(1, sqrt(128 / w)) (g / sqrt(v) exp(o1) + m_.9 / sqrt(v) exp(o2 - 1.5))
@@ -17,8 +17,8 @@ A wide network takes smaller steps in all its layers: what a layer's weights cha
 convolution of 20 inputs below a layer of 2,688 needs steps as small as that layer's.
 
 All of x stays the same when every gradient changes its sign, so the updates change theirs: that need not be learned. The
-read-out starts near zero, so before meta-training this is RMSProp with a little momentum and a step size that falls to zero.
-It is not in the paper. Copy this file and optim4rl.py into your own project, and use it with optax:
+read-out starts near zero, so before meta-training this is RMSProp with a little momentum and a learning rate that falls to
+zero. It is not in the paper. Copy this file and optim4rl.py into your own project, and use it with optax:
 
     theta, header = load_theta("momentum4rl.npz")
     optimizer = momentum4rl(theta, learning_rate=6e-2, num_steps=10_000, **header["config"])
@@ -37,7 +37,7 @@ from optim4rl import (
     BLOCK,
     CELLS,
     LearnedOptimizer,
-    constant,
+    clip_and_stop_gradient,
     from_blocks,
     init_blocks,
     init_cell_state,
@@ -70,7 +70,7 @@ def update_moments(g: jax.Array, moments: jax.Array) -> tuple[jax.Array, jax.Arr
 
 def momentum4rl_rule(theta: dict, given: jax.Array, state: tuple, cell: str, grad_clip: float | None) -> tuple:
     """One step for a block of coordinates. given: [4, C], g, n, max(1, w/128), f; state: (cell, moments) -> step [C], state"""
-    g, n, width, fraction = constant(given[0], grad_clip), *given[1:]
+    g, n, width, fraction = clip_and_stop_gradient(given[0], grad_clip), *given[1:]
     m, v, moments = update_moments(g, state[1])
     root = jnp.sqrt(v) + EPS
     logs = LOG_SCALE * jnp.log(jnp.stack([jnp.abs(g) + EPS, root, moments[-1], n, width]))

@@ -94,8 +94,8 @@ def lstm_forward(weights, state, x):
     return (o * tanh_c, new_c), (weights, inputs, c, i, f, u, o, tanh_c)
 
 
-def lstm_backward(kept, cotangent):
-    weights, inputs, c, i, f, u, o, tanh_c = kept
+def lstm_backward(residuals, cotangent):
+    weights, inputs, c, i, f, u, o, tanh_c = residuals
     h_bar, c_bar = cotangent
     # XLA fuses nothing across a product, so this one by 1 keeps it from computing the c_bar of all later steps again.
     c_bar = jnp.eye(len(c), dtype=c.dtype) @ (c_bar + h_bar * o * (1 - tanh_c * tanh_c))
@@ -179,7 +179,7 @@ def init_theta(key: jax.Array, cell="lstm", inputs="raw", hidden_size=8, readout
     }
 
 
-def constant(g: jax.Array, grad_clip: float | None) -> jax.Array:
+def clip_and_stop_gradient(g: jax.Array, grad_clip: float | None) -> jax.Array:
     """An agent-gradient as optimizers see it: clipped elementwise, and a constant to the meta-gradient.
 
     With clipping an infinite one counts as +-grad_clip. NaN stays NaN: its own coordinate is lost from then on, as with Adam,
@@ -191,7 +191,7 @@ def constant(g: jax.Array, grad_clip: float | None) -> jax.Array:
 
 def optim4rl_rule(theta: dict, g: jax.Array, state: tuple, grad_clip: float | None = 1.0) -> tuple:
     """One step for a block of coordinates. g: [C]; state: (rnn1's, rnn2's) -> m / sqrt(v + eps) [C], state"""
-    config, g = describe(theta), constant(g, grad_clip)
+    config, g = describe(theta), clip_and_stop_gradient(g, grad_clip)
     if config["inputs"] == "raw":
         x1, x2 = g[None], jnp.square(g)[None]
     else:  # the gradient processing of the paper's earlier version

@@ -20,7 +20,7 @@ from momentum4rl import make_momentum4rl
 from optim4rl import (
     CELLS,
     LearnedOptimizer,
-    constant,
+    clip_and_stop_gradient,
     coordinatewise,
     init_cell_state,
     init_dense,
@@ -52,7 +52,7 @@ def make_linear_optim(cell="lstm", hidden_size=8, readout_layers=(), grad_clip: 
     """LinearOptim, the paper's ablation of Optim4RL's structure: update = -learning_rate (exp(o1) g + exp(o2) o3)."""
 
     def rule(theta, g, state):
-        g = constant(g, grad_clip)
+        g = clip_and_stop_gradient(g, grad_clip)
         state = CELLS[cell](theta["rnn"], state, g[None])
         o1, o2, o3 = readout(theta["readout"], state[0])
         return jnp.exp(o1) * g + jnp.exp(o2) * o3, state
@@ -72,7 +72,7 @@ def make_l2lgd2(cell="lstm", hidden_size=8, readout_layers=(), grad_clip: float 
     update = -learning_rate exp(o) g."""
 
     def rule(theta, g, state):
-        g = constant(g, grad_clip)
+        g = clip_and_stop_gradient(g, grad_clip)
         state = CELLS[cell](theta["rnn"], state, preprocess(g))
         return jnp.exp(readout(theta["readout"], state[0])[0]) * g, state
 
@@ -81,7 +81,7 @@ def make_l2lgd2(cell="lstm", hidden_size=8, readout_layers=(), grad_clip: float 
 
 CLASSICAL: dict[str, Callable] = {
     "adam": optax.adam,
-    "adam_linear": lambda learning_rate: optax.chain(optax.adam(learning_rate), falling()),
+    "adam_linear": lambda learning_rate: optax.chain(optax.adam(learning_rate), scale_by_remaining_training()),
     "rmsprop": optax.rmsprop,
     "sgd": optax.sgd,
     "sign_sgd": optax.sign_sgd,
@@ -98,7 +98,7 @@ LEARNED: dict[str, Callable] = {
 }
 
 
-def falling() -> optax.GradientTransformationExtraArgs:
+def scale_by_remaining_training() -> optax.GradientTransformationExtraArgs:
     """Scales updates by one minus the fraction of training that is done: optax's extra argument `fraction`."""
 
     def update(updates, state, params=None, *, fraction=0.0, **extra_args):

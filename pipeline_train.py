@@ -34,11 +34,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
 import a2c
-import checkpoints
 import gridworld
 import optimizers
 import ppo
 import runs
+from checkpoints import Checkpoints, resumed_args
 from meta_gradient import ESTIMATORS, Unit
 from optim4rl import LearnedOptimizer, load_theta, save_theta, to_optax
 from settings import check_environment, setting_of
@@ -230,7 +230,7 @@ class Args:
     grad_clip: float | None = None
     """agent-gradients are clipped elementwise to this (paper: 1; on catch inf, that is, not)"""
     theta: str | None = None
-    """go on from these weights, with their kind of optimizer and its settings: pretrained/NAME or a .npz; else from scratch"""
+    """start from these weights, with their kind of optimizer and its settings: pretrained/NAME or a .npz; else from scratch"""
     # --- Pipeline training ---
     num_units: int | None = None
     """agents trained in parallel, for each environment (paper: 512; catch 64; here 16 for Brax's tasks)"""
@@ -239,7 +239,7 @@ class Args:
     inner_updates: int = 4
     """agent updates in a meta-iteration"""
     reset_interval: int | None = None
-    """meta-iterations in a unit's life (paper: 72 to 576; catch 32 or 64)"""
+    """meta-iterations between two resets of a unit (paper: 72 to 576; catch 32 or 64)"""
     pipeline: bool = True
     """with --no-pipeline units are never reset"""
     total_steps: float | None = None
@@ -248,24 +248,24 @@ class Args:
     """meta-iterations, instead of --total-steps"""
     # --- The agents ---
     learning_rate: tuple[float, ...] | None = None
-    """the agents' step size: one, or one for each environment (paper: by environment)"""
+    """the agents' learning rate: one, or one for each environment (paper: by environment)"""
     reward_scale: tuple[float, ...] | None = None
     """rewards are multiplied by this: one, or one for each environment (paper: by environment)"""
     backend: Literal["spring", "generalized", "positional", "mjx"] = "spring"
     """physics of Brax's tasks: spring, generalized, positional or mjx"""
     reward_scale_range: tuple[float, float] = (1.0, 1.0)
-    """each unit's reward scale is this range's times the environment's, drawn anew when it starts, e.g. 0.1 100"""
+    """each unit's reward scale is this range's times the environment's, drawn at each reset, e.g. 0.1 100"""
     learning_rate_range: tuple[float, float] = (1.0, 1.0)
-    """likewise each unit's step size"""
+    """likewise each unit's learning rate"""
     # --- The meta-gradient ---
     meta_estimator: Literal["backprop", "pes", "nres"] = "backprop"
     """the paper's meta-gradient of the agents' loss, or persistent or noise-reuse evolution strategies on their return"""
     sigma: float = 0.05
     """pes, nres: standard deviation of the perturbations of theta"""
     meta_learning_rate: float | None = None
-    """step size of Adam on theta (paper: 1e-5 to 1e-3; catch to 1e-2)"""
+    """learning rate of Adam on theta (paper: 1e-5 to 1e-3; catch to 1e-2)"""
     anneal_meta_lr: bool = False
-    """with --anneal-meta-lr that step size falls linearly to 0 at the last iteration"""
+    """with --anneal-meta-lr that learning rate falls linearly to 0 at the last iteration"""
     meta_clip: Literal["global_norm", "elementwise", "none"] = "global_norm"
     """how each environment's meta-gradient is clipped: to norm 0.5, each element to 1, or not"""
     # --- The run ---
@@ -277,12 +277,12 @@ class Args:
     """which of them this is, from 0, which alone writes the run's folder"""
     coordinator: str = "127.0.0.1:9876"
     """address and a free port of process 0's host"""
-    checkpoint_every: int = 20
+    save_theta_every: int = 20
     """iterations between two writings of theta.npz"""
     checkpoint_minutes: float = 5.0
-    """minutes between two writings of the whole state, from which --resume goes on"""
+    """minutes between two checkpoints of the whole state"""
     resume: str | None = None
-    """go on with the run in this folder; its arguments are taken"""
+    """continue the run in this folder, with its arguments"""
     runs_dir: str = "runs"
     """the run's folder is made in here"""
 
@@ -351,8 +351,8 @@ def fill_in(args: Args) -> Args:
         "num_units": settings[0].num_units,
         "reset_interval": settings[0].reset_interval,
         "meta_learning_rate": settings[0].meta_learning_rate,
-        "learning_rate": tuple(s.many_learning_rate if many else s.learning_rate for s in settings),
-        "reward_scale": tuple(s.many_reward_scale if many else s.reward_scale for s in settings),
+        "learning_rate": tuple(s.multitask_learning_rate if many else s.learning_rate for s in settings),
+        "reward_scale": tuple(s.multitask_reward_scale if many else s.reward_scale for s in settings),
         "envs_per_unit": tuple(s.envs_per_unit for s in settings),
         "grad_clip": float("inf") if args.env_name == ("catch",) else 1.0,
         "total_steps": settings[0].total_steps,
@@ -365,7 +365,7 @@ def fill_in(args: Args) -> Args:
         args = dataclasses.replace(args, **{name: values * len(settings) if len(values) == 1 else values})
     runs.check_positive(args, "num_units", "envs_per_unit", "inner_updates", "reset_interval", "total_steps", "num_iterations")
     runs.check_positive(args, "hidden_size", "readout_layers", "learning_rate", "reward_scale", "meta_learning_rate")
-    runs.check_positive(args, "num_devices", "checkpoint_every", "checkpoint_minutes", "num_processes", "sigma")
+    runs.check_positive(args, "num_devices", "save_theta_every", "checkpoint_minutes", "num_processes", "sigma")
     for name, num_envs in zip(args.env_name, args.envs_per_unit, strict=True):
         if name not in gridworld.NAMES and num_envs % 2:
             raise ValueError(f"--envs-per-unit must be even for {name} (a minibatch is half of them), got {num_envs}")
@@ -390,15 +390,15 @@ def steps_per_iteration(args: Args) -> int:
     return args.num_units * rollouts * (a2c if isinstance(first, a2c.Args) else ppo).steps_per_update(first)
 
 
-def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: Mesh, on_iteration: Callable, kept=None):
+def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: Mesh, on_iteration: Callable, checkpoints=None):
     """All iterations. on_iteration(iteration, MetaState, row of metrics) is called after each, and ends them by True.
 
-    kept: the run's checkpoints; with --resume the iterations go on from the last. -> MetaState
+    checkpoints: the run's; with --resume the iterations go on from the last. -> MetaState
     """
     key_init, key_train = jax.random.split(jax.random.key(args.seed))
     init, step = jit_meta_step(args, tasks, learned, mesh)
     state, steps = init(key_init), steps_per_iteration(args)
-    state = kept.restore(state) if args.resume else state
+    state = checkpoints.restore(state) if args.resume else state
     done = int(state.iteration)
     began = time.perf_counter()
     step = step.lower(key_train, state).compile()
@@ -422,7 +422,7 @@ def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: M
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
-        args = checkpoints.resumed_args(args.resume, args) if args.resume else fill_in(args)
+        args = resumed_args(args.resume, args) if args.resume else fill_in(args)
         mesh = runs.choose_devices(args.num_units, args.num_devices, args.num_processes, args.process_id, args.coordinator)
         args = dataclasses.replace(args, num_devices=mesh.size // args.num_processes)
         tasks, learned, config = set_up(args)
@@ -431,7 +431,7 @@ def main() -> None:
             return
         folder = runs.run_folder(args, "+".join(args.env_name), "pipeline_train")
         # With several processes there is theta.npz only: orbax would wait for the others to write too.
-        kept = checkpoints.Checkpoints(folder, args.checkpoint_minutes) if args.num_processes == 1 else None
+        checkpoints = Checkpoints(folder, args.checkpoint_minutes) if args.num_processes == 1 else None
     print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
 
     def save(state):
@@ -444,21 +444,21 @@ def main() -> None:
 
             def on_iteration(iteration, state, row):
                 log.write(iteration, row)
-                if iteration % args.checkpoint_every == 0:
+                if iteration % args.save_theta_every == 0:
                     save(state)
-                if kept:
-                    kept.save_if_due(iteration, state, log, interrupted())
+                if checkpoints:
+                    checkpoints.save_if_due(iteration, state, log, interrupted())
                 if row["bad_updates"]:
                     log.say(f"iteration {iteration}: the meta-gradient is not finite; theta stays as it is")
                 return interrupted() or row["bad_updates"] == MOST_BAD_UPDATES
 
-            state = meta_train(args, tasks, learned, mesh, on_iteration, kept)
+            state = meta_train(args, tasks, learned, mesh, on_iteration, checkpoints)
         save(state)
     theta_path = folder / "theta.npz"
     if state.bad_updates == MOST_BAD_UPDATES:
         runs.fail(f"{MOST_BAD_UPDATES} meta-gradients in a row were not finite; the last good theta is in {theta_path}", code=1)
     print(f"written: {theta_path}, and metrics.csv, config.json and TensorBoard events beside it")
-    if interrupted() and kept:
+    if interrupted() and checkpoints:
         print(f"to go on: python pipeline_train.py --resume {folder}")
     print(f"next: python evaluate.py --env-name {args.env_name[0]} --optimizers {theta_path} untrained sign_sgd adam rmsprop")
     sys.exit(interrupted())

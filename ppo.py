@@ -42,7 +42,7 @@ class Args:
     """adam, adam_linear (falling to 0), rmsprop, sgd, sign_sgd, untrained (Optim4RL before meta-training; untrained:star),
     pretrained/NAME, or the path of a .npz"""
     learning_rate: float | None = None
-    """step size (paper: 3e-4; walker2d 3e-5)"""
+    """learning rate (paper: 3e-4; walker2d 3e-5)"""
     grad_clip: float = 1.0
     """gradients are clipped elementwise to this; inf: not"""
     total_steps: float | None = None
@@ -86,9 +86,9 @@ class Args:
     eval_envs: int = 128
     """episodes of an evaluation"""
     checkpoint_minutes: float = 5.0
-    """minutes between two writings of the whole state, from which --resume goes on"""
+    """minutes between two checkpoints of the whole state"""
     resume: str | None = None
-    """go on with the run in this folder; its arguments are taken"""
+    """continue the run in this folder, with its arguments"""
     runs_dir: str = "runs"
     """the run's folder is made in here"""
 
@@ -567,9 +567,9 @@ def fill_in(args: Args) -> Args:
 
 
 def main() -> None:
-    import checkpoints
     import optimizers
     import runs
+    from checkpoints import Checkpoints, resumed_args
 
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
@@ -579,13 +579,13 @@ def main() -> None:
         runs.check_positive(args, "num_evals", "eval_envs", "policy_layers", "value_layers", "checkpoint_minutes")
         if not args.grad_clip > 0:
             raise ValueError(f"--grad-clip must be above 0, or inf for no clipping, got {args.grad_clip:g}")
-        args = checkpoints.resumed_args(args.resume, args) if args.resume else fill_in(args)
+        args = resumed_args(args.resume, args) if args.resume else fill_in(args)
         if not num_updates(args):
             raise ValueError(f"--total-steps {args.total_steps:g} is less than one update's rollouts")
         optimizer = optimizers.make_optimizer(args.optimizer, args.learning_rate)
         env = make_env(args.env_name, args.backend)
         folder = runs.run_folder(args, args.env_name, "ppo")
-        kept = checkpoints.Checkpoints(folder, args.checkpoint_minutes)
+        checkpoints = Checkpoints(folder, args.checkpoint_minutes)
     print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
     lost: set[int] = set()
 
@@ -599,10 +599,10 @@ def main() -> None:
             for i in set(jnp.flatnonzero(jnp.isnan(metrics["loss"])).tolist()) - lost:
                 lost.add(i)
                 log.say(f"seed {args.seed + i}: numbers that are not finite by step {env_steps:,}; this seed ends here")
-            kept.save_if_due(number, state, log, interrupted())
+            checkpoints.save_if_due(number, state, log, interrupted())
             return interrupted()
 
-        history = train(args, env, optimizer, on_update, kept.restore if args.resume else lambda state: state)
+        history = train(args, env, optimizer, on_update, checkpoints.restore if args.resume else lambda state: state)
     evals = history["eval_return"]
     final = evals[:, ~jnp.isnan(evals).all(axis=0)][:, -2:].mean(axis=1)  # of those that were made before an interrupt
     print(f"return of the last 2 evaluations: {jnp.nanmean(final):.1f} (by seed: {', '.join(f'{x:.1f}' for x in final)})")

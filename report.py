@@ -3,8 +3,8 @@
     python report.py runs/FOLDER runs/ANOTHER --out results/gridworlds
 
 into a table for each environment, a table of one number each relative to Adam, and a figure with a panel for each. Other seeds
-of the same optimizer at the same step size are put together, so that ten seeds may be run five at a time; other step sizes
-are rows of the table, the best of them in what is relative and in the figure.
+of the same optimizer at the same learning rate are put together, so that ten seeds may be run five at a time. Each learning
+rate is a row of the table; the best of them is in what is relative and in the figure.
 """
 
 import csv
@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend tha
 
 COLUMNS = ("env_name", "optimizer", "learning_rate", "seed", "env_steps", "return")
 REFERENCE = "adam"  # what the others are held against
-# Color, line, marker: the same in every figure, and told apart in grey too.
+# Color, line, marker: the same in every figure, and distinct in grey too.
 LOOKS = {
     "pretrained/momentum4rl (trained)": ("C3", "-", None),
     "pretrained/momentum4rl (untrained)": ("C1", "--", None),
@@ -56,7 +56,7 @@ class Args:
 
 
 class Result(NamedTuple):
-    """One optimizer at one step size in one environment."""
+    """One optimizer at one learning rate in one environment."""
 
     env_name: str
     label: str
@@ -109,7 +109,7 @@ def table(results: list[Result]) -> str:
     goal = 0.9 * max(result.score() for result in results)
     most = max(len(result.returns) + result.ended for result in results)
     rows = [
-        f"| optimizer | step size | return (mean of last {results[0].last}) | 90 % interval | steps to reach {goal:.3g} |",
+        f"| optimizer | learning rate | return (mean of last {results[0].last}) | 90 % interval | steps to reach {goal:.3g} |",
         "|---" * 5 + "|",
     ]
     for result in results:
@@ -126,7 +126,7 @@ def table(results: list[Result]) -> str:
 
 
 def at_best_rate(results: list[Result]) -> list[Result]:
-    """Of an optimizer that was joined from several step sizes, in each environment the one with the best score at the end."""
+    """Of several learning rates of an optimizer, in each environment the one with the best score at the end."""
     best: dict = {}
     for result in results:
         key = (result.env_name, result.label)
@@ -182,7 +182,7 @@ def look(label: str, labels: list[str]) -> dict:
 
 def draw(path: Path, results: list[Result]) -> None:
     """Learning curves, a panel for each environment: mean over seeds, 90 % interval shaded. Every optimizer has one look; of
-    several step sizes the best is drawn. Each panel's legend names the step sizes."""
+    several learning rates the best is drawn. Each panel's legend names the learning rates."""
     env_names, labels = names_of(results, "env_name"), names_of(results, "label")
     columns = min(3, len(env_names))
     rows = -(-len(env_names) // columns)
@@ -228,9 +228,9 @@ def write_results(path: Path, results: list[Result], first_seed: int) -> None:
 
 
 def read_results(*paths: Path) -> list[Result]:
-    """One result for each optimizer, step size and environment, with the seeds of all files. Raises ValueError, in one line,
-    for what write_results did not write, and for a seed that is there twice."""
-    curves: dict = {}  # environment, optimizer, step size -> seed -> path, [updates, 2]
+    """One result for each optimizer, learning rate and environment, with the seeds of all files. Raises ValueError, in one
+    line, for what write_results did not write, and for a seed that is there twice."""
+    curves: dict = {}  # environment, optimizer, learning rate -> seed -> path, [updates, 2]
     for path in paths:
         for (*key, seed), curve in read_curves(path).items():
             seeds = curves.setdefault(tuple(key), {})
@@ -246,7 +246,7 @@ def read_results(*paths: Path) -> list[Result]:
 
 
 def read_curves(path: Path) -> dict:
-    """(environment, optimizer, step size, seed) -> [updates, 2], steps and return. Raises ValueError as above."""
+    """(environment, optimizer, learning rate, seed) -> [updates, 2], steps and return. Raises ValueError as above."""
     rows: dict = {}
     try:
         with open(path, newline="") as file:
@@ -270,7 +270,7 @@ def summary_rows(result: Result, points: int = 40) -> list[tuple]:
 
 
 def write(folder: Path, results: list[Result], swept: list[Result]) -> None:
-    """An evaluation's curves.png, table.md, and sweep.csv if step sizes were compared; prints the table."""
+    """An evaluation's curves.png, table.md, and sweep.csv if learning rates were compared; prints the table."""
     if swept:
         rows = [(*result[:2], f"{result.learning_rate:g}", f"{result.score():.5g}") for result in swept]
         write_csv(folder / "sweep.csv", (*COLUMNS[:3], "score"), rows)

@@ -15,8 +15,8 @@ class Setting(NamedTuple):
     reset_interval: int
     meta_learning_rate: float
     learning_rate: float  # trained on alone
-    many_learning_rate: float  # trained on together with others
-    many_reward_scale: float
+    multitask_learning_rate: float  # trained on together with others
+    multitask_reward_scale: float
     reward_scale: float = 1.0
     envs_per_unit: int = 1
 

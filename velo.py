@@ -105,7 +105,7 @@ def per_tensor(theta: dict, x: jax.Array, state: tuple) -> tuple:
 
 
 def update_tensor(bases: dict, mixture, multiplier, g, p, moments: Moments) -> jax.Array:
-    """The update of one tensor, before the step size. bases: layers with a leading axis B; mixture: [B]. -> [*shape]"""
+    """The update of one tensor, before the learning rate. bases: layers with a leading axis B; mixture: [B]. -> [*shape]"""
     # With the 256 bases of the published weights, 100 times the mean; with fewer, weights of the same size.
     layers = jax.tree.map(lambda base: 6.25 * jnp.tensordot(mixture, base, 1) / len(base) ** 0.5, bases)
     found = features(p, g, moments, eps=0.0)
@@ -152,8 +152,8 @@ def make_velo(lstm_size: int = 128, num_bases: int = 64, step_size: float | None
         decays = {name: jnp.array(initial) for name, initial in star.DECAYS.items()}
         after = [update_moments(moments, g, decays) for moments, g in zip(before, gs, strict=True)]
 
-        told = loss_features(loss, count)
-        x = jnp.stack([tensor_features(p, m, told, fraction) for p, m in zip(ps, before, strict=True)], axis=1)
+        loss_inputs = loss_features(loss, count)
+        x = jnp.stack([tensor_features(p, m, loss_inputs, fraction) for p, m in zip(ps, before, strict=True)], axis=1)
         start = (theta["start"]["h"][:, None], theta["start"]["c"][:, None])
         hidden = jax.tree.map(lambda start, now: jnp.where(state.count == 0, start, now), start, state.lstm)
         mixture, multiplier, hidden = per_tensor(theta, x, hidden)

@@ -31,7 +31,7 @@ VARIANTS = {
     "L2LGD2": ("--optimizer l2lgd2", True),
     "STAR": ("--optimizer star", True),
     "VeLO": ("--optimizer velo", True),
-    # Steps in proportion to the gradient want a step size of plain SGD's; VeLO's published one is 0.001 everywhere.
+    # Steps in proportion to the gradient want a learning rate of plain SGD's; VeLO's published one is 0.001 everywhere.
     "LinearOptim, SGD's step": ("--optimizer linear_optim --learning-rate {sgd}", True),
     "L2LGD2, SGD's step": ("--optimizer l2lgd2 --learning-rate {sgd}", True),
     "VeLO, its own step": ("--optimizer velo --learning-rate 1e-3", True),
@@ -56,13 +56,13 @@ def run(script: str, flags: str, folder: Path) -> Path:
 
 
 def table_rows(folder: Path) -> list[list[str]]:
-    """The rows of an evaluation's table: optimizer, step size, return, interval, steps."""
+    """The rows of an evaluation's table: optimizer, learning rate, return, interval, steps."""
     lines = (folder / "table.md").read_text().splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def variant(env_name: str, name: str) -> list[list[str]]:
-    """Meta-train and test one variant, unless that was done before. -> row, command, step size, return, interval"""
+    """Meta-train and test one variant, unless that was done before. -> row, command, learning rate, return, interval"""
     flags, with_untrained = VARIANTS[name]
     folder = RUNS / env_name / re.sub(r"\W+", "_", name)
     train = f"{TRAIN[env_name]} {flags.format(sgd=SGD_STEP[env_name])}".strip()
@@ -77,7 +77,7 @@ def variant(env_name: str, name: str) -> list[list[str]]:
 
 
 def classical(env_name: str) -> list[list[str]]:
-    """The classical optimizers, each at its best step size."""
+    """The classical optimizers, each at its best learning rate."""
     rows = []
     for name, flags in CLASSICAL.items():
         folder = RUNS / env_name / name
@@ -94,7 +94,7 @@ def write(rows: dict[str, list[list[str]]]) -> None:
     path = ROOT / "results" / "ablations.md"
     said = path.read_text().split(MARK)[0] if path.exists() else "# Ablations\n\n"
     text = said + MARK + "\n"
-    head = "| variant | step size | return | 90 % interval | `python pipeline_train.py` with |\n|---|---|---|---|---|\n"
+    head = "| variant | learning rate | return | 90 % interval | `python pipeline_train.py` with |\n|---|---|---|---|---|\n"
     for env_name, env_rows in rows.items():
         lines = [f"| {name} | {rate} | {score} | {interval} | {train} |" for name, train, rate, score, interval in env_rows]
         text += f"\n## {env_name}\n\n{head}" + "\n".join(lines) + "\n"

@@ -124,8 +124,8 @@ def measure_a2c(name):
 
 def measure_meta(name, units, way, devices=1, inner_updates=4, repeats=3):
     """One meta-iteration. way: "ours", "usual", or "usual, checkpoint"."""
+    import baseline_meta_gradient
     import jax
-    import usual_way
 
     import pipeline_train
     import runs
@@ -141,12 +141,12 @@ def measure_meta(name, units, way, devices=1, inner_updates=4, repeats=3):
     else:
         theta = learned.init_theta(key)
         keys = jax.random.split(key, units)
-        optimizer = usual_way.optim4rl(theta, task.learning_rate)
+        optimizer = baseline_meta_gradient.optim4rl(theta, task.learning_rate)
         state = jax.jit(jax.vmap(lambda key: task.agent.init(key, optimizer)))(keys)
 
         def step(key, units):
             flags = {"agent": task.agent, "learning_rate": task.learning_rate, "inner_updates": inner_updates}
-            gradient, units = usual_way.meta_gradient(theta, keys, units, checkpoint="checkpoint" in way, **flags)
+            gradient, units = baseline_meta_gradient.meta_gradient(theta, keys, units, checkpoint="checkpoint" in way, **flags)
             return units, gradient
 
         step = jax.jit(step, donate_argnums=1)

@@ -37,7 +37,7 @@ class Args:
     num_envs: int = 512
     """environments of each agent"""
     learning_rate: float = 6e-2
-    """step size"""
+    """learning rate"""
 
 
 def make_life(args: Args):

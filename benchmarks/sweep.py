@@ -3,8 +3,8 @@
     python benchmarks/sweep.py
 
 Selection looks at training tasks and at seeds that meta-training has not seen, never at tasks that are to be reported as
-transfer. A setting's score is the mean over its meta-seeds and tasks of two numbers, each relative to Adam's best step size:
-the return over all of training, and at the end. Done runs are not run again; runs/sweep/ranking.csv is the result.
+transfer. A setting's score is the mean over its meta-seeds and tasks of two numbers, each relative to Adam at its best
+learning rate: the return over all of training, and at the end. Done runs are not run again. Result: runs/sweep/ranking.csv.
 """
 
 import csv

@@ -133,8 +133,8 @@ def train(
     @jax.jit
     def update(params, opt_state, batch, fraction):
         loss, grads = jax.value_and_grad(mean_loss)(params, images[batch], labels[batch])
-        told = {"value": loss, "fraction": fraction}
-        updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, opt_state, params, **told)
+        extra_args = {"value": loss, "fraction": fraction}
+        updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, opt_state, params, **extra_args)
         return optax.apply_updates(params, updates), opt_state, loss
 
     number = 0

@@ -52,7 +52,7 @@ class Args:
     optimizer: str = "rmsprop"
     """as in a2c.py: adam, rmsprop, sgd, sign_sgd, untrained, pretrained/NAME, or the path of a .npz"""
     learning_rate: float | None = None
-    """step size (paper: a2c 3e-3, mnist 3e-4)"""
+    """learning rate (paper: a2c 3e-3, mnist 3e-4)"""
     total_steps: float | None = None
     """a2c: environment steps (small gridworlds 3e6, big ones 4e6)"""
     num_epochs: int = 10
@@ -156,7 +156,7 @@ def csv_rows(layers: list[str], counts: np.ndarray) -> list[tuple]:
 
 def draw(path: Path, layers: list[str], counts: np.ndarray, title: str) -> None:
     """Densities: rows gradients and updates, columns all coordinates and each layer; a line for each stage. The zeros, in the
-    first bin, are told in the titles instead."""
+    first bin, are given in the titles instead."""
     names = [*layers, "all"]
     order = [len(layers), *range(len(layers))]
     middles = bin_edges()[:-1] + 0.5 / PER_DECADE

@@ -2,7 +2,7 @@
 
     python figures/inspection.py pretrained/momentum4rl
 
-draws it beside Adam, RMSProp and sign descent: the size of its updates, in step sizes, against the gradient's magnitude and
+draws it beside Adam, RMSProp and sign descent: the size of its updates, in learning rates, against the gradient's magnitude and
 over time, for gradients that are always the same, that alternate in sign, and that are a tenth signal and the rest noise.
 Each magnitude is a coordinate of one vector of parameters.
 """
@@ -55,7 +55,7 @@ def sequences() -> dict[str, np.ndarray]:
 
 
 def steps_made(name: str, grads: np.ndarray) -> np.ndarray:
-    """How far the optimizer moves down the gradient's usual sign, in step sizes. grads: [steps, magnitudes] -> alike"""
+    """How far the optimizer moves down the gradient's usual sign, in learning rates. grads: [steps, magnitudes] -> alike"""
     optimizer = optax.with_extra_args_support(optimizers.make_optimizer(name, STEP_SIZE))
     params = jnp.zeros(grads.shape[1])
 
@@ -88,8 +88,8 @@ def inspect(path: str, out: Path) -> list[tuple]:
         grid[1, column].set(xlabel=f"updates (at magnitude 1e-3, mean of {WINDOW})", yscale="log")
         for axes in grid[:, column]:
             axes.grid(alpha=0.3)
-    grid[0, 0].set_ylabel("size of an update / step size")
-    grid[1, 0].set_ylabel("size of an update / step size")
+    grid[0, 0].set_ylabel("size of an update / learning rate")
+    grid[1, 0].set_ylabel("size of an update / learning rate")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(looks))
     write_whole(out / "inspection.png", lambda file: figure.savefig(file, format="png", dpi=120))
     plt.close(figure)

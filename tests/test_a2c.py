@@ -111,22 +111,22 @@ def test_grads_seen_are_those_of_the_mean_loss_over_environments():
     jax.tree.map(lambda p, q, g: np.testing.assert_allclose(q, p - g[0], atol=1e-6), state.params, after.params, grads)
 
 
-def recorder(seen):
-    """An optimizer that changes nothing and notes what it is told besides the gradients."""
+def recorder(recorded):
+    """An optimizer that changes nothing and records its extra arguments."""
 
     def update(grads, state, params=None, *, value, fraction):
-        jax.debug.callback(lambda *told: seen.append(tuple(map(float, told))), fraction, value)
+        jax.debug.callback(lambda *extra_args: recorded.append(tuple(map(float, extra_args))), fraction, value)
         return jax.tree.map(jnp.zeros_like, grads), state
 
     return optax.GradientTransformationExtraArgs(lambda params: (), update)
 
 
-def test_optimizers_are_told_the_loss_and_how_much_of_training_is_done():
-    seen, args = [], Args(env_name="catch", num_envs=2, rollout_steps=5, total_steps=45)
-    history = a2c.train(args, gridworld.make("catch"), recorder(seen), lambda *_: None)
+def test_optimizers_get_the_loss_and_the_fraction_of_training_done():
+    recorded, args = [], Args(env_name="catch", num_envs=2, rollout_steps=5, total_steps=45)
+    history = a2c.train(args, gridworld.make("catch"), recorder(recorded), lambda *_: None)
     jax.effects_barrier()
-    np.testing.assert_allclose(sorted(fraction for fraction, _ in seen), [0, 0.25, 0.5, 0.75])
-    np.testing.assert_allclose([value for _, value in sorted(seen)], history["loss"][0], rtol=1e-6)
+    np.testing.assert_allclose(sorted(fraction for fraction, _ in recorded), [0, 0.25, 0.5, 0.75])
+    np.testing.assert_allclose([value for _, value in sorted(recorded)], history["loss"][0], rtol=1e-6)
 
 
 def run(**changes):

@@ -130,7 +130,7 @@ BAD = [
     ("pipeline_train", "--meta-learning-rate 0", "--meta-learning-rate"),
     ("pipeline_train", "--learning-rate -1e-3", "--learning-rate"),
     ("pipeline_train", "--reward-scale 0", "--reward-scale"),
-    ("pipeline_train", "--checkpoint-every 0", "--checkpoint-every"),
+    ("pipeline_train", "--save-theta-every 0", "--save-theta-every"),
     ("pipeline_train", "--checkpoint-minutes -1", "--checkpoint-minutes"),
     ("pipeline_train", "--envs-per-unit 1 2", "--envs-per-unit"),
     ("pipeline_train", "--envs-per-unit 0", "--envs-per-unit"),

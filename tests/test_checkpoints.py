@@ -15,7 +15,7 @@ import pytest
 from runs import rows_before
 
 ROOT = Path(__file__).parent.parent
-RUN = "--env-name catch --num-units 4 --inner-updates 2 --num-iterations 400 --checkpoint-minutes 0.005 --checkpoint-every 7"
+RUN = "--env-name catch --num-units 4 --inner-updates 2 --num-iterations 400 --checkpoint-minutes 0.005 --save-theta-every 7"
 
 
 def start(cwd, *flags, script="pipeline_train"):
@@ -163,7 +163,7 @@ def resident_megabytes(process):
 def test_two_thousand_iterations_take_no_more_memory_and_no_more_files(tmp_path):
     """After warm-up memory is flat within 2 %, and only the log grows."""
     flags = "--env-name catch --num-units 8 --inner-updates 2 --num-iterations 2000 --checkpoint-minutes 60"
-    command = [sys.executable, str(ROOT / "pipeline_train.py"), *flags.split(), "--checkpoint-every", "50"]
+    command = [sys.executable, str(ROOT / "pipeline_train.py"), *flags.split(), "--save-theta-every", "50"]
     with open(tmp_path / "log", "wb") as log:  # a pipe that nobody reads would fill up, and stop the run
         process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
     seen, sizes = [], []

@@ -8,7 +8,7 @@ from inspection import MAGNITUDES, SHOWN, sequences, steps_made
 
 
 def test_steps_of_adam_and_sign_descent_are_those_of_their_equations():
-    """The same gradient: one step size. Alternating: Adam's momentum settles at (1 - .9) / (1 + .9) of it."""
+    """The same gradient: one learning rate. Alternating: Adam's momentum settles at (1 - .9) / (1 + .9) of it."""
     made = sequences()
     large = MAGNITUDES > 1e-5  # where 1e-8 in the root does not count
     np.testing.assert_allclose(steps_made("adam", made["always the same"])[:, large], 1, rtol=2e-3)

@@ -105,7 +105,7 @@ def relative(a, b):
 
 
 def planned(num_units, age=0, seed=7):
-    """A schedule in which no unit is to start anew."""
+    """A schedule in which no unit is reset."""
     keys, ages = jax.random.split(jax.random.key(seed), num_units), jnp.full(num_units, age)
     return Schedule(jnp.zeros(num_units, bool), ages, jnp.ones(num_units), keys)
 
@@ -310,7 +310,7 @@ def test_units_are_reset_when_the_schedule_says(pipeline):
             # A gridworld of horizon 50 never ends on its own in a life of 3 iterations of 60 steps: look at the parameters.
             before, after = (pick(state.units[0].agent.params, i) for state in states[t : t + 2])
             moved = max(float(jnp.abs(p - q).max()) for p, q in zip(*map(jax.tree.leaves, (before, after)), strict=True))
-            # Two updates of about the step size each, or a whole new set of weights.
+            # Two updates of about the learning rate each, or a whole new set of weights.
             assert (moved > 0.05) == (pipeline and t % 3 == slot)
 
 

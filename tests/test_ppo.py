@@ -244,7 +244,7 @@ def test_an_evaluation_is_the_mean_of_whole_episodes():
 
 def test_probe_environment_is_solved():
     history = ppo.train(PROBE, probe_env(), optimizers.make_optimizer("adam_linear", 3e-3), lambda *_: None)
-    # The mode's reward: 0 at a = 0.3. The steps fall to zero, lest the last ones leave it somewhere near.
+    # The mode's reward: 0 at a = 0.3. The steps fall to zero, so that the last ones do not move it away.
     assert history["eval_return"][0, -1] > -5e-4
     assert history["eval_return"][0, 0] < -0.05
     assert history["eval_steps"].tolist()[-1] == ppo.num_updates(PROBE) * ppo.steps_per_update(PROBE)
@@ -255,14 +255,14 @@ def test_the_optimizer_is_told_the_loss_and_how_much_of_training_is_done():
     sizes = {"num_envs": 4, "batch_size": 4, "num_minibatches": 2, "num_epochs": 2, "rollout_steps": 2}
     agent, optimizer = ppo.make_agent(count_env(), dataclasses.replace(PROBE, **sizes)), optax.sgd(0.1)
     state = agent.init(jax.random.key(0), optimizer)
-    _, (_, told), metrics = agent.learn(jax.random.key(1), state, optimizer, progress=(0.5, 1.0))
-    np.testing.assert_allclose(told["fraction"], [0.5, 0.625, 0.75, 0.875])
-    np.testing.assert_allclose(np.mean(told["value"]), metrics["loss"], rtol=1e-6)
-    assert len(set(told["value"].tolist())) == 4
+    _, (_, extra_args), metrics = agent.learn(jax.random.key(1), state, optimizer, progress=(0.5, 1.0))
+    np.testing.assert_allclose(extra_args["fraction"], [0.5, 0.625, 0.75, 0.875])
+    np.testing.assert_allclose(np.mean(extra_args["value"]), metrics["loss"], rtol=1e-6)
+    assert len(set(extra_args["value"].tolist())) == 4
 
 
 def test_ratio_is_one_when_learning_begins():
-    """With a step size of 0 every gradient step sees the policy that acted: the ratio is 1, and the loss the critic's alone."""
+    """With a learning rate of 0 every gradient step sees the policy that acted: ratio 1, and the critic's loss alone."""
     args = dataclasses.replace(PROBE, critic_weight=0.0)
     agent = ppo.make_agent(count_env(), args)
     state = agent.init(jax.random.key(0), optax.sgd(0.0))

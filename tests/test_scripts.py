@@ -104,7 +104,7 @@ def interrupt(script, flags, number, cwd, ready, done):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_keeps_theta(tmp_path, number):
-    flags = "--env-name catch --num-units 4 --num-iterations 100000 --checkpoint-every 100000"
+    flags = "--env-name catch --num-units 4 --num-iterations 100000 --save-theta-every 100000"
 
     def ready():
         return any(path.stat().st_size for path in tmp_path.glob("runs/*/metrics.csv"))
@@ -348,7 +348,7 @@ def test_tables_show_scores_at_the_end_and_relative_to_adams():
         "| x | 2.00, 2.00 | 0.75, 0.75 |",
     ]
     assert "| y | - | - |" in report.relative_table(results)
-    slower = results[0]._replace(learning_rate=0.01, returns=results[0].returns / 2)  # Adam on catch, at two step sizes
+    slower = results[0]._replace(learning_rate=0.01, returns=results[0].returns / 2)  # Adam on catch, at two learning rates
     for two in ([slower, *results[:4]], [*results[:4], slower]):
         assert report.relative_table(two) == report.relative_table(results[:4])
         assert "| adam | 0.01 | 4.763 |" in report.tables(two) and "| adam | 0.1 | 9.525 |" in report.tables(two)

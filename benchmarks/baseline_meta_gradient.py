@@ -40,7 +40,7 @@ def optim4rl(theta, learning_rate):
 
 
 def meta_gradient(theta, keys, units, agent, learning_rate, inner_updates, checkpoint=False):
-    """-> mean meta-gradient of all units, units. checkpoint: keep only the states between updates, compute the rest anew."""
+    """-> mean meta-gradient of all units, units. checkpoint: keep only the states between updates, recompute the rest."""
 
     def meta_loss(theta, key, unit):
         optimizer = optim4rl(theta, learning_rate)
