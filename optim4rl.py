@@ -47,30 +47,104 @@ class LearnedOptimizer(NamedTuple):
     rule: Callable | None  # theta, g [C], state of a block -> step [C], state; None if it is not coordinate-wise
 
 
-# --- The network: two LSTMs (or GRUs), hidden units first, so that a block of coordinates is the last axis ---
+# --- The rule ---
 
 
-@jax.custom_jvp
-def tanh(x: jax.Array) -> jax.Array:
-    """tanh, to 4e-7 in float32: a ratio of two polynomials, with the coefficients of Eigen's fast tanh.
+def optim4rl_rule(theta: dict, g: jax.Array, state: tuple, grad_clip: float | None = 1.0) -> tuple:
+    """One step for a block of coordinates. g: [C]; state: (rnn1's, rnn2's) -> m / sqrt(v + eps) [C], state"""
+    config, g = describe(theta), clip_and_stop_gradient(g, grad_clip)
+    if config["inputs"] == "raw":
+        x1, x2 = g[None], jnp.square(g)[None]
+    else:  # the gradient processing of the paper's earlier version
+        log_g = jnp.log(jnp.abs(g) + EPS)
+        x1, x2 = jnp.stack([jnp.sign(g), log_g]), 2 * log_g[None]
+    rnn = CELLS[config["cell"]]
+    state1, state2 = rnn(theta["rnn1"], state[0], x1), rnn(theta["rnn2"], state[1], x2)
+    m = jnp.sign(g) * jnp.exp(readout(theta["readout1"], state1[0])[0])
+    v = jnp.exp(readout(theta["readout2"], state2[0])[0])
+    return m / jnp.sqrt(v + EPS), (state1, state2)
 
-    On a CPU it takes a third of the time of jnp.tanh where XLA fuses that with nothing else, as in a network's layers.
+
+def clip_and_stop_gradient(g: jax.Array, grad_clip: float | None) -> jax.Array:
+    """An agent-gradient as optimizers see it: clipped elementwise, and a constant to the meta-gradient.
+
+    With clipping an infinite one counts as +-grad_clip. NaN stays NaN: its own coordinate is lost from then on, as with Adam,
+    so that what went wrong is seen; the others never know.
     """
-    if x.dtype != jnp.float32:
-        return jnp.tanh(x)
-    x = jnp.clip(x, -7.9, 7.9)
-    s = x * x
-    p = 5.12229709e-8 + s * (-8.60467152e-11 + s * (2.00018790e-13 + s * -2.76076848e-16))
-    p = 4.89352456e-3 + s * (6.37261929e-4 + s * (1.48572236e-5 + s * p))
-    q = 4.89352519e-3 + s * (2.26843463e-3 + s * (1.18534706e-4 + s * 1.19825840e-6))
-    return x * p / q
+    g = jax.lax.stop_gradient(g)
+    return g if grad_clip is None else jnp.clip(g, -grad_clip, grad_clip)
 
 
-tanh.defjvps(lambda x_dot, y, x: (1 - y * y) * x_dot)
+# --- theta: the weights of the two networks, and what their shapes say ---
 
 
-def sigmoid(x: jax.Array) -> jax.Array:
-    return 0.5 * tanh(0.5 * x) + 0.5
+def init_theta(key: jax.Array, cell="lstm", inputs="raw", hidden_size=8, readout_layers=()) -> dict:
+    """Initial meta-parameters: nested dicts of arrays."""
+    key_1, key_2, key_out_1, key_out_2 = jax.random.split(key, 4)
+    sizes = (hidden_size, *readout_layers, 1)
+    return {
+        "rnn1": init_rnn(key_1, cell, INPUTS[inputs], hidden_size),
+        "rnn2": init_rnn(key_2, cell, 1, hidden_size),
+        "readout1": init_dense(key_out_1, sizes),
+        "readout2": init_dense(key_out_2, sizes),
+    }
+
+
+def init_rnn(key: jax.Array, cell: str, num_inputs: int, hidden_size: int) -> dict:
+    """Weights of one of CELLS: those of the input LeCun normal, the recurrent ones orthogonal."""
+    lecun, orthogonal = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0), jax.nn.initializers.orthogonal()
+    key_x, key_h = jax.random.split(key)
+    rows = GATES[cell] * hidden_size
+    w_h = [orthogonal(k, (hidden_size, hidden_size)) for k in jax.random.split(key_h, GATES[cell])]
+    rnn = {"w_x": lecun(key_x, (rows, num_inputs)), "w_h": jnp.concatenate(w_h), "b": jnp.zeros(rows)}
+    return rnn if cell == "lstm" else rnn | {"b_n": jnp.zeros(hidden_size)}
+
+
+def init_dense(key: jax.Array, sizes: tuple) -> dict:
+    """Weights of dense layers of these sizes, inputs first; LeCun normal, as `readout` takes them."""
+    lecun = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0)
+    keys = jax.random.split(key, len(sizes) - 1)
+    layers = zip(keys, sizes[:-1], sizes[1:], strict=True)
+    return {str(i): {"w": lecun(k, (n, m)), "b": jnp.zeros(n)} for i, (k, m, n) in enumerate(layers)}
+
+
+def init_cell_state(cell: str, hidden_size: int) -> tuple:
+    """The zero state of a block: (h, c) or (h,), each [H, C]."""
+    return (jnp.zeros((hidden_size, BLOCK)),) * {"lstm": 2, "gru": 1}[cell]
+
+
+def describe(theta: dict) -> dict:
+    """What theta's shapes say of it: cell, inputs, hidden_size, readout_layers."""
+    gates, hidden = np.shape(theta["rnn1"]["w_h"])
+    return {
+        "cell": {GATES[cell] * hidden: cell for cell in CELLS}[gates],
+        "inputs": {INPUTS[name]: name for name in INPUTS}[np.shape(theta["rnn1"]["w_x"])[1]],
+        "hidden_size": hidden,
+        "readout_layers": [np.shape(theta["readout1"][str(i)]["w"])[0] for i in range(len(theta["readout1"]) - 1)],
+    }
+
+
+# --- The networks: hidden units first, so that a block of coordinates is the last axis ---
+
+
+def readout(layers: dict, h: jax.Array) -> jax.Array:
+    """Dense layers, ReLU between them. h: [H, C] -> [outputs, C]"""
+    for i in range(len(layers)):
+        h = layers[str(i)]["w"] @ (jax.nn.relu(h) if i else h) + layers[str(i)]["b"][:, None]
+    return h
+
+
+def gru(weights: dict, state: tuple, x: jax.Array) -> tuple:
+    """Gated recurrent unit (Cho et al. 2014), as in the authors' code. state: (h,), [H, C]; x: [D, C]."""
+    (h,) = state
+    r, z, n = jnp.split(weights["w_x"] @ x + weights["b"][:, None], 3)
+    h_r, h_z, h_n = jnp.split(weights["w_h"] @ h, 3)
+    r, z = sigmoid(r + h_r), sigmoid(z + h_z)
+    n = tanh(n + r * (h_n + weights["b_n"][:, None]))
+    return ((1 - z) * n + z * h,)
+
+
+# --- The LSTM, written for a CPU: derivative and tanh are explicit ---
 
 
 @jax.custom_vjp
@@ -111,97 +185,32 @@ def lstm_backward(residuals, cotangent):
 lstm.defvjp(lstm_forward, lstm_backward)
 
 
-def gru(weights: dict, state: tuple, x: jax.Array) -> tuple:
-    """Gated recurrent unit (Cho et al. 2014), as in the authors' code. state: (h,), [H, C]; x: [D, C]."""
-    (h,) = state
-    r, z, n = jnp.split(weights["w_x"] @ x + weights["b"][:, None], 3)
-    h_r, h_z, h_n = jnp.split(weights["w_h"] @ h, 3)
-    r, z = sigmoid(r + h_r), sigmoid(z + h_z)
-    n = tanh(n + r * (h_n + weights["b_n"][:, None]))
-    return ((1 - z) * n + z * h,)
+@jax.custom_jvp
+def tanh(x: jax.Array) -> jax.Array:
+    """tanh, to 4e-7 in float32: a ratio of two polynomials, with the coefficients of Eigen's fast tanh.
+
+    On a CPU it takes a third of the time of jnp.tanh where XLA fuses that with nothing else, as in a network's layers.
+    """
+    if x.dtype != jnp.float32:
+        return jnp.tanh(x)
+    x = jnp.clip(x, -7.9, 7.9)
+    s = x * x
+    p = 5.12229709e-8 + s * (-8.60467152e-11 + s * (2.00018790e-13 + s * -2.76076848e-16))
+    p = 4.89352456e-3 + s * (6.37261929e-4 + s * (1.48572236e-5 + s * p))
+    q = 4.89352519e-3 + s * (2.26843463e-3 + s * (1.18534706e-4 + s * 1.19825840e-6))
+    return x * p / q
+
+
+tanh.defjvps(lambda x_dot, y, x: (1 - y * y) * x_dot)
+
+
+def sigmoid(x: jax.Array) -> jax.Array:
+    return 0.5 * tanh(0.5 * x) + 0.5
 
 
 CELLS = {"lstm": lstm, "gru": gru}
 GATES = {"lstm": 4, "gru": 3}
 INPUTS = {"raw": 1, "log": 2}  # D of the first network; the second has one input either way
-
-
-def readout(layers: dict, h: jax.Array) -> jax.Array:
-    """Dense layers, ReLU between them. h: [H, C] -> [outputs, C]"""
-    for i in range(len(layers)):
-        h = layers[str(i)]["w"] @ (jax.nn.relu(h) if i else h) + layers[str(i)]["b"][:, None]
-    return h
-
-
-def init_rnn(key: jax.Array, cell: str, num_inputs: int, hidden_size: int) -> dict:
-    """Weights of one of CELLS: those of the input LeCun normal, the recurrent ones orthogonal."""
-    lecun, orthogonal = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0), jax.nn.initializers.orthogonal()
-    key_x, key_h = jax.random.split(key)
-    rows = GATES[cell] * hidden_size
-    w_h = [orthogonal(k, (hidden_size, hidden_size)) for k in jax.random.split(key_h, GATES[cell])]
-    rnn = {"w_x": lecun(key_x, (rows, num_inputs)), "w_h": jnp.concatenate(w_h), "b": jnp.zeros(rows)}
-    return rnn if cell == "lstm" else rnn | {"b_n": jnp.zeros(hidden_size)}
-
-
-def init_dense(key: jax.Array, sizes: tuple) -> dict:
-    """Weights of dense layers of these sizes, inputs first; LeCun normal, as `readout` takes them."""
-    lecun = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0)
-    keys = jax.random.split(key, len(sizes) - 1)
-    layers = zip(keys, sizes[:-1], sizes[1:], strict=True)
-    return {str(i): {"w": lecun(k, (n, m)), "b": jnp.zeros(n)} for i, (k, m, n) in enumerate(layers)}
-
-
-def init_cell_state(cell: str, hidden_size: int) -> tuple:
-    """The zero state of a block: (h, c) or (h,), each [H, C]."""
-    return (jnp.zeros((hidden_size, BLOCK)),) * {"lstm": 2, "gru": 1}[cell]
-
-
-def describe(theta: dict) -> dict:
-    """What theta's shapes say of it: cell, inputs, hidden_size, readout_layers."""
-    gates, hidden = np.shape(theta["rnn1"]["w_h"])
-    return {
-        "cell": {GATES[cell] * hidden: cell for cell in CELLS}[gates],
-        "inputs": {INPUTS[name]: name for name in INPUTS}[np.shape(theta["rnn1"]["w_x"])[1]],
-        "hidden_size": hidden,
-        "readout_layers": [np.shape(theta["readout1"][str(i)]["w"])[0] for i in range(len(theta["readout1"]) - 1)],
-    }
-
-
-def init_theta(key: jax.Array, cell="lstm", inputs="raw", hidden_size=8, readout_layers=()) -> dict:
-    """Initial meta-parameters: nested dicts of arrays."""
-    key_1, key_2, key_out_1, key_out_2 = jax.random.split(key, 4)
-    sizes = (hidden_size, *readout_layers, 1)
-    return {
-        "rnn1": init_rnn(key_1, cell, INPUTS[inputs], hidden_size),
-        "rnn2": init_rnn(key_2, cell, 1, hidden_size),
-        "readout1": init_dense(key_out_1, sizes),
-        "readout2": init_dense(key_out_2, sizes),
-    }
-
-
-def clip_and_stop_gradient(g: jax.Array, grad_clip: float | None) -> jax.Array:
-    """An agent-gradient as optimizers see it: clipped elementwise, and a constant to the meta-gradient.
-
-    With clipping an infinite one counts as +-grad_clip. NaN stays NaN: its own coordinate is lost from then on, as with Adam,
-    so that what went wrong is seen; the others never know.
-    """
-    g = jax.lax.stop_gradient(g)
-    return g if grad_clip is None else jnp.clip(g, -grad_clip, grad_clip)
-
-
-def optim4rl_rule(theta: dict, g: jax.Array, state: tuple, grad_clip: float | None = 1.0) -> tuple:
-    """One step for a block of coordinates. g: [C]; state: (rnn1's, rnn2's) -> m / sqrt(v + eps) [C], state"""
-    config, g = describe(theta), clip_and_stop_gradient(g, grad_clip)
-    if config["inputs"] == "raw":
-        x1, x2 = g[None], jnp.square(g)[None]
-    else:  # the gradient processing of the paper's earlier version
-        log_g = jnp.log(jnp.abs(g) + EPS)
-        x1, x2 = jnp.stack([jnp.sign(g), log_g]), 2 * log_g[None]
-    rnn = CELLS[config["cell"]]
-    state1, state2 = rnn(theta["rnn1"], state[0], x1), rnn(theta["rnn2"], state[1], x2)
-    m = jnp.sign(g) * jnp.exp(readout(theta["readout1"], state1[0])[0])
-    v = jnp.exp(readout(theta["readout2"], state2[0])[0])
-    return m / jnp.sqrt(v + EPS), (state1, state2)
 
 
 # --- From a rule for a block to an optimizer for any pytree ---
@@ -319,13 +328,19 @@ def optim4rl(theta: dict, learning_rate: float, grad_clip: float | None = 1.0) -
     return to_optax(make_optim4rl(**describe(theta), grad_clip=grad_clip), theta, learning_rate)
 
 
-# --- Keeping theta: one .npz, arrays and a JSON header ---
+# --- Files of theta: one .npz, arrays and a JSON header ---
 
 
-def write_whole(path: str | os.PathLike, write: Callable) -> None:
-    """Call write(buffer), write that to a temporary file beside `path`, and rename it: a reader never finds half a file."""
+def save_theta(path: str | os.PathLike, theta: Any, optimizer: str, config: dict, trained: dict) -> None:
+    """Write theta (nested dicts of arrays) and a header to an .npz, under a temporary name that is then renamed.
+
+    optimizer: the kind ("optim4rl"). config: the arguments that make it. trained: how it was trained, anything JSON can hold.
+    """
+    header = {"format": FORMAT, "optimizer": optimizer, "config": config, "trained": trained}
+    paths_and_leaves = jax.tree_util.tree_flatten_with_path(theta)[0]
+    arrays = {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in paths_and_leaves}
     buffer, temporary = io.BytesIO(), f"{os.fspath(path)}.{os.getpid()}.tmp"
-    write(buffer)
+    np.savez(buffer, header=np.array(json.dumps(header)), **arrays)
     try:
         with open(temporary, "wb") as file:
             file.write(buffer.getbuffer())
@@ -333,17 +348,6 @@ def write_whole(path: str | os.PathLike, write: Callable) -> None:
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
-
-
-def save_theta(path: str | os.PathLike, theta: Any, optimizer: str, config: dict, trained: dict) -> None:
-    """Write theta (nested dicts of arrays) and a header to an .npz.
-
-    optimizer: the kind ("optim4rl"). config: the arguments that make it. trained: how it was trained, anything JSON can hold.
-    """
-    header = {"format": FORMAT, "optimizer": optimizer, "config": config, "trained": trained}
-    paths_and_leaves = jax.tree_util.tree_flatten_with_path(theta)[0]
-    arrays = {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in paths_and_leaves}
-    write_whole(path, lambda buffer: np.savez(buffer, header=np.array(json.dumps(header)), **arrays))
 
 
 def load_theta(path: str | os.PathLike) -> tuple[dict, dict]:

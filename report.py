@@ -20,7 +20,6 @@ import scipy.stats
 import tyro
 
 import gridworld
-import optim4rl
 import runs
 
 matplotlib.use("Agg")
@@ -203,18 +202,18 @@ def draw(path: Path, results: list[Result]) -> None:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, fontsize="x-small", frameon=False)
     for axes in list(grid.flat)[len(env_names) :]:
         axes.remove()
-    optim4rl.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=90 if len(env_names) > 1 else 150))
+    runs.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=90 if len(env_names) > 1 else 150))
     plt.close(figure)
 
 
 def write_csv(path: Path, columns: tuple, rows: list) -> None:
     text = io.StringIO()
     csv.writer(text).writerows([columns, *rows])
-    optim4rl.write_whole(path, lambda file: file.write(text.getvalue().encode()))
+    runs.write_whole(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def write_text(path: Path, text: str) -> None:
-    optim4rl.write_whole(path, lambda file: file.write(f"{text}\n".encode()))
+    runs.write_whole(path, lambda file: file.write(f"{text}\n".encode()))
 
 
 def write_results(path: Path, results: list[Result], first_seed: int) -> None:

@@ -22,8 +22,6 @@ from jax.sharding import Mesh, PartitionSpec
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-import optim4rl
-
 COMPILER_OPTIONS = {
     "xla_cpu_prefer_vector_width": 512,  # where a CPU has such registers: a fifth off an iteration's time
     "xla_disable_hlo_passes": "cpu-parallel-task-assigner",  # each core has units of its own: no thread helps another
@@ -164,6 +162,19 @@ def mean_over_units(train: Callable, theta: Any, schedule: Any, units: Any, mesh
     return jax.tree.map(lambda g: g / num_units, total), units, metrics
 
 
+def write_whole(path: str | os.PathLike, write: Callable) -> None:
+    """Call write(buffer), write that to a temporary file beside `path`, and rename it: a reader never finds half a file."""
+    buffer, temporary = io.BytesIO(), f"{os.fspath(path)}.{os.getpid()}.tmp"
+    write(buffer)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
 def make_folder(runs_dir: str, env_name: str, script: str, seed: int, args: Any) -> Path:
     """Make <runs_dir>/<env>__<script>__<seed>__<time> with config.json: every argument, the packages' versions, the machine."""
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
@@ -176,7 +187,7 @@ def make_folder(runs_dir: str, env_name: str, script: str, seed: int, args: Any)
             folder.mkdir(parents=True)
             break
     try:
-        optim4rl.write_whole(folder / "config.json", lambda file: file.write(f"{json.dumps(config, indent=2)}\n".encode()))
+        write_whole(folder / "config.json", lambda file: file.write(f"{json.dumps(config, indent=2)}\n".encode()))
     except OSError:
         folder.rmdir()
         raise
@@ -242,7 +253,7 @@ class Log:
     def open(self, number: int, names: list[str]) -> None:
         """Start metrics.csv, or, in a run that is resumed, go on after the rows before this number."""
         before = rows_before(self.path, number)
-        optim4rl.write_whole(self.path, lambda file: file.write(before.encode()))
+        write_whole(self.path, lambda file: file.write(before.encode()))
         self.file = open(self.path, "a", newline="")  # noqa: SIM115, closed in __exit__
         self.rows = csv.DictWriter(self.file, names)
         if not before:

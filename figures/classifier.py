@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from a2c import conv2x2
-from optim4rl import write_whole
+from runs import write_whole
 
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
 FILES = {  # name: MD5 of the .gz

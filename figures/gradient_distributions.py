@@ -32,7 +32,6 @@ import gridworld  # noqa: E402
 import optimizers  # noqa: E402
 import report  # noqa: E402
 import runs  # noqa: E402
-from optim4rl import write_whole  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
@@ -182,7 +181,7 @@ def draw(path: Path, layers: list[str], counts: np.ndarray, title: str) -> None:
     figure.suptitle(title, fontsize="medium")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(STAGES))
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    runs.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
     plt.close(figure)
 
 

@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import optimizers  # noqa: E402, once the project is on the path
 import report  # noqa: E402
 import runs  # noqa: E402
-from optim4rl import write_whole  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
@@ -91,7 +90,7 @@ def inspect(path: str, out: Path) -> list[tuple]:
     grid[0, 0].set_ylabel("size of an update / learning rate")
     grid[1, 0].set_ylabel("size of an update / learning rate")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(looks))
-    write_whole(out / "inspection.png", lambda file: figure.savefig(file, format="png", dpi=120))
+    runs.write_whole(out / "inspection.png", lambda file: figure.savefig(file, format="png", dpi=120))
     plt.close(figure)
     return rows
 

@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pipeline_train  # noqa: E402, once the project is on the path
 import report  # noqa: E402
 import runs  # noqa: E402
-from optim4rl import write_whole  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
@@ -90,7 +89,7 @@ def draw(path: Path, all_seen: dict, title: str) -> None:
     figure.suptitle(title, fontsize="medium")
     handles, labels = grid[0, 1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower right", ncols=3, fontsize="small")
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    runs.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
     plt.close(figure)
 
 
