@@ -4,8 +4,8 @@
     python ppo.py --env-name inverted_pendulum --optimizer adam --num-seeds 4
 
 One agent acts in B copies of the environment (Schulman et al. 2017, arXiv 1707.06347). Flags left unset take the setting
-of Lan et al. 2024 for the task, or Brax's usual one; what was taken is printed. Above main(), nothing of the project is
-imported: an environment is the Env below, an optimizer is optax's.
+of Lan et al. 2024 for the task, or Brax's usual one; what was taken is printed. Everything above main() stands alone; to run
+the script keep the repository. An environment is the Env below, an optimizer is optax's.
 
 Legend: T steps of a rollout, B environments, A action size, O observation size, S gradient steps of one update.
 """
@@ -355,10 +355,14 @@ def ppo_loss(params: dict, normaliser: Normaliser, batch: Batch, key: jax.Array,
 
 
 class Agent(NamedTuple):
-    """What meta-training needs of an agent; a2c.py gives the same."""
+    """What meta-training needs of an agent; a2c.py gives the same.
+
+    A state is a NamedTuple with params, opt_state and reward_factor (a scalar that multiplies its rewards). metrics of learn has
+    "return", a scalar, NaN before the first episode ends.
+    """
 
     init: Callable  # key, optimizer -> state
-    learn: Callable  # key, state, optimizer, progress -> state, what the optimizer was given [gradient steps, ...], metrics
+    learn: Callable  # key, state, optimizer, progress -> state, (grads, extra_args) [gradient steps, ...], metrics
     loss: Callable  # key, state -> loss on a fresh rollout, state
     num_steps: int  # environment steps of one update, over all the agent's environments
 

@@ -8,26 +8,21 @@ of star.py for every parameter of the tensor; with its outputs d and s
 
 The loss and the fraction are optax's extra arguments: optimizer.update(grads, state, params, value=loss, fraction=done).
 
-    python velo.py PATH_OF_PUBLISHED_WEIGHTS velo.npz
-
-turns the published weights, once downloaded, into a file that every script here takes. They have a step of their own: a
---learning-rate does not touch them.
+tools/convert_velo.py makes a theta file of the published weights. They have a learning rate of their own, which
+--learning-rate does not change.
 
 Legend: D decays, F features, M tensors, B bases.
 """
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 import star
-from optim4rl import LearnedOptimizer, init_dense, init_rnn, lstm, readout, save_theta
+from optim4rl import LearnedOptimizer, init_dense, init_rnn, lstm, readout
 from star import Moments, features, init_moments, normalise, update_moments
 
-PUBLISHED = {"lstm_size": 512, "num_bases": 256, "step_size": 1e-3}
 FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
 LOSS_MEANS = 10  # running means of the loss, with half-lives from 10 updates to all of training
 TENSOR_FEATURES = len(FRACTIONS) + (LOSS_MEANS - 1) + 1 + 5 + 3 + 3
@@ -165,80 +160,3 @@ def make_velo(lstm_size: int = 128, num_bases: int = 64, step_size: float | None
         return treedef.unflatten(updates), State(treedef.unflatten(after), hidden, loss, count)
 
     return LearnedOptimizer(init_theta, init_state, update, None)
-
-
-# --- The published weights ---
-
-
-def load_published(path: str) -> dict:
-    """theta of make_velo(**PUBLISHED) from the published file (flax's msgpack of Haiku's parameters).
-
-    Raises ValueError, in one line, for anything else.
-    """
-    import flax.serialization
-
-    try:
-        with open(path, "rb") as file:
-            stored = flax.serialization.msgpack_restore(file.read())
-        stored = stored.get("params", stored)
-        return convert(stored)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except Exception as error:  # whatever a foreign file makes the parser raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not VeLO's published weights ({type(error).__name__}: {reason})") from None
-
-
-def convert(stored: dict) -> dict:
-    """Haiku's parameters as theta. Weights there are [inputs, outputs]; its LSTM adds 1 to the forget gate's input.
-
-    Its first layer ("linear") is computed and then not used, so theta has no place for it.
-    """
-    rnn = stored["rnn_params"]
-
-    def dense(layer):
-        return {"0": {"w": jnp.asarray(layer["w"]).T, "b": jnp.asarray(layer["b"])}}
-
-    gates = dense(rnn["rnn/linear"])["0"]
-    size = len(gates["b"]) // 4
-    i, u, f, o = (slice(k * size, (k + 1) * size) for k in range(4))  # its order; here it is i, f, u, o
-    w, b = (jnp.concatenate([x[i], x[f], x[u], x[o]]) for x in (gates["w"], gates["b"].at[f].add(1)))
-    bases = stored["ff_mod_stack"]["~"]
-    first = jnp.concatenate([jnp.asarray(bases[f"w0__{k}"]) for k in range(len(INPUTS))], axis=1)
-    weights = (first, bases["w1"], bases["w2"])
-    start = stored["lstm_init_state"]
-    return {
-        "mix": dense(rnn["linear_1"]),
-        "input": dense(rnn["linear_2"]),
-        "lstm": {"w_x": w[:, :-size], "w_h": w[:, -size:], "b": b},
-        "start": {name: jnp.asarray(start[long]).reshape(-1) for name, long in (("h", "hidden"), ("c", "cell"))},
-        "mixture": dense(rnn["rnn_to_controls"]),
-        "multiplier": dense(rnn["step_size"]),
-        "bases": {
-            str(k): {"w": jnp.swapaxes(jnp.asarray(w), 1, 2), "b": jnp.asarray(bases[f"b{k}"])} for k, w in enumerate(weights)
-        },
-    }
-
-
-@dataclass(frozen=True)
-class Args:
-    published: tyro.conf.Positional[str]
-    """the published weights, as downloaded"""
-    out: tyro.conf.Positional[str] = "velo.npz"
-    """the file to write"""
-
-
-def main() -> None:
-    import optimizers
-    import runs
-
-    args = runs.parse(Args, __doc__)
-    with runs.bad_input():
-        theta = load_published(args.published)
-        optimizers.check_theta(args.published, make_velo(**PUBLISHED), theta)
-        save_theta(args.out, theta, "velo", PUBLISHED, {"published": args.published})
-    print(f"written: {args.out}; next: python evaluate.py --env-name catch --optimizers {args.out} adam")
-
-
-if __name__ == "__main__":
-    main()

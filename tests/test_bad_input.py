@@ -67,7 +67,7 @@ BAD = [
     ("pipeline_train", "--reward-scale-range 10 1", "--reward-scale-range"),
     ("pipeline_train", "--learning-rate-range 0 1", "--learning-rate-range"),
     ("evaluate", "--optimizers untrained:nosuch", "nosuch"),
-    ("velo", "nosuch", "no such file"),
+    ("convert_velo", "nosuch", "no such file"),
     ("pipeline_train", "--reset-interval 0", "--reset-interval"),
     ("pipeline_train", "--num-units -4", "--num-units"),
     ("pipeline_train", "--inner-updates 0", "--inner-updates"),
@@ -169,9 +169,9 @@ BAD = [
     ("report", "a_folder", "no such file"),
     ("report", "--out x", "at least one run folder"),
     ("report", "other_csv", "not the results of evaluate.py"),
-    ("velo", "a_folder", "a_folder"),
-    ("velo", "broken.npz", "broken.npz"),
-    ("velo", "", "published weights"),
+    ("convert_velo", "a_folder", "a_folder"),
+    ("convert_velo", "broken.npz", "broken.npz"),
+    ("convert_velo", "", "published weights"),
 ]
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import convert_velo
 import optimizers
 import velo
 from optim4rl import to_optax
@@ -117,12 +118,12 @@ class Reference:
 
 
 def test_velo_from_a_published_file_is_the_published_equations(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(velo, "PUBLISHED", {"lstm_size": 6, "num_bases": 256, "step_size": 1e-3})
+    monkeypatch.setattr(convert_velo, "PUBLISHED", {"lstm_size": 6, "num_bases": 256, "step_size": 1e-3})
     rng = np.random.default_rng(0)
     stored = published_weights(rng, 6, 256)
     (tmp_path / "params").write_bytes(flax.serialization.msgpack_serialize(stored))
-    monkeypatch.setattr(sys, "argv", ["velo.py", str(tmp_path / "params"), str(tmp_path / "velo.npz")])
-    velo.main()
+    monkeypatch.setattr(sys, "argv", ["convert_velo.py", str(tmp_path / "params"), str(tmp_path / "velo.npz")])
+    convert_velo.main()
     assert "velo.npz" in capsys.readouterr().out
 
     optimizer = optimizers.make_optimizer(str(tmp_path / "velo.npz"), 123.0)  # its learning rate is its own
@@ -142,7 +143,7 @@ def test_velo_from_a_published_file_is_the_published_equations(tmp_path, monkeyp
 def test_velo_refuses_another_file(tmp_path, content):
     (tmp_path / "params").write_bytes(content)
     with pytest.raises(ValueError, match="not VeLO's published weights"):
-        velo.load_published(str(tmp_path / "params"))
+        convert_velo.load_published(str(tmp_path / "params"))
 
 
 def test_velo_asks_for_what_it_reads():
