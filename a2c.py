@@ -3,8 +3,8 @@
     python a2c.py --env-name small_dense_long --optimizer adam --learning-rate 3e-2 --total-steps 3e6 --num-seeds 4
 
 One agent acts in B copies of the environment and learns from the mean gradient over them. Everything above main() stands
-alone; to run the script keep the repository. An environment is `reset(key) -> state, obs` and `step(key, state, action) -> state, obs, reward, done`,
-an optimizer is optax's.
+alone; to run the script keep the repository. An environment is `reset(key) -> state, obs` and `step(key, state, action) ->
+state, obs, reward, done`, an optimizer is optax's.
 
 Legend: T steps of a rollout, B environments, A actions.
 """
@@ -182,8 +182,8 @@ def a2c_loss(params: dict, batch: Batch, args: Args) -> jax.Array:
 class Agent(NamedTuple):
     """What meta-training needs of an agent; ppo.py gives the same.
 
-    A state is a NamedTuple with params, opt_state and reward_factor (a scalar that multiplies its rewards). metrics of learn has
-    "return", a scalar, NaN before the first episode ends.
+    A state is a NamedTuple with params, opt_state and reward_factor (a scalar that multiplies its rewards). learn's metrics
+    have "return", a scalar, NaN before the first episode ends.
     """
 
     init: Callable  # key, optimizer -> state

@@ -357,8 +357,8 @@ def ppo_loss(params: dict, normaliser: Normaliser, batch: Batch, key: jax.Array,
 class Agent(NamedTuple):
     """What meta-training needs of an agent; a2c.py gives the same.
 
-    A state is a NamedTuple with params, opt_state and reward_factor (a scalar that multiplies its rewards). metrics of learn has
-    "return", a scalar, NaN before the first episode ends.
+    A state is a NamedTuple with params, opt_state and reward_factor (a scalar that multiplies its rewards). learn's metrics
+    have "return", a scalar, NaN before the first episode ends.
     """
 
     init: Callable  # key, optimizer -> state
