@@ -2,15 +2,16 @@
 
     python a2c.py --env-name small_dense_long --optimizer adam --learning-rate 3e-2 --total-steps 3e6 --num-seeds 4
 
-One agent acts in B copies of the environment and learns from the mean gradient over them. Everything above main() stands
-alone; to run the script keep the repository. An environment is `reset(key) -> state, obs` and `step(key, state, action) ->
-state, obs, reward, done`, an optimizer is optax's.
+One agent acts in B copies of the environment and learns from the mean gradient over them (Mnih et al. 2016, arXiv
+1602.01783). Flags left unset take the paper's value for the environment (settings.py); what was taken is printed.
+Everything above the last lines stands alone: copy the file, and give `train` an environment (`reset(key) -> state, obs`,
+`step(key, state, action) -> state, obs, reward, done`, obs_shape, num_actions) and an optax optimizer. The script needs the
+repository.
 
 Legend: T steps of a rollout, B environments, A actions.
 """
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,22 +25,18 @@ import optax
 
 @dataclass(frozen=True)
 class Args:
+    # --- Training ---
     env_name: str = "small_dense_long"
     """one of the eight gridworlds, {small,big}_{sparse,dense}_{short,long}, or catch"""
-    optimizer: str = "adam"
-    """adam, adam_linear (falling to 0), rmsprop, sgd, sign_sgd, untrained (Optim4RL before meta-training; untrained:star),
-    pretrained/NAME, or the path of a .npz"""
-    learning_rate: float = 3e-3
-    """learning rate; for the gridworlds try 3e-2 to 1e-4 in half decades"""
     total_steps: float = 3e6
-    """environment steps in all, over all environments"""
+    """environment steps in all, over all environments (small gridworlds 3e6, big ones 4e6, catch 5e5)"""
     num_envs: int = 512
-    """environments that the agent acts in at once"""
+    """environments that the agent acts in at once (catch 64)"""
     num_seeds: int = 1
     """agents trained side by side, each from its own seed"""
     seed: int = 0
     """seed of the first agent; the same seed gives the same result"""
-    # --- The agent ---
+    # --- Agent ---
     rollout_steps: int = 20
     """steps in each environment between two updates"""
     discount: float = 0.995
@@ -52,25 +49,20 @@ class Args:
     """weight of the entropy bonus"""
     reward_scale: float = 1.0
     """rewards are multiplied by this before learning; the logged returns are not"""
-    # --- The run ---
-    checkpoint_minutes: float = 5.0
-    """minutes between two checkpoints of the whole state"""
-    resume: str | None = None
-    """continue the run in this folder, with its arguments"""
-    runs_dir: str = "runs"
-    """the run's folder is made in here"""
+    conv_filters: int = 0
+    """filters of the 2x2 convolution, 0 for none (paper: big gridworlds 16)"""
+    hidden_size: int = 32
+    """units of the dense layer (paper: 32; catch 256)"""
+
+
+SCORE = ("return", 20)  # a run's score: the mean of the last 20 updates' returns
 
 
 # --- Network: [Conv 16 2x2 ->] Dense -> actor and critic ---
 
 
-def network_size(env_name: str) -> dict:
-    """The paper's network for an environment: convolution filters (0 for none) and hidden units."""
-    return {"filters": 16 if env_name.startswith("big") else 0, "hidden": 256 if env_name == "catch" else 32}
-
-
 def init_network(key: jax.Array, obs_shape: tuple, num_actions: int, filters: int, hidden: int) -> dict:
-    """LeCun normal weights and zero biases."""
+    """LeCun normal weights and zero biases. filters: of the convolution, 0 for none; hidden: units of the dense layer."""
     height, width, planes = obs_shape
     sizes = {"conv": (4 * planes, filters)} if filters else {}
     sizes |= {"dense": (height * width * (filters or planes), hidden), "actor": (hidden, num_actions), "critic": (hidden, 1)}
@@ -180,7 +172,7 @@ def a2c_loss(params: dict, batch: Batch, args: Args) -> jax.Array:
 
 
 class Agent(NamedTuple):
-    """What meta-training needs of an agent; ppo.py gives the same.
+    """The functions that meta-training calls; ppo.py has the same.
 
     A state is a NamedTuple with params, opt_state and reward_factor (a scalar that multiplies its rewards). learn's metrics
     have "return", a scalar, NaN before the first episode ends.
@@ -204,7 +196,7 @@ def make_agent(env: Any, args: Args) -> Agent:
 
     def init(key, optimizer):
         key_params, key_envs = jax.random.split(key)
-        params = init_network(key_params, env.obs_shape, env.num_actions, **network_size(args.env_name))
+        params = init_network(key_params, env.obs_shape, env.num_actions, args.conv_filters, args.hidden_size)
         streams = jax.vmap(partial(start_stream, env=env))(jax.random.split(key_envs, args.num_envs))
         return AgentState(params, optimizer.init(params), streams, jnp.ones(()))
 
@@ -296,43 +288,13 @@ def num_updates(args: Args) -> int:
     return int(args.total_steps) // steps_per_update(args)
 
 
-def main() -> None:
-    import gridworld
-    import optimizers
-    import runs
-    from checkpoints import Checkpoints, resumed_args
-
-    args = runs.parse(Args, __doc__)
-    with runs.bad_input():
-        args = resumed_args(args.resume, args) if args.resume else args
-        runs.check_positive(args, "learning_rate", "total_steps", "num_envs", "num_seeds", "rollout_steps", "reward_scale")
-        runs.check_positive(args, "checkpoint_minutes")
-        runs.check_between(args, 0, 1, "discount", "td_lambda")
-        runs.check_between(args, 0, 1e6, "critic_weight", "entropy_weight")
-        env = gridworld.make(args.env_name)
-        optimizer = optimizers.make_optimizer(args.optimizer, args.learning_rate)
-        if not num_updates(args):
-            raise ValueError(f"--total-steps {args.total_steps:g} is less than one rollout of all environments")
-        folder = runs.run_folder(args, args.env_name, "a2c")
-        checkpoints = Checkpoints(folder, args.checkpoint_minutes)
-
-    with runs.interruptible() as interrupted, runs.Log(folder, num_updates(args)) as log:
-
-        def on_update(number, metrics, state):
-            per_seed = {f"return_seed_{args.seed + i}": value for i, value in enumerate(metrics["return"])}
-            means = {name: value.mean() for name, value in metrics.items()}
-            log.write(number, {"env_steps": number * steps_per_update(args), **means, **per_seed})
-            checkpoints.save_if_due(number, state, log, interrupted())
-            return interrupted()
-
-        history = train(args, env, optimizer, on_update, checkpoints.restore if args.resume else lambda state: state)
-    final = history["return"][:, -20:].mean(axis=1)
-    print(f"return over the last 20 updates: {final.mean():.3f} (by seed: {', '.join(f'{x:.3f}' for x in final)})")
-    print(f"written: {folder}/config.json, metrics.csv, TensorBoard events (tensorboard --logdir {args.runs_dir})")
-    if interrupted():
-        print(f"to go on: python a2c.py --resume {folder}")
-    sys.exit(interrupted())
+def check(args: Args) -> None:
+    """Raises ValueError, in one line, for arguments that do not fit together: here all do."""
+    del args
 
 
 if __name__ == "__main__":
-    main()
+    import a2c
+    import train_agents
+
+    train_agents.main(a2c)

@@ -16,33 +16,25 @@ import dataclasses
 import sys
 import time
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 
 import a2c
-import gridworld
 import optimizers
-import ppo
 import report
 import runs
 import settings
+import tasks
 from optim4rl import load_theta
 
-# The environments of the paper's figures, and those of them that take days without an accelerator.
-SUITES = {
-    "paper": ("catch", "small_dense_long", "big_dense_long", "ant", "humanoid"),
-    "transfer": ("inverted_double_pendulum", "ant", "humanoid", "walker2d"),
-}
-WANT_ACCELERATOR = ("ant", "humanoid", "walker2d")
-SUITE_RATES = {"paper": (3e-2, 1e-2, 3e-3, 1e-3), "transfer": ()}  # transfer: all at the paper's learning rate
 SHORTER = "fewer --num-seeds or --total-steps make it short; Ctrl-C keeps the optimizers that are done"
 
 
 @dataclass(frozen=True)
 class Args:
+    # --- What to compare ---
     env_name: tuple[str, ...] = ("catch",)
     """one or several of the eight gridworlds, catch, and Brax's tasks"""
     optimizers: tuple[str, ...] = ("untrained", "sign_sgd", "adam", "rmsprop")
@@ -52,6 +44,7 @@ class Args:
     """instead of --env-name and --optimizers: the environments of a figure of the paper, as far as the machine can run them,
     and in each the weights in pretrained/ that were trained there (not for transfer) or on several, with the controls and
     classical optimizers"""
+    # --- Seeds and learning rates ---
     num_seeds: int = 10
     """agents trained with each optimizer"""
     seed: int = 1000
@@ -62,18 +55,20 @@ class Args:
     """sweep the classical optimizers over these learning rates, e.g. 3e-2 1e-2 3e-3 1e-3 3e-4 1e-4"""
     sweep_seeds: int = 2
     """agents trained at each learning rate of the sweep"""
+    # --- Agents ---
     total_steps: float | None = None
     """environment steps of each agent (catch 5e5, small gridworlds 3e6, big ones 4e6, Brax 2e6 to 1e8)"""
     num_envs: int | None = None
     """environments of each agent (catch 64, gridworlds 512, Brax 2048 or 4096)"""
     batch_size: int | None = None
     """rollouts in a minibatch of PPO's (paper: 512 to 2048); with fewer a short run has more updates"""
-    value_layers: tuple[int, ...] = ppo.Args.value_layers
+    value_layers: tuple[int, ...] | None = None
     """hidden layers of PPO's critic (paper: 5 of 256; in meta-training 5 of 64, with which a CPU is sooner done)"""
-    num_evals: int = ppo.Args.num_evals
+    num_evals: int | None = None
     """evaluations of each of PPO's agents; in short runs they are most of the time"""
     backend: Literal["spring", "generalized", "positional", "mjx"] = "spring"
     """physics of Brax's tasks: spring, generalized, positional or mjx"""
+    # --- Run ---
     runs_dir: str = "runs"
     """the run's folder is made in here"""
 
@@ -90,23 +85,15 @@ class Run(NamedTuple):
     rates: tuple  # one learning rate, or several to choose from
 
 
-class Learner(NamedTuple):
-    """What an environment is learned with."""
-
-    module: ModuleType  # a2c or ppo
-    args: Any
-    env: Any
-
-
 def fill_in(args: Args) -> Args:
     """The arguments with a suite's environments and learning rates. Raises ValueError, in one line, for what cannot be."""
     if args.suite is None:
         return args
     if args.env_name != Args.env_name or args.optimizers != Args.optimizers:
         raise ValueError(f"--suite {args.suite} says which environments and optimizers; give no --env-name or --optimizers")
-    left_out = WANT_ACCELERATOR if jax.default_backend() == "cpu" else ()
-    env_names = tuple(name for name in SUITES[args.suite] if name not in left_out)
-    return dataclasses.replace(args, env_name=env_names, learning_rates=args.learning_rates or SUITE_RATES[args.suite])
+    left_out = settings.WANT_ACCELERATOR if jax.default_backend() == "cpu" else ()
+    env_names = tuple(name for name in settings.SUITES[args.suite] if name not in left_out)
+    return dataclasses.replace(args, env_name=env_names, learning_rates=args.learning_rates or settings.SUITE_RATES[args.suite])
 
 
 def suite_optimizers(suite: str, env_name: str) -> list[str]:
@@ -125,7 +112,7 @@ def plan(args: Args) -> list[Run]:
     """The runs to make. Raises ValueError, in one line, for an unfit optimizer."""
     to_run, checked = [], set()
     for env_name in args.env_name:
-        default, labels = args.learning_rate or settings.setting_of(env_name).learning_rate, set()
+        default, labels = args.learning_rate or tasks.agent_settings(env_name)["learning_rate"], set()
         for name in dict.fromkeys(suite_optimizers(args.suite, env_name) if args.suite else args.optimizers):
             if name not in checked:  # only to see that it can be made, which takes a moment
                 optimizers.make_optimizer(name, default)
@@ -147,49 +134,41 @@ def trained_rate(trained: dict, env_name: str) -> float | None:
     """The learning rate of meta-training: in this environment, or in all its gridworlds if this is another."""
     rates = dict(zip(trained.get("env_name", ()), trained.get("learning_rate", ()), strict=False))
     same = set(rates.values())
-    if env_name in gridworld.NAMES and len(rates) > 1 and len(same) == 1:
+    if tasks.kind_of(env_name).agent is a2c and len(rates) > 1 and len(same) == 1:
         return same.pop()
     return rates.get(env_name)
 
 
-def make_learner(args: Args, env_name: str) -> Learner:
+def make_learner(args: Args, env_name: str) -> tasks.Learner:
     """Raises ValueError, in one line, for what cannot be."""
-    settings.check_environment(env_name)
-    shared = {"env_name": env_name, "num_seeds": args.num_seeds, "seed": args.seed}
-    if env_name not in gridworld.NAMES:
-        given = ("total_steps", "num_envs", "batch_size", "value_layers", "num_evals", "backend")
-        shared |= {name: getattr(args, name) for name in given}
-        learner = Learner(ppo, ppo.fill_in(ppo.Args(**shared)), ppo.make_env(env_name, args.backend))
-    else:
-        steps = args.total_steps or (5e5 if env_name == "catch" else 3e6 if env_name.startswith("small") else 4e6)
-        num_envs = args.num_envs or (64 if env_name == "catch" else 512)
-        learner = Learner(a2c, a2c.Args(**shared, total_steps=steps, num_envs=num_envs), gridworld.make(env_name))
-    if not learner.module.num_updates(learner.args):
+    names = ("num_seeds", "seed", "total_steps", "num_envs", "batch_size", "value_layers", "num_evals")
+    learner = tasks.make_learner(env_name, args.backend, **{name: getattr(args, name) for name in names})
+    if not learner.agent.num_updates(learner.args):
         raise ValueError(f"--total-steps {learner.args.total_steps:g} is less than one update's rollouts")
     return learner
 
 
-def train(learner: Learner, run: Run, rate: float, title: str, interrupted) -> report.Result:
+def train(learner: tasks.Learner, run: Run, rate: float, title: str, interrupted) -> report.Result:
     """All seeds at one learning rate."""
-    module, agent_args, env = learner
-    with runs.progress(module.num_updates(agent_args), title) as bar:
+    agent, agent_args, env = learner
+    with runs.progress(agent.num_updates(agent_args), title) as bar:
 
         def on_update(number, metrics, state):
             jax.block_until_ready(metrics)  # bar and Ctrl-C go by what is done, not by the updates that wait in a row
             bar.update()
             return interrupted()
 
-        history = module.train(agent_args, env, optimizers.make_optimizer(run.optimizer, rate), on_update)
-    if module is ppo:
-        returns, env_steps = np.asarray(history["eval_return"]), np.asarray(history["eval_steps"])
+        history = agent.train(agent_args, env, optimizers.make_optimizer(run.optimizer, rate), on_update)
+    returns = np.asarray(history[agent.SCORE[0]])
+    if "eval_steps" in history:
+        env_steps = np.asarray(history["eval_steps"])
     else:
-        returns = np.asarray(history["return"])
-        env_steps = np.arange(1, returns.shape[1] + 1) * module.steps_per_update(agent_args)
+        env_steps = np.arange(1, returns.shape[1] + 1) * agent.steps_per_update(agent_args)
     finite = np.isfinite(returns[:, -1])
     return report.Result(run.env_name, run.label, rate, env_steps, returns[finite], int(np.sum(~finite)))
 
 
-def sweep(learner: Learner, run: Run, args: Args, title: str, interrupted) -> list[report.Result]:
+def sweep(learner: tasks.Learner, run: Run, args: Args, title: str, interrupted) -> list[report.Result]:
     """One agent a seed of the sweep at each learning rate; none of the seeds is one of those that are shown."""
     apart = dataclasses.replace(learner.args, num_seeds=args.sweep_seeds, seed=args.seed + args.num_seeds)
     results = []
@@ -213,7 +192,7 @@ def main() -> None:
         to_run = plan(args)
         folder = runs.make_folder(args.runs_dir, "+".join(learners), "evaluate", args.seed, args)
 
-    if left_out := [name for name in SUITES.get(args.suite, ()) if name not in learners]:
+    if left_out := [name for name in settings.SUITES.get(args.suite, ()) if name not in learners]:
         print(f"left out, since there is no accelerator: {', '.join(left_out)} (--env-name runs them anyway)")
     results, swept, began = [], [], time.perf_counter()
     with runs.interruptible() as interrupted:

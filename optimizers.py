@@ -6,6 +6,7 @@ pipeline_train.py can train are in LEARNED; a new one is an entry there, and the
 Legend: C coordinates in a block (optim4rl.py).
 """
 
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -161,6 +162,13 @@ def load_learned(path: str) -> tuple[LearnedOptimizer, Any, dict]:
         raise ValueError(f"{path}: {kind} cannot be made from its header {header['config']} ({error})") from None
     check_theta(path, learned, theta)
     return learned, jax.tree.map(jnp.asarray, theta), header
+
+
+def kind_settings(kind: str) -> dict:
+    """The settings of a learned kind of optimizer, with their defaults. Raises ValueError for an unknown kind."""
+    if kind not in LEARNED:
+        raise ValueError(f"unknown learned optimizer {kind!r}; choose from {', '.join(LEARNED)}")
+    return {name: parameter.default for name, parameter in inspect.signature(LEARNED[kind]).parameters.items()}
 
 
 def make_optimizer(name_or_path: str, learning_rate: float) -> optax.GradientTransformation:

@@ -18,7 +18,6 @@ Legend: N units, K inner updates, S gradient steps of one update, m reset interv
 """
 
 import dataclasses
-import inspect
 import sys
 import time
 from collections.abc import Callable
@@ -34,14 +33,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
 import a2c
-import gridworld
 import optimizers
 import ppo
 import runs
+import tasks
 from checkpoints import Checkpoints, resumed_args
 from meta_gradient import ESTIMATORS, Unit
 from optim4rl import LearnedOptimizer, load_theta, save_theta, to_optax
-from settings import check_environment, setting_of
 
 # --- Pipeline training ---
 
@@ -132,20 +130,20 @@ def train_group(theta, schedule: Schedule, units: Unit, task: Task, learned: Lea
     return gradient, units, metrics | {"broken": broken | lost}
 
 
-def init_meta_state(key: jax.Array, tasks: list[Task], learned: LearnedOptimizer, args: "Args") -> MetaState:
+def init_meta_state(key: jax.Array, all_tasks: list[Task], learned: LearnedOptimizer, args: "Args") -> MetaState:
     key_theta, key_units = jax.random.split(key)
     theta = learned.init_theta(key_theta)
     units = []
-    for i, task in enumerate(tasks):
+    for i, task in enumerate(all_tasks):
         keys = schedule(jax.random.fold_in(key_units, i), 0, args).key
         units.append(jax.vmap(partial(new_unit, theta=theta, task=task, learned=learned, args=args))(keys))
     return MetaState(theta, meta_optimizer(args).init(theta), tuple(units), jnp.int32(0), jnp.int32(0))
 
 
-def meta_step(key: jax.Array, state: MetaState, tasks: list[Task], learned: LearnedOptimizer, args: "Args", mesh: Mesh):
+def meta_step(key: jax.Array, state: MetaState, all_tasks: list[Task], learned: LearnedOptimizer, args: "Args", mesh: Mesh):
     """One meta-iteration. -> MetaState, for each task its metrics"""
     gradients, all_units, all_metrics = [], [], []
-    for i, (task, units) in enumerate(zip(tasks, state.units, strict=True)):
+    for i, (task, units) in enumerate(zip(all_tasks, state.units, strict=True)):
         key_task = jax.random.fold_in(jax.random.fold_in(key, state.iteration), i)
         train = partial(train_group, task=task, learned=learned, args=args)
         plan = schedule(key_task, state.iteration, args)
@@ -191,15 +189,15 @@ def keep_if_finite(new: Any, old: Any, judge: Any = None) -> Any:
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
 
 
-def jit_meta_step(args: "Args", tasks: list[Task], learned: LearnedOptimizer, mesh: Mesh) -> tuple[Callable, Callable]:
+def jit_meta_step(args: "Args", all_tasks: list[Task], learned: LearnedOptimizer, mesh: Mesh) -> tuple[Callable, Callable]:
     """-> init(key) -> MetaState, step(key, MetaState) -> MetaState, metrics
 
     theta is on every device of the mesh, the units are spread over them; step reuses the buffers of its MetaState.
     """
     whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("units"))
     shardings = MetaState(whole, whole, split, whole, whole)
-    init = partial(init_meta_state, tasks=tasks, learned=learned, args=args)
-    step = partial(meta_step, tasks=tasks, learned=learned, args=args, mesh=mesh)
+    init = partial(init_meta_state, all_tasks=all_tasks, learned=learned, args=args)
+    step = partial(meta_step, all_tasks=all_tasks, learned=learned, args=args, mesh=mesh)
     options = {"out_shardings": (shardings, whole), "compiler_options": runs.COMPILER_OPTIONS}
     return jax.jit(init, out_shardings=shardings), jax.jit(step, donate_argnums=1, **options)
 
@@ -212,11 +210,12 @@ SHORTER = "--num-units 64 with --total-steps 1e6, or fewer --num-iterations, mak
 
 @dataclass(frozen=True)
 class Args:
+    # --- Training ---
     env_name: tuple[str, ...] = ("big_dense_long",)
     """one or several of the eight gridworlds, catch (with A2C), and Brax's tasks (with PPO); meta-gradients are averaged"""
     seed: int = 0
     """the same seed gives the same theta"""
-    # --- The optimizer to train ---
+    # --- Optimizer ---
     optimizer: str = "optim4rl"
     """the kind of learned optimizer: optim4rl, momentum4rl (not in the paper), linear_optim, l2lgd2, star or velo"""
     cell: Literal["lstm", "gru"] = "lstm"
@@ -246,7 +245,7 @@ class Args:
     """environment steps in all, in the first environment (paper: 3e7; catch 5e5; Brax 1e8)"""
     num_iterations: int | None = None
     """meta-iterations, instead of --total-steps"""
-    # --- The agents ---
+    # --- Agents ---
     learning_rate: tuple[float, ...] | None = None
     """the agents' learning rate: one, or one for each environment (paper: by environment)"""
     reward_scale: tuple[float, ...] | None = None
@@ -257,7 +256,7 @@ class Args:
     """each unit's reward scale is this range's times the environment's, drawn at each reset, e.g. 0.1 100"""
     learning_rate_range: tuple[float, float] = (1.0, 1.0)
     """likewise each unit's learning rate"""
-    # --- The meta-gradient ---
+    # --- Meta-gradient ---
     meta_estimator: Literal["backprop", "pes", "nres"] = "backprop"
     """the paper's meta-gradient of the agents' loss, or persistent or noise-reuse evolution strategies on their return"""
     sigma: float = 0.05
@@ -268,7 +267,7 @@ class Args:
     """with --anneal-meta-lr that learning rate falls linearly to 0 at the last iteration"""
     meta_clip: Literal["global_norm", "elementwise", "none"] = "global_norm"
     """how each environment's meta-gradient is clipped: to norm 0.5, each element to 1, or not"""
-    # --- The run ---
+    # --- Run ---
     num_devices: int | None = None
     """devices of this process that units are spread over (as many as divide the units; on a CPU each core is one)"""
     num_processes: int = 1
@@ -287,30 +286,89 @@ class Args:
     """the run's folder is made in here"""
 
 
-def all_agent_args(args: Args) -> list[a2c.Args | ppo.Args]:
-    """What make_agent needs for a unit of each environment."""
-    many = []
-    for name, num_envs, reward_scale in zip(args.env_name, args.envs_per_unit, args.reward_scale, strict=True):
-        shared = {"env_name": name, "num_envs": num_envs, "reward_scale": reward_scale}
-        if name in gridworld.NAMES:
-            many.append(a2c.Args(**shared))
+OPTIMIZER_SETTINGS = ("cell", "inputs", "hidden_size", "readout_layers", "grad_clip")
+POSITIVE = (
+    *("num_units", "envs_per_unit", "inner_updates", "reset_interval", "total_steps", "num_iterations"),
+    *("hidden_size", "readout_layers", "learning_rate", "reward_scale", "meta_learning_rate", "sigma"),
+    *("num_devices", "num_processes", "save_theta_every", "checkpoint_minutes"),
+)
+
+
+def fill_in(args: Args) -> Args:
+    """The paper's values where flags were left unset. Raises ValueError, in one line, for what cannot be."""
+    if not args.env_name or len(set(args.env_name)) < len(args.env_name):
+        raise ValueError("--env-name must name at least one environment, and each once")
+    if args.total_steps is not None and args.num_iterations is not None:
+        raise ValueError("give --total-steps or --num-iterations, not both")
+    args = check_optimizer(args)
+    paper = tasks.meta_settings(args.env_name)
+    left_unset = {name: value for name, value in paper.items() if getattr(args, name) is None}
+    args = dataclasses.replace(args, **left_unset)
+    runs.check_positive(args, *POSITIVE)
+    for name in ("learning_rate", "reward_scale", "envs_per_unit"):
+        values = getattr(args, name)
+        if len(values) not in (1, len(args.env_name)):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} takes 1 value or {len(args.env_name)}, got {len(values)}")
+        if len(values) == 1:
+            args = dataclasses.replace(args, **{name: values * len(args.env_name)})
+    for name in ("reward_scale_range", "learning_rate_range"):
+        low, high = getattr(args, name)
+        if not 0 < low <= high < float("inf"):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be two numbers above 0, the lower first, got {low:g} {high:g}")
+    if args.meta_estimator != "backprop" and args.num_units % 2:
+        raise ValueError(
+            f"--num-units must be even with {args.meta_estimator} (antithetic pairs), got {args.num_units}"
+        )
+    if not args.grad_clip > 0:
+        raise ValueError(f"--grad-clip must be above 0, or inf for no clipping, got {args.grad_clip:g}")
+    steps = steps_per_iteration(args)
+    num_iterations = args.num_iterations or int(args.total_steps) // steps
+    if not num_iterations:
+        raise ValueError(f"--total-steps {args.total_steps:g} is less than one iteration ({steps} steps)")
+    return dataclasses.replace(args, num_iterations=num_iterations, total_steps=float(num_iterations * steps))
+
+
+def check_optimizer(args: Args) -> Args:
+    """The arguments with the kind that is in --theta. Raises ValueError for a setting that the kind does not have."""
+    if args.theta:  # its header only: nothing may be put on a device before main chooses the devices
+        header = load_theta(optimizers.theta_path(args.theta))[1]
+        args = dataclasses.replace(args, optimizer=header["optimizer"])
+    known = optimizers.kind_settings(args.optimizer)
+    for name in OPTIMIZER_SETTINGS:
+        if getattr(args, name) == getattr(Args, name):
             continue
-        # The paper's for meta-training on Brax: 2048 environments, batches of 1024, 8 of them, 4 epochs, a smaller critic.
-        batches = {"rollout_steps": 5, "batch_size": num_envs // 2, "num_minibatches": 8, "num_epochs": 4}
-        many.append(ppo.fill_in(ppo.Args(**shared, **batches, backend=args.backend, value_layers=(64,) * 5)))
-    return many
+        flag = name.replace("_", "-")
+        if name not in known:
+            raise ValueError(f"--{flag} is not a setting of {args.optimizer}")
+        if args.theta:
+            raise ValueError(f"--{flag} is what it is in {args.theta}; leave it out")
+    return args
+
+
+def all_unit_args(args: Args) -> list:
+    """For each environment the agent's arguments of its units."""
+    sizes = zip(args.env_name, args.envs_per_unit, args.reward_scale, strict=True)
+    return [tasks.unit_args(*size) for size in sizes]
+
+
+def steps_per_iteration(args: Args) -> int:
+    """Environment steps of a meta-iteration in the first environment: K rollouts, and backprop's one more, of every unit."""
+    agent = tasks.kind_of(args.env_name[0]).agent
+    rollouts = args.inner_updates + (args.meta_estimator == "backprop")
+    return args.num_units * rollouts * agent.steps_per_update(all_unit_args(args)[0])
 
 
 def set_up(args: Args) -> tuple[list[Task], LearnedOptimizer, dict]:
-    """-> the tasks, the optimizer, and the config that its theta file will carry. Raises ValueError, in one line, for an unfit
-    --theta."""
+    """-> the tasks, the optimizer, and the config of its theta file. Raises ValueError, in one line, for an unfit --theta."""
     learned, config = make_learned(args)
-    tasks = []
-    for name, rate, agent_args in zip(args.env_name, args.learning_rate, all_agent_args(args), strict=True):
-        on_brax = isinstance(agent_args, ppo.Args)
-        env = ppo.make_env(name, args.backend) if on_brax else gridworld.make(name)
-        tasks.append(Task((ppo if on_brax else a2c).make_agent(env, agent_args), rate))
-    return tasks, learned, config
+    all_tasks = []
+    for name, rate, unit_args in zip(args.env_name, args.learning_rate, all_unit_args(args), strict=True):
+        agent = tasks.kind_of(name).agent
+        env = tasks.make_env(name, agent, args.backend)
+        all_tasks.append(Task(agent.make_agent(env, unit_args), rate))
+    return all_tasks, learned, config
 
 
 def make_learned(args: Args) -> tuple[LearnedOptimizer, dict]:
@@ -318,85 +376,19 @@ def make_learned(args: Args) -> tuple[LearnedOptimizer, dict]:
     if args.theta:
         learned, theta, header = optimizers.load_learned(args.theta)
         return learned._replace(init_theta=lambda key: theta), header["config"]
-    factory = optimizers.LEARNED[args.optimizer]
-    parameters = inspect.signature(factory).parameters
-    config = {name: getattr(args, name, parameter.default) for name, parameter in parameters.items()}
-    config |= {"grad_clip": None if np.isinf(args.grad_clip) else args.grad_clip} if "grad_clip" in config else {}
-    return factory(**config), config
+    config = {name: getattr(args, name, default) for name, default in optimizers.kind_settings(args.optimizer).items()}
+    if "grad_clip" in config:
+        config["grad_clip"] = None if np.isinf(args.grad_clip) else args.grad_clip
+    return optimizers.LEARNED[args.optimizer](**config), config
 
 
-def fill_in(args: Args) -> Args:
-    """The arguments with the paper's values where they were left unset. Raises ValueError, in one line, for what cannot be."""
-    if not args.env_name or len(set(args.env_name)) < len(args.env_name):
-        raise ValueError("--env-name must name at least one environment, and each once")
-    if args.theta:  # its header only: nothing may be put on a device before main chooses the devices
-        header = load_theta(optimizers.theta_path(args.theta))[1]
-        args = dataclasses.replace(args, optimizer=header["optimizer"])
-    if args.optimizer not in optimizers.LEARNED:
-        raise ValueError(f"unknown learned optimizer {args.optimizer!r}; choose from {', '.join(optimizers.LEARNED)}")
-    for name in ("cell", "inputs", "hidden_size", "readout_layers", "grad_clip"):
-        known = name in inspect.signature(optimizers.LEARNED[args.optimizer]).parameters
-        given = getattr(args, name) != getattr(Args, name)
-        if given and not known:
-            raise ValueError(f"--{name.replace('_', '-')} is not a setting of {args.optimizer}")
-        if given and args.theta:
-            raise ValueError(f"--{name.replace('_', '-')} is what it is in {args.theta}; leave it out")
-    if args.total_steps is not None and args.num_iterations is not None:
-        raise ValueError("give --total-steps or --num-iterations, not both")
-    for name in args.env_name:
-        check_environment(name)
-    settings = [setting_of(name) for name in args.env_name]
-    many = len(settings) > 1
-    paper = {
-        "num_units": settings[0].num_units,
-        "reset_interval": settings[0].reset_interval,
-        "meta_learning_rate": settings[0].meta_learning_rate,
-        "learning_rate": tuple(s.multitask_learning_rate if many else s.learning_rate for s in settings),
-        "reward_scale": tuple(s.multitask_reward_scale if many else s.reward_scale for s in settings),
-        "envs_per_unit": tuple(s.envs_per_unit for s in settings),
-        "grad_clip": float("inf") if args.env_name == ("catch",) else 1.0,
-        "total_steps": settings[0].total_steps,
-    }
-    args = dataclasses.replace(args, **{name: value for name, value in paper.items() if getattr(args, name) is None})
-    for name in ("learning_rate", "reward_scale", "envs_per_unit"):
-        values = getattr(args, name)
-        if len(values) not in (1, len(settings)):
-            raise ValueError(f"--{name.replace('_', '-')} takes 1 value or {len(settings)}, got {len(values)}")
-        args = dataclasses.replace(args, **{name: values * len(settings) if len(values) == 1 else values})
-    runs.check_positive(args, "num_units", "envs_per_unit", "inner_updates", "reset_interval", "total_steps", "num_iterations")
-    runs.check_positive(args, "hidden_size", "readout_layers", "learning_rate", "reward_scale", "meta_learning_rate")
-    runs.check_positive(args, "num_devices", "save_theta_every", "checkpoint_minutes", "num_processes", "sigma")
-    for name, num_envs in zip(args.env_name, args.envs_per_unit, strict=True):
-        if name not in gridworld.NAMES and num_envs % 2:
-            raise ValueError(f"--envs-per-unit must be even for {name} (a minibatch is half of them), got {num_envs}")
-    for name in ("reward_scale_range", "learning_rate_range"):
-        low, high = getattr(args, name)
-        if not 0 < low <= high < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} must be two numbers above 0, the lower first, got {low:g} {high:g}")
-    if args.meta_estimator != "backprop" and args.num_units % 2:
-        raise ValueError(f"--num-units must be even with {args.meta_estimator} (antithetic pairs), got {args.num_units}")
-    if not args.grad_clip > 0:
-        raise ValueError(f"--grad-clip must be above 0, or inf for no clipping, got {args.grad_clip:g}")
-    num_iterations = args.num_iterations or int(args.total_steps) // steps_per_iteration(args)
-    if not num_iterations:
-        raise ValueError(f"--total-steps {args.total_steps:g} is less than one iteration ({steps_per_iteration(args)} steps)")
-    total_steps = float(num_iterations * steps_per_iteration(args))
-    return dataclasses.replace(args, num_iterations=num_iterations, total_steps=total_steps)
-
-
-def steps_per_iteration(args: Args) -> int:
-    """Steps of one meta-iteration in the first environment: K updates' rollouts and backprop's meta-loss's, of every unit."""
-    first, rollouts = all_agent_args(args)[0], args.inner_updates + (args.meta_estimator == "backprop")
-    return args.num_units * rollouts * (a2c if isinstance(first, a2c.Args) else ppo).steps_per_update(first)
-
-
-def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: Mesh, on_iteration: Callable, checkpoints=None):
+def meta_train(args: Args, all_tasks: list[Task], learned: LearnedOptimizer, mesh: Mesh, on_iteration: Callable, checkpoints=None):
     """All iterations. on_iteration(iteration, MetaState, row of metrics) is called after each, and ends them by True.
 
     checkpoints: the run's; with --resume the iterations go on from the last. -> MetaState
     """
     key_init, key_train = jax.random.split(jax.random.key(args.seed))
-    init, step = jit_meta_step(args, tasks, learned, mesh)
+    init, step = jit_meta_step(args, all_tasks, learned, mesh)
     state, steps = init(key_init), steps_per_iteration(args)
     state = checkpoints.restore(state) if args.resume else state
     done = int(state.iteration)
@@ -413,7 +405,7 @@ def meta_train(args: Args, tasks: list[Task], learned: LearnedOptimizer, mesh: M
             runs.warn_if_long((time.perf_counter() - began) * (args.num_iterations - done), SHORTER)
         row = {"env_steps": iteration * steps, "bad_updates": int(state.bad_updates)}
         for task_name, values in zip(args.env_name, metrics, strict=True):
-            row |= {f"{name}_{task_name}" if len(tasks) > 1 else name: value for name, value in values.items()}
+            row |= {f"{name}_{task_name}" if len(all_tasks) > 1 else name: value for name, value in values.items()}
         if on_iteration(iteration, state, row):
             break
     return state
@@ -425,9 +417,9 @@ def main() -> None:
         args = resumed_args(args.resume, args) if args.resume else fill_in(args)
         mesh = runs.choose_devices(args.num_units, args.num_devices, args.num_processes, args.process_id, args.coordinator)
         args = dataclasses.replace(args, num_devices=mesh.size // args.num_processes)
-        tasks, learned, config = set_up(args)
+        all_tasks, learned, config = set_up(args)
         if args.process_id != 0:
-            meta_train(args, tasks, learned, mesh, lambda *_: None)
+            meta_train(args, all_tasks, learned, mesh, lambda *_: None)
             return
         folder = runs.run_folder(args, "+".join(args.env_name), "pipeline_train")
         # With several processes there is theta.npz only: orbax would wait for the others to write too.
@@ -452,7 +444,7 @@ def main() -> None:
                     log.say(f"iteration {iteration}: the meta-gradient is not finite; theta stays as it is")
                 return interrupted() or row["bad_updates"] == MOST_BAD_UPDATES
 
-            state = meta_train(args, tasks, learned, mesh, on_iteration, checkpoints)
+            state = meta_train(args, all_tasks, learned, mesh, on_iteration, checkpoints)
         save(state)
     theta_path = folder / "theta.npz"
     if state.bad_updates == MOST_BAD_UPDATES:

@@ -4,50 +4,37 @@
     python ppo.py --env-name inverted_pendulum --optimizer adam --num-seeds 4
 
 One agent acts in B copies of the environment (Schulman et al. 2017, arXiv 1707.06347). Flags left unset take the setting
-of Lan et al. 2024 for the task, or Brax's usual one; what was taken is printed. Everything above main() stands alone; to run
-the script keep the repository. An environment is the Env below, an optimizer is optax's.
+of Lan et al. 2024 for the task, or Brax's usual one (settings.py); what was taken is printed. Everything above the
+last lines stands alone: copy the file, and give `train` an Env and an optax optimizer. The script needs the repository.
 
-Legend: T steps of a rollout, B environments, A action size, O observation size, S gradient steps of one update.
+Legend: T steps of a rollout, B environments, A action size, O observation size, R rollouts of one update, E epochs,
+M minibatches.
 """
 
-import contextlib
-import dataclasses
-import difflib
-import io
-import math
-import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-BACKENDS = ("spring", "generalized", "positional", "mjx")
+from networks import TANH_NORMAL, Distribution, Normaliser, init_mlp, mlp, normalise, update_normaliser
 
 
 @dataclass(frozen=True)
 class Args:
+    # --- Training ---
     env_name: str = "inverted_pendulum"
     """a Brax task: ant, halfcheetah, hopper, humanoid, humanoidstandup, inverted_pendulum, inverted_double_pendulum, pusher,
     reacher, swimmer, walker2d; not each runs on every backend and jax"""
-    backend: Literal["spring", "generalized", "positional", "mjx"] = "spring"
-    """Brax's physics: spring (the paper's), generalized, positional or mjx"""
-    optimizer: str = "adam"
-    """adam, adam_linear (falling to 0), rmsprop, sgd, sign_sgd, untrained (Optim4RL before meta-training; untrained:star),
-    pretrained/NAME, or the path of a .npz"""
-    learning_rate: float | None = None
-    """learning rate (paper: 3e-4; walker2d 3e-5)"""
     grad_clip: float = 1.0
     """gradients are clipped elementwise to this; inf: not"""
-    total_steps: float | None = None
+    total_steps: float = 2e6
     """environment steps in all, over all environments (paper: 2e7 to 1e8)"""
-    num_envs: int | None = None
+    num_envs: int = 2048
     """environments that the agent acts in at once (paper: 2048; ant 4096)"""
     num_seeds: int = 1
     """agents trained side by side, each from its own seed, as far as memory goes"""
@@ -55,16 +42,16 @@ class Args:
     """seed of the first agent; the same seed gives the same result"""
     episode_length: int = 1000
     """steps after which an episode is cut off, and its rest estimated by the critic"""
-    # --- The agent ---
-    rollout_steps: int | None = None
+    # --- Agent ---
+    rollout_steps: int = 5
     """steps T of one rollout, the piece that advantages are computed on (paper: 5 to 20)"""
-    batch_size: int | None = None
+    batch_size: int = 1024
     """rollouts in a minibatch (paper: 512 to 2048)"""
-    num_minibatches: int | None = None
+    num_minibatches: int = 32
     """minibatches between two acting phases, which so collect batch size x minibatches rollouts (paper: 32)"""
-    num_epochs: int | None = None
+    num_epochs: int = 4
     """times that each rollout is learned from (paper: 4 or 8)"""
-    discount: float | None = None
+    discount: float = 0.97
     """discount factor of future rewards (paper: 0.97; walker2d 0.997)"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
@@ -72,186 +59,36 @@ class Args:
     """the probability ratio is clipped to 1 - this .. 1 + this"""
     critic_weight: float = 0.25
     """weight of the critic's squared error"""
-    entropy_weight: float | None = None
+    entropy_weight: float = 1e-2
     """weight of the entropy bonus (paper: 1e-2 or 1e-3)"""
-    reward_scale: float | None = None
+    reward_scale: float = 10.0
     """rewards are multiplied by this before learning; the logged returns are not"""
     policy_layers: tuple[int, ...] = (32, 32, 32, 32)
     """hidden layers of the policy"""
     value_layers: tuple[int, ...] = (256, 256, 256, 256, 256)
     """hidden layers of the critic (the paper meta-trains with 64 64 64 64 64)"""
-    # --- The run ---
+    # --- Evaluation ---
     num_evals: int = 20
-    """evaluations after the first, at regular steps: whole episodes of the policy's mode, in environments of their own"""
+    """evaluations after the first, at regular steps: whole episodes with deterministic actions"""
     eval_envs: int = 128
     """episodes of an evaluation"""
-    checkpoint_minutes: float = 5.0
-    """minutes between two checkpoints of the whole state"""
-    resume: str | None = None
-    """continue the run in this folder, with its arguments"""
-    runs_dir: str = "runs"
-    """the run's folder is made in here"""
 
 
-class Setting(NamedTuple):
-    """What a task sets; the names are those of Args."""
-
-    total_steps: float
-    num_envs: int
-    reward_scale: float
-    rollout_steps: int
-    num_minibatches: int
-    batch_size: int
-    num_epochs: int
-    entropy_weight: float
-    discount: float
-    learning_rate: float
-
-
-SETTINGS = {
-    # The paper's
-    "ant": Setting(1e8, 4096, 10, 5, 32, 2048, 4, 1e-2, 0.97, 3e-4),
-    "humanoid": Setting(1e8, 2048, 0.1, 10, 32, 1024, 8, 1e-3, 0.97, 3e-4),
-    "inverted_double_pendulum": Setting(2e7, 2048, 10, 5, 32, 1024, 4, 1e-2, 0.97, 3e-4),
-    "walker2d": Setting(5e7, 2048, 5, 20, 32, 512, 8, 1e-3, 0.997, 3e-5),
-    # Brax's usual ones
-    "inverted_pendulum": Setting(2e6, 2048, 10, 5, 32, 1024, 4, 1e-2, 0.97, 3e-4),
-    "halfcheetah": Setting(5e7, 2048, 1, 20, 32, 512, 8, 1e-3, 0.95, 3e-4),
-    "humanoidstandup": Setting(1e8, 2048, 0.1, 15, 32, 1024, 8, 1e-2, 0.97, 6e-4),
-    "pusher": Setting(5e7, 2048, 5, 30, 16, 512, 8, 1e-2, 0.95, 3e-4),
-    "reacher": Setting(5e7, 2048, 5, 50, 32, 256, 8, 1e-3, 0.95, 3e-4),
-}
-OTHER = Setting(5e7, 2048, 1, 20, 32, 512, 8, 1e-3, 0.97, 3e-4)
+SCORE = ("eval_return", 2)  # a run's score: the mean of the last 2 evaluations
 
 
 # --- Environment ---
 
 
 class Env(NamedTuple):
-    """An environment that neither resets itself nor ends for lack of time: both are the rollout's to do."""
+    """An environment. It neither ends for lack of time nor, unless it says so, resets itself: the rollout does both."""
 
     reset: Callable  # key -> state, obs [O]
-    step: Callable  # state, action [A] in [-1, 1] -> state, obs, reward, terminated (bool)
+    step: Callable  # state, action -> state, obs, reward, terminated (bool)
     obs_size: int
     action_size: int
-
-
-def task_names() -> list[str]:
-    """Brax's tasks. Raises ValueError, in one line, if Brax or a package that it needs is missing.
-
-    Imported here, so that training on gridworlds does not wait for Brax.
-    """
-    warnings.filterwarnings("ignore", module="brax")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # what it prints about itself helps nobody
-            import brax.envs
-    except ImportError as error:
-        raise ValueError(f"Brax cannot be imported ({error}); pip install -r requirements.txt") from None
-    return list(brax.envs._envs)
-
-
-def make_env(name: str, backend: str) -> Env:
-    """A Brax task. Raises ValueError, in one line, if there is no such task or backend, or not the one on the other."""
-    if name not in task_names():
-        close = difflib.get_close_matches(name, task_names(), 1)
-        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(task_names())}"
-        raise ValueError(f"unknown Brax task {name!r}; {hint}")
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
-    import brax.envs
-
-    try:
-        env = brax.envs.get_environment(name, backend=backend)
-        start = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
-        jax.eval_shape(env.step, start, jnp.zeros(env.action_size))
-    except Exception as error:  # whatever Brax, a package that it lacks, or a newer jax than it knows raises
-        raise ValueError(f"{name} cannot be made with backend {backend} ({type(error).__name__}: {error})") from None
-
-    def reset(key):
-        state = env.reset(jax.random.key_data(key))  # Brax knows old-style keys only
-        return state, state.obs
-
-    def step(state, action):
-        state = env.step(state, action)
-        return state, state.obs, state.reward, state.done > 0.5
-
-    return Env(reset, step, start.obs.shape[-1], env.action_size)
-
-
-# --- Networks ---
-
-
-def init_mlp(key: jax.Array, sizes: tuple[int, ...]) -> dict:
-    """LeCun uniform weights, zero biases. sizes: input, hidden ..., output"""
-    keys = jax.random.split(key, len(sizes) - 1)
-    lecun, layers = jax.nn.initializers.lecun_uniform(), zip(keys, sizes[:-1], sizes[1:], strict=True)
-    return {str(i): {"w": lecun(k, (n, m)), "b": jnp.zeros(m)} for i, (k, n, m) in enumerate(layers)}
-
-
-def mlp(layers: dict, x: jax.Array) -> jax.Array:
-    """Dense layers, swish between them. x: [..., input] -> [..., output]"""
-    batch_shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
-    for i in range(len(layers)):
-        x = (jax.nn.swish(x) if i else x) @ layers[str(i)]["w"] + layers[str(i)]["b"]
-    return x.reshape(*batch_shape, -1)
-
-
-def policy(params: dict, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The normal distribution whose tanh is the action. obs: [..., O], normalised -> mean, standard deviation [..., A]"""
-    mean, spread = jnp.split(mlp(params["policy"], obs), 2, axis=-1)
-    return mean, jax.nn.softplus(spread) + 1e-3
-
-
-def value(params: dict, obs: jax.Array) -> jax.Array:
-    """obs: [..., O], normalised -> [...]"""
-    return mlp(params["value"], obs)[..., 0]
-
-
-# --- Tanh-squashed normal distribution; x [..., A] is the action before tanh ---
-
-
-def log_slope(x: jax.Array) -> jax.Array:
-    """log d tanh(x) / dx, without the cancellation of log(1 - tanh(x)^2)."""
-    return 2 * (math.log(2) - x - jax.nn.softplus(-2 * x))
-
-
-def log_prob(mean: jax.Array, std: jax.Array, x: jax.Array) -> jax.Array:
-    """Log-density of the action tanh(x). -> [...]"""
-    return jnp.sum(jax.scipy.stats.norm.logpdf(x, mean, std) - log_slope(x), axis=-1)
-
-
-def entropy(key: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-    """Estimate, from one sample, of the entropy of the action; it has no closed form. -> [...]"""
-    x = mean + std * jax.random.normal(key, mean.shape)
-    return jnp.sum(0.5 * math.log(2 * math.pi * math.e) + jnp.log(std) + log_slope(x), axis=-1)
-
-
-# --- Running observation statistics ---
-
-
-class Normaliser(NamedTuple):
-    count: jax.Array  # []
-    mean: jax.Array  # [O]
-    sum_squares: jax.Array  # [O] of the distances to the mean
-
-
-def update_normaliser(normaliser: Normaliser, obs: jax.Array) -> Normaliser:
-    """Take in more observations, all at once (Chan, Golub, LeVeque 1979; Welford's method for a batch). obs: [..., O]"""
-    obs = obs.reshape(-1, obs.shape[-1])
-    mean = jnp.mean(obs, axis=0)
-    sum_squares = jnp.sum((obs - mean) ** 2, axis=0)
-    count = normaliser.count + len(obs)
-    distance = mean - normaliser.mean
-    return Normaliser(
-        count,
-        normaliser.mean + distance * len(obs) / count,
-        normaliser.sum_squares + sum_squares + distance**2 * normaliser.count * len(obs) / count,
-    )
-
-
-def normalise(normaliser: Normaliser, obs: jax.Array) -> jax.Array:
-    std = jnp.sqrt(normaliser.sum_squares / normaliser.count)
-    return (obs - normaliser.mean) / jnp.clip(std, 1e-6, 1e6)
+    distribution: Distribution = TANH_NORMAL  # actions [A] in [-1, 1]; or CATEGORICAL, [] in 0 .. A - 1
+    resets_itself: bool = False  # then state and obs after a termination are those of the next episode
 
 
 # --- Rollout ---
@@ -273,7 +110,7 @@ class Batch(NamedTuple):
 
     obs: jax.Array  # [T + 1, O], the last one to bootstrap from
     final_obs: jax.Array  # [O] where the episode was cut off, if one was
-    x: jax.Array  # [T, A] actions before tanh
+    x: jax.Array  # [T, A] actions before tanh; [T] if there are A choices
     log_prob: jax.Array  # [T] of the actions when they were taken
     reward: jax.Array  # [T]
     terminated: jax.Array  # [T] bool, the episode ended
@@ -287,17 +124,20 @@ def start_stream(key: jax.Array, env: Env) -> Stream:
 
 def rollout(key, params, normaliser, stream: Stream, env: Env, num_steps: int, episode_length: int) -> tuple[Batch, Stream]:
     """Act for num_steps in one environment."""
+    actions = env.distribution
 
     def step(carry, key):
         stream, final_obs = carry
-        mean, std = policy(params, normalise(normaliser, stream.obs))
-        x = mean + std * jax.random.normal(key, mean.shape)
-        env_state, obs, reward, terminated = env.step(stream.env_state, jnp.tanh(x))
+        outputs = mlp(params["policy"], normalise(normaliser, stream.obs))
+        x = actions.sample(key, outputs)
+        env_state, obs, reward, terminated = env.step(stream.env_state, actions.to_action(x))
         truncated = (stream.steps + 1 >= episode_length) & ~terminated
         done = terminated | truncated
         final_obs = jnp.where(truncated, obs, final_obs)
-        seen = (stream.obs, x, log_prob(mean, std, x), reward, terminated, truncated)
-        env_state, obs = jax.tree.map(lambda old, new: jnp.where(done, old, new), stream.first, (env_state, obs))
+        seen = (stream.obs, x, actions.log_prob(outputs, x), reward, terminated, truncated)
+        restart = truncated if env.resets_itself else done
+        start_or_next = partial(jnp.where, restart)
+        env_state, obs = jax.tree.map(start_or_next, stream.first, (env_state, obs))
         so_far = stream.episode_return + reward
         last_return = jnp.where(done, so_far, stream.last_return)
         counts = jnp.where(done, 0, stream.steps + 1), jnp.where(done, 0, so_far)
@@ -328,7 +168,12 @@ def gae(values, next_values, rewards, terminated, truncated, discount: float, ga
     return jax.lax.scan(backward, jnp.zeros_like(errors[0]), (errors, decays), reverse=True)[1]
 
 
-def ppo_loss(params: dict, normaliser: Normaliser, batch: Batch, key: jax.Array, args: Args) -> jax.Array:
+def value(params: dict, obs: jax.Array) -> jax.Array:
+    """obs: [..., O], normalised -> [...]"""
+    return mlp(params["value"], obs)[..., 0]
+
+
+def ppo_loss(params, normaliser: Normaliser, batch: Batch, key, actions: Distribution, args: Args) -> jax.Array:
     """Clipped policy objective, squared critic error, entropy bonus; the mean over rollouts. batch: [rollouts, ...]"""
     obs = normalise(normaliser, batch.obs[:, :-1])
     ahead = normalise(normaliser, jnp.stack([batch.obs[:, -1], batch.final_obs], axis=1))
@@ -342,12 +187,12 @@ def ppo_loss(params: dict, normaliser: Normaliser, batch: Batch, key: jax.Array,
     advantages = jax.lax.stop_gradient(advantages)
     targets = jax.lax.stop_gradient(values) + advantages
 
-    mean, std = policy(params, obs)
-    ratio = jnp.exp(log_prob(mean, std, batch.x) - batch.log_prob)
+    outputs = mlp(params["policy"], obs)
+    ratio = jnp.exp(actions.log_prob(outputs, batch.x) - batch.log_prob)
     clipped = jnp.clip(ratio, 1 - args.clip_range, 1 + args.clip_range)
     advantages = (advantages - jnp.mean(advantages)) / (jnp.std(advantages) + 1e-8)
     losses = -jnp.minimum(ratio * advantages, clipped * advantages)
-    losses += args.critic_weight * (targets - values) ** 2 - args.entropy_weight * entropy(key, mean, std)
+    losses += args.critic_weight * (targets - values) ** 2 - args.entropy_weight * actions.entropy(key, outputs)
     return jnp.mean(losses)
 
 
@@ -355,10 +200,10 @@ def ppo_loss(params: dict, normaliser: Normaliser, batch: Batch, key: jax.Array,
 
 
 class Agent(NamedTuple):
-    """What meta-training needs of an agent; a2c.py gives the same.
+    """The functions that meta-training calls; a2c.py has the same.
 
-    A state is a NamedTuple with params, opt_state and reward_factor (a scalar that multiplies its rewards). learn's metrics
-    have "return", a scalar, NaN before the first episode ends.
+    A state is a NamedTuple with params, opt_state and reward_factor (a scalar that multiplies its rewards). learn's
+    metrics have "return", a scalar, NaN before the first episode ends.
     """
 
     init: Callable  # key, optimizer -> state
@@ -375,87 +220,107 @@ class AgentState(NamedTuple):
     reward_factor: jax.Array  # [], on top of args.reward_scale; meta-training may spread it over agents
 
 
-def make_agent(env: Env, args: Args) -> Agent:
-    """PPO in args.num_envs copies of `env`. Every setting of args must be there: see fill_in."""
+def act(key, params, normaliser, streams: Stream, env: Env, args: Args) -> tuple[Batch, Stream]:
+    """One rollout in every environment. streams: [B] -> Batch [B, ...], streams"""
+    one = partial(rollout, env=env, num_steps=args.rollout_steps, episode_length=args.episode_length)
+    keys = jax.random.split(key, args.num_envs)
+    return jax.vmap(one, (0, None, None, 0))(keys, params, normaliser, streams)
+
+
+def collect(key, state: AgentState, env: Env, args: Args) -> tuple[Batch, jax.Array, AgentState]:
+    """The rollouts of one update. -> Batch [R, ...], mean reward of a step, state"""
+
+    def again(streams, key):
+        batch, streams = act(key, state.params, state.normaliser, streams, env, args)
+        return streams, batch
+
     num_rollouts = args.batch_size * args.num_minibatches
+    keys = jax.random.split(key, num_rollouts // args.num_envs)
+    streams, batches = jax.lax.scan(again, state.streams, keys)
+    batch = jax.tree.map(lambda x: x.reshape(num_rollouts, *x.shape[2:]), batches)
+    reward = jnp.mean(batch.reward)
+    batch = jax.lax.stop_gradient(batch._replace(reward=state.reward_factor * batch.reward))
+    return batch, reward, state._replace(streams=streams)
+
+
+def learn_epochs(key, state: AgentState, batch: Batch, optimizer, progress: tuple, actions: Distribution, args: Args):
+    """E epochs of M gradient steps, each on a minibatch of a new permutation of the rollouts. batch: [R, ...]
+
+    -> state, what the optimizer was given (grads, extra_args), each [E * M, ...]
+    """
+    update = optax.with_extra_args_support(optimizer).update
+
+    def gradient_step(carry, minibatch):
+        params, opt_state = carry
+        batch, key, fraction = minibatch
+        loss, grads = jax.value_and_grad(ppo_loss)(params, state.normaliser, batch, key, actions, args)
+        extra_args = {"value": loss, "fraction": fraction}
+        updates, opt_state = update(grads, opt_state, params, **extra_args)
+        return (optax.apply_updates(params, updates), opt_state), (grads, extra_args)
+
+    def epoch(carry, key_and_fractions):
+        key, fractions = key_and_fractions
+        key_shuffle, key_entropy = jax.random.split(key)
+        order = jax.random.permutation(key_shuffle, args.num_minibatches * args.batch_size)
+        order = order.reshape(args.num_minibatches, args.batch_size)
+        minibatches = jax.tree.map(lambda x: x[order], batch)
+        keys = jax.random.split(key_entropy, args.num_minibatches)
+        return jax.lax.scan(gradient_step, carry, (minibatches, keys, fractions))
+
+    num_steps = args.num_epochs * args.num_minibatches
+    fractions = progress[0] + (progress[1] - progress[0]) * jnp.arange(num_steps) / num_steps
+    fractions = fractions.reshape(args.num_epochs, args.num_minibatches).astype(jnp.float32)
+    keys = jax.random.split(key, args.num_epochs)
+    start = (state.params, state.opt_state)
+    (params, opt_state), recorded = jax.lax.scan(epoch, start, (keys, fractions))
+    recorded = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), recorded)
+    return state._replace(params=params, opt_state=opt_state), recorded
+
+
+def make_agent(env: Env, args: Args) -> Agent:
+    """PPO in args.num_envs copies of `env`. Raises ValueError, in one line, for arguments that do not fit together."""
+    check(args)
 
     def init(key, optimizer):
         key_policy, key_value, key_envs, key_first = jax.random.split(key, 4)
-        policy_sizes = (env.obs_size, *args.policy_layers, 2 * env.action_size)
+        policy_sizes = (env.obs_size, *args.policy_layers, env.distribution.num_outputs(env.action_size))
         value_sizes = (env.obs_size, *args.value_layers, 1)
         params = {"policy": init_mlp(key_policy, policy_sizes), "value": init_mlp(key_value, value_sizes)}
         streams = jax.vmap(partial(start_stream, env=env))(jax.random.split(key_envs, args.num_envs))
         # The first statistics come from a rollout that nothing is learned from.
         zeros, ones = jnp.zeros(env.obs_size), jnp.ones(env.obs_size)
-        batch, streams = act(key_first, params, Normaliser(jnp.ones(()), zeros, ones), streams)
+        batch, streams = act(key_first, params, Normaliser(jnp.ones(()), zeros, ones), streams, env, args)
         normaliser = update_normaliser(Normaliser(jnp.zeros(()), zeros, zeros), batch.obs[:, :-1])
         return AgentState(params, optimizer.init(params), streams, normaliser, jnp.ones(()))
 
-    def act(key, params, normaliser, streams):
-        """One rollout in every environment. -> Batch [B, ...], streams"""
-        one = partial(rollout, env=env, num_steps=args.rollout_steps, episode_length=args.episode_length)
-        return jax.vmap(one, (0, None, None, 0))(jax.random.split(key, args.num_envs), params, normaliser, streams)
-
-    def collect(key, state):
-        """As many rollouts as one update learns from. -> Batch [num_rollouts, ...], mean reward of a step, state"""
-
-        def again(streams, key):
-            batch, streams = act(key, state.params, state.normaliser, streams)
-            return streams, batch
-
-        streams, batches = jax.lax.scan(again, state.streams, jax.random.split(key, num_rollouts // args.num_envs))
-        batch = jax.tree.map(lambda x: x.reshape(num_rollouts, *x.shape[2:]), batches)
-        reward = jnp.mean(batch.reward)
-        batch = jax.lax.stop_gradient(batch._replace(reward=state.reward_factor * batch.reward))
-        return batch, reward, state._replace(streams=streams)
-
     def learn(key, state, optimizer, progress=(0.0, 1.0)):
-        """progress: how much of training is done before this update and after it, from 0 to 1; some optimizers read it."""
+        """progress: the fractions of training that are done before and after this update."""
         key_collect, key_epochs = jax.random.split(key)
-        batch, reward, state = collect(key_collect, state)
-
-        def gradient_step(carry, minibatch):
-            params, opt_state = carry
-            batch, key, fraction = minibatch
-            loss, grads = jax.value_and_grad(ppo_loss)(params, state.normaliser, batch, key, args)
-            extra_args = {"value": loss, "fraction": fraction}
-            update = optax.with_extra_args_support(optimizer).update
-            updates, opt_state = update(grads, opt_state, params, **extra_args)
-            return (optax.apply_updates(params, updates), opt_state), (grads, extra_args)
-
-        def epoch(carry, key_and_fractions):
-            key, fractions = key_and_fractions
-            key_shuffle, key_entropy = jax.random.split(key)
-            order = jax.random.permutation(key_shuffle, num_rollouts).reshape(args.num_minibatches, args.batch_size)
-            minibatches = jax.tree.map(lambda x: x[order], batch)
-            keys = jax.random.split(key_entropy, args.num_minibatches)
-            return jax.lax.scan(gradient_step, carry, (minibatches, keys, fractions))
-
-        shape = (args.num_epochs, args.num_minibatches)
-        fractions = progress[0] + (progress[1] - progress[0]) * jnp.arange(np.prod(shape)).reshape(shape) / np.prod(shape)
-        keys = jax.random.split(key_epochs, args.num_epochs)
-        start = (state.params, state.opt_state)
-        (params, opt_state), seen = jax.lax.scan(epoch, start, (keys, fractions.astype(jnp.float32)))
-        seen = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), seen)
-        healthy = all_finite((batch.obs, batch.reward, params))
-        metrics = {"return": jnp.nanmean(state.streams.last_return), "reward": reward, "loss": jnp.mean(seen[1]["value"])}
-        metrics |= {"healthy": healthy}
-        # What was acted with is also learned with, so that the ratio starts at 1; the statistics are then brought up to date.
+        batch, reward, state = collect(key_collect, state, env, args)
+        state, recorded = learn_epochs(key_epochs, state, batch, optimizer, progress, env.distribution, args)
+        metrics = {
+            "return": jnp.nanmean(state.streams.last_return),
+            "reward": reward,
+            "loss": jnp.mean(recorded[1]["value"]),
+            "healthy": all_finite((batch.obs, batch.reward, state.params)),
+        }
+        # Acting and learning use the same statistics, so that the ratio starts at 1; they are updated afterwards.
         normaliser = update_normaliser(state.normaliser, batch.obs[:, :-1])
-        state = state._replace(params=params, opt_state=opt_state, normaliser=normaliser)
-        return state, seen, metrics
+        return state._replace(normaliser=normaliser), recorded, metrics
 
     def loss(key, state):
         key_collect, key_entropy = jax.random.split(key)
         params = state.params
-        batch, _, state = collect(key_collect, jax.lax.stop_gradient(state))
-        return ppo_loss(params, state.normaliser, batch, key_entropy, args), state._replace(params=params)
+        batch, _, state = collect(key_collect, jax.lax.stop_gradient(state), env, args)
+        loss = ppo_loss(params, state.normaliser, batch, key_entropy, env.distribution, args)
+        return loss, state._replace(params=params)
 
     return Agent(init, learn, loss, steps_per_update(args))
 
 
 def evaluate(key: jax.Array, state: AgentState, env: Env, args: Args) -> jax.Array:
-    """Mean return of args.eval_envs whole episodes of the policy's mode, in environments of their own. -> []"""
+    """Mean return of args.eval_envs whole episodes with deterministic actions, in environments of their own. -> []"""
+    actions = env.distribution
 
     def goes_on(episode):
         number, *_, terminated, _ = episode
@@ -463,8 +328,8 @@ def evaluate(key: jax.Array, state: AgentState, env: Env, args: Args) -> jax.Arr
 
     def step(episode):
         number, env_state, obs, _, total = episode
-        mean, _ = policy(state.params, normalise(state.normaliser, obs))
-        env_state, obs, reward, terminated = env.step(env_state, jnp.tanh(mean))
+        x = actions.mode(mlp(state.params["policy"], normalise(state.normaliser, obs)))
+        env_state, obs, reward, terminated = env.step(env_state, actions.to_action(x))
         return number + 1, env_state, obs, terminated, total + reward
 
     def whole_return(key):
@@ -553,68 +418,22 @@ def eval_updates(args: Args) -> set[int]:
     return {updates * i // evals for i in range(1, evals + 1)}
 
 
-def fill_in(args: Args) -> Args:
-    """The arguments with the task's setting where they were left unset. Raises ValueError, in one line, for what cannot be."""
-    setting = SETTINGS.get(args.env_name, OTHER)._asdict()
-    args = dataclasses.replace(args, **{name: value for name, value in setting.items() if getattr(args, name) is None})
-    for name in ("discount", "gae_lambda"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be from 0 to 1, got {getattr(args, name):g}")
-    if args.batch_size * args.num_minibatches % args.num_envs:
+def check(args: Args) -> None:
+    """Raises ValueError, in one line, for arguments that do not fit together."""
+    num_rollouts = args.batch_size * args.num_minibatches
+    if num_rollouts % args.num_envs:
         raise ValueError(
-            f"--batch-size {args.batch_size} times --num-minibatches {args.num_minibatches} is "
-            f"{args.batch_size * args.num_minibatches}, which must be a multiple of --num-envs {args.num_envs}"
+            f"--batch-size {args.batch_size} times --num-minibatches {args.num_minibatches} is {num_rollouts}, "
+            f"which must be a multiple of --num-envs {args.num_envs}"
         )
     if args.rollout_steps > args.episode_length:
-        raise ValueError(f"--rollout-steps {args.rollout_steps} must not be above --episode-length {args.episode_length}")
-    return args
-
-
-def main() -> None:
-    import optimizers
-    import runs
-    from checkpoints import Checkpoints, resumed_args
-
-    args = runs.parse(Args, __doc__)
-    with runs.bad_input():
-        runs.check_positive(args, "learning_rate", "total_steps", "num_envs", "num_seeds", "episode_length", "rollout_steps")
-        runs.check_positive(args, "batch_size", "num_minibatches", "num_epochs", "clip_range", "reward_scale")
-        runs.check_between(args, 0, 1e6, "critic_weight", "entropy_weight")
-        runs.check_positive(args, "num_evals", "eval_envs", "policy_layers", "value_layers", "checkpoint_minutes")
-        if not args.grad_clip > 0:
-            raise ValueError(f"--grad-clip must be above 0, or inf for no clipping, got {args.grad_clip:g}")
-        args = resumed_args(args.resume, args) if args.resume else fill_in(args)
-        if not num_updates(args):
-            raise ValueError(f"--total-steps {args.total_steps:g} is less than one update's rollouts")
-        optimizer = optimizers.make_optimizer(args.optimizer, args.learning_rate)
-        env = make_env(args.env_name, args.backend)
-        folder = runs.run_folder(args, args.env_name, "ppo")
-        checkpoints = Checkpoints(folder, args.checkpoint_minutes)
-    print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
-    lost: set[int] = set()
-
-    with runs.interruptible() as interrupted, runs.Log(folder, num_updates(args)) as log:
-
-        def on_update(number, metrics, state):
-            per_seed = {f"eval_return_seed_{args.seed + i}": x for i, x in enumerate(metrics["eval_return"])}
-            means = {name: jnp.nanmean(x) for name, x in metrics.items()}
-            env_steps = number * steps_per_update(args)
-            log.write(number, {"env_steps": env_steps, **means, **per_seed})
-            for i in set(jnp.flatnonzero(jnp.isnan(metrics["loss"])).tolist()) - lost:
-                lost.add(i)
-                log.say(f"seed {args.seed + i}: numbers that are not finite by step {env_steps:,}; this seed ends here")
-            checkpoints.save_if_due(number, state, log, interrupted())
-            return interrupted()
-
-        history = train(args, env, optimizer, on_update, checkpoints.restore if args.resume else lambda state: state)
-    evals = history["eval_return"]
-    final = evals[:, ~jnp.isnan(evals).all(axis=0)][:, -2:].mean(axis=1)  # of those that were made before an interrupt
-    print(f"return of the last 2 evaluations: {jnp.nanmean(final):.1f} (by seed: {', '.join(f'{x:.1f}' for x in final)})")
-    print(f"written: {folder}/config.json, metrics.csv, TensorBoard events (tensorboard --logdir {args.runs_dir})")
-    if interrupted():
-        print(f"to go on: python ppo.py --resume {folder}")
-    sys.exit(interrupted())
+        raise ValueError(
+            f"--rollout-steps {args.rollout_steps} must not be above --episode-length {args.episode_length}"
+        )
 
 
 if __name__ == "__main__":
-    main()
+    import ppo
+    import train_agents
+
+    train_agents.main(ppo)

@@ -19,8 +19,8 @@ import numpy as np
 import scipy.stats
 import tyro
 
-import gridworld
 import runs
+import tasks
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
@@ -48,10 +48,12 @@ STYLES, MARKERS = ("-", "--", "-.", ":"), "DvP*X"  # of the others
 
 @dataclass(frozen=True)
 class Args:
-    folders: tyro.conf.Positional[tuple[str, ...]]
+    folders: tyro.conf.Positional[tuple[str, ...]] = ()
     """run folders of evaluate.py"""
     out: str = "runs/report"
     """where table.md, curves.png and curves.csv are written"""
+    redraw: tuple[str, ...] = ()
+    """instead: folders whose curves.png is drawn again from their curves.csv"""
 
 
 class Result(NamedTuple):
@@ -67,7 +69,7 @@ class Result(NamedTuple):
     @property
     def last(self) -> int:
         """A run's score is the mean of this many of its last returns: 20 updates (A2C), or 2 evaluations (PPO)."""
-        return 20 if self.env_name in gridworld.NAMES else 2
+        return tasks.kind_of(self.env_name).agent.SCORE[1]
 
     def scores(self, until: float = 1.0) -> np.ndarray:
         """Each seed's score at the first return after this fraction of training. -> [seeds]"""
@@ -96,7 +98,7 @@ def steps_to_reach(target: float, curve: np.ndarray, env_steps: np.ndarray) -> f
     return env_steps[reached[0]] if len(reached) else np.nan
 
 
-def names_of(results: list[Result], field: str) -> list[str]:
+def names_of(results: list, field: str) -> list[str]:
     return list(dict.fromkeys(getattr(result, field) for result in results))
 
 
@@ -169,37 +171,74 @@ def tables(results: list[Result]) -> str:
 # --- Figures and files ---
 
 
-def look(label: str, labels: list[str]) -> dict:
-    """How an optimizer's curve is drawn; labels: all in the figure."""
-    if label in LOOKS:
-        color, line, marker = LOOKS[label]
+def looks(labels: list[str]) -> list[dict]:
+    """How the curves of one panel are drawn: an optimizer's own look, or, if it has none or it is taken, another one."""
+    free = [(f"C{4 + i % 5}", STYLES[i % len(STYLES)], MARKERS[i % len(MARKERS)]) for i in range(len(labels))]
+    chosen: list[tuple] = []
+    for label in labels:
+        own = LOOKS.get(label)
+        chosen.append(own if own and own not in chosen else free.pop(0))
+    names = ("color", "linestyle", "marker")
+    return [dict(zip(names, own, strict=True)) | {"markevery": 0.1, "markersize": 4} for own in chosen]
+
+
+def short(label: str) -> str:
+    """An optimizer's name in a legend."""
+    if label == "untrained":
+        return "optim4rl untrained"
+    return label.removeprefix("pretrained/").replace(" (trained)", "").replace(" (untrained)", " untrained")
+
+
+class Curve(NamedTuple):
+    """What a figure shows of a Result: the mean over seeds and its interval."""
+
+    env_name: str
+    label: str
+    learning_rate: float
+    env_steps: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def curves_of(results: list[Result]) -> list[Curve]:
+    """Of several learning rates the best."""
+    best = [result for result in at_best_rate(results) if len(result.returns)]
+    return [Curve(*r[:4], r.returns.mean(axis=0), *bootstrap_interval(r.returns)) for r in best]
+
+
+def draw_panel(axes, curves: list[Curve]) -> None:
+    """The learning curves of one environment; the legend names learning rates."""
+    for curve, style in zip(curves, looks([curve.label for curve in curves]), strict=True):
+        label = f"{short(curve.label)}, {curve.learning_rate:g}"
+        axes.plot(curve.env_steps, curve.mean, label=label, linewidth=1.3, **style)
+        axes.fill_between(curve.env_steps, curve.low, curve.high, color=style["color"], alpha=0.2, linewidth=0)
+    axes.set(xlabel="environment steps", ylabel="return", title=curves[0].env_name)
+    if curves[0].env_name == "catch":  # all curves end near 1, and some soon
+        axes.set(ylim=(0.6, 1.01), xscale="log")
     else:
-        i = [other for other in labels if other not in LOOKS].index(label)
-        color, line, marker = f"C{4 + i % 5}", STYLES[i % len(STYLES)], MARKERS[i % len(MARKERS)]
-    return {"color": color, "linestyle": line, "marker": marker, "markevery": 0.1, "markersize": 4}
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+    axes.grid(alpha=0.3)
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.2),
+        ncols=2,
+        fontsize="x-small",
+        frameon=False,
+        title="optimizer, learning rate",
+        title_fontsize="x-small",
+    )
 
 
-def draw(path: Path, results: list[Result]) -> None:
-    """Learning curves, a panel for each environment: mean over seeds, 90 % interval shaded. Every optimizer has one look; of
-    several learning rates the best is drawn. Each panel's legend names the learning rates."""
-    env_names, labels = names_of(results, "env_name"), names_of(results, "label")
-    columns = min(3, len(env_names))
+def draw(path: Path, curves: list[Curve]) -> None:
+    """Learning curves, a panel for each environment: mean over seeds, 90 % interval shaded."""
+    env_names = names_of(curves, "env_name")
+    columns = min(3, max(1, len(env_names)))
     rows = -(-len(env_names) // columns)
-    size = (6, 4.5) if len(env_names) == 1 else (4.2 * columns, 4 * rows)
+    size = (6, 5) if len(env_names) == 1 else (4.6 * columns, 4.4 * rows)
     figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for axes, name in zip(grid.flat, env_names, strict=False):
-        for result in at_best_rate(results):
-            if result.env_name != name or not len(result.returns):
-                continue
-            low, high = bootstrap_interval(result.returns)
-            style = look(result.label, labels)
-            label = f"{result.label}, {result.learning_rate:g}"
-            axes.plot(result.env_steps, result.returns.mean(axis=0), label=label, linewidth=1.3, **style)
-            axes.fill_between(result.env_steps, low, high, color=style["color"], alpha=0.2, linewidth=0)
-        axes.set(xlabel="environment steps", ylabel="return", title=name)
-        axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
-        axes.grid(alpha=0.3)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, fontsize="x-small", frameon=False)
+        draw_panel(axes, [curve for curve in curves if curve.env_name == name])
     for axes in list(grid.flat)[len(env_names) :]:
         axes.remove()
     runs.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=90 if len(env_names) > 1 else 150))
@@ -268,12 +307,32 @@ def summary_rows(result: Result, points: int = 40) -> list[tuple]:
     return [(*name, f"{steps:g}", *(f"{x:.5g}" for x in values)) for steps, *values in numbers]
 
 
+SUMMARY_COLUMNS = ("env_name", "optimizer", "learning_rate", "seeds", "env_steps", "mean", "low", "high")
+
+
+def read_summary(path: Path) -> list[Curve]:
+    """The curves in a curves.csv, of several learning rates the best at the end. Raises ValueError, in one line."""
+    rows: dict = {}
+    try:
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                env_name, label, rate, _, *numbers = (row[name] for name in SUMMARY_COLUMNS)
+                rows.setdefault((env_name, label), {}).setdefault(float(rate), []).append([float(x) for x in numbers])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a curves.csv of report.py ({error})") from None
+    curves = []
+    for name, rates in rows.items():
+        rate = max(rates, key=lambda rate: np.mean([row[1] for row in rates[rate][-2:]]))
+        curves.append(Curve(*name, rate, *np.array(rates[rate]).T))
+    return curves
+
+
 def write(folder: Path, results: list[Result], swept: list[Result]) -> None:
     """An evaluation's curves.png, table.md, and sweep.csv if learning rates were compared; prints the table."""
     if swept:
         rows = [(*result[:2], f"{result.learning_rate:g}", f"{result.score():.5g}") for result in swept]
         write_csv(folder / "sweep.csv", (*COLUMNS[:3], "score"), rows)
-    draw(folder / "curves.png", results)
+    draw(folder / "curves.png", curves_of(results))
     summary = tables(results)
     write_text(folder / "table.md", summary)
     print(summary)
@@ -283,15 +342,19 @@ def write(folder: Path, results: list[Result], swept: list[Result]) -> None:
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
+        for folder in map(Path, args.redraw):
+            draw(folder / "curves.png", read_summary(folder / "curves.csv"))
+            print(f"written: {folder}/curves.png")
+        if args.redraw:
+            return
         results = read_results(*(Path(folder) / "results.csv" for folder in args.folders))
         if not results:
             raise ValueError("name at least one run folder of evaluate.py")
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         summary = tables(results)
-        draw(out / "curves.png", results)
-        columns = ("env_name", "optimizer", "learning_rate", "seeds", "env_steps", "mean", "low", "high")
-        write_csv(out / "curves.csv", columns, [row for result in results for row in summary_rows(result)])
+        draw(out / "curves.png", curves_of(results))
+        write_csv(out / "curves.csv", SUMMARY_COLUMNS, [row for result in results for row in summary_rows(result)])
         write_text(out / "table.md", summary)
     print(summary)
     print(f"written: {out}/table.md, curves.png, curves.csv")

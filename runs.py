@@ -1,10 +1,13 @@
 """What every script does around its work: read the command line, make the run's folder, log, and refuse bad input."""
 
+import ast
 import contextlib
 import csv
 import dataclasses
 import importlib.metadata
+import inspect
 import io
+import itertools
 import json
 import os
 import re
@@ -13,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +29,7 @@ COMPILER_OPTIONS = {
     "xla_cpu_prefer_vector_width": 512,  # where a CPU has such registers: a fifth off an iteration's time
     "xla_disable_hlo_passes": "cpu-parallel-task-assigner",  # each core has units of its own: no thread helps another
 }
+SECTION = re.compile(r" *# --- (.*) ---")
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "chex", "brax")
 
 
@@ -44,24 +48,74 @@ def bad_input():
         fail(error)
 
 
-def parse(args_class: type, description: str) -> Any:
-    """The command line as an args_class; tyro's framed errors become one line. Turns on jax's cache of compiled programs."""
+def parse(args_class: type, description: str, settings: Callable | None = None) -> Any:
+    """The command line as an args_class; an error of tyro's becomes one line. Turns on jax's cache of compiled programs.
+
+    settings: environment's name -> values of flags left unset, unless a run is resumed. It may raise ValueError.
+    """
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/optim4rl-jax"))
+    with bad_input():
+        values = environment_settings(args_class, settings)
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            args = tyro.cli(args_class, description=description)
+            sections = tyro.cli(by_section(args_class, values), description=description)
     except SystemExit as end:
         if not end.code:
             raise
-        text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]|Parsing error|Unrecognized options|For full helptext.*", " ", stderr.getvalue())
-        fail(text)
+        message = re.sub(r"\x1b\[[0-9;]*m|╭.*╮|[╰╯│─]", " ", stderr.getvalue())
+        fail(re.split("Argument helptext|For full helptext", message)[0])
+    args = args_class(**{name: value for section in vars(sections).values() for name, value in vars(section).items()})
     runs_dir = Path(getattr(args, "runs_dir", "."))
     there = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
     if not there.is_dir():
         fail(f"--runs-dir {runs_dir}: {there} is not a folder")
     return args
+
+
+def environment_settings(args_class: type, settings: Callable | None) -> dict:
+    """The settings of the environment that the command line names, for flags of args_class: --help shows them too."""
+    if settings is None or "--resume" in sys.argv:
+        return {}
+    fields = {field.name: field for field in dataclasses.fields(args_class)}
+    name = fields["env_name"]
+    only_name = dataclasses.make_dataclass("OnlyName", [(name.name, name.type, name.default)])
+    known, _ = tyro.cli(only_name, args=sys.argv[1:], return_unknown_args=True, add_help=False)
+    return {name: value for name, value in settings(known.env_name).items() if name in fields}
+
+
+def by_section(args_class: type, values: dict) -> type:
+    """A dataclass of dataclasses, one for each "# --- Section ---" in the source of args_class: --help shows them as groups.
+
+    values: they replace the fields' defaults.
+    """
+    sections: dict = {}
+    hints = get_type_hints(args_class, include_extras=True)
+    for name, (section, text) in documented_fields(args_class).items():
+        default = values.get(name, getattr(args_class, name, dataclasses.MISSING))
+        field = (name, Annotated[hints[name], tyro.conf.arg(help=text)], dataclasses.field(default=default))
+        sections.setdefault(section, []).append(field)
+    groups = []
+    for section, fields in sections.items():
+        group = dataclasses.make_dataclass(section, fields, frozen=True)
+        name = re.sub(r"\W", "_", section.lower())
+        groups.append((name, tyro.conf.OmitArgPrefixes[group]))
+    return dataclasses.make_dataclass(args_class.__name__, groups, frozen=True)
+
+
+def documented_fields(args_class: type) -> dict:
+    """name -> (section, docstring) of each field of a dataclass and of those that it inherits from, as in their sources."""
+    found = {}
+    for cls in reversed(args_class.__mro__[:-1]):
+        source = inspect.getsource(cls)
+        titles = {0: "Task"} | {i: m[1] for i, line in enumerate(source.splitlines(), 1) if (m := SECTION.match(line))}
+        body = ast.parse(source).body[0].body
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign):
+                title = titles[max(line for line in titles if line < field.lineno)]
+                found[field.target.id] = title, " ".join(text.value.value.split())
+    return found
 
 
 @contextlib.contextmanager

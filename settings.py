@@ -1,54 +1,112 @@
-"""The paper's settings of meta-training, by environment, and which environments there are."""
+"""The settings of each environment, as data: the paper's (Lan et al. 2024), or Brax's usual ones.
 
-import difflib
-from typing import NamedTuple
+AGENT: training an agent; the keys are those of a2c.Args and ppo.Args. META: meta-training an optimizer there. Where the
+paper swept, a value from inside the sweep. tasks.py reads these tables; an environment without a row has OTHER's settings.
+"""
 
-import gridworld
-import ppo
+SMALL = dict(total_steps=3e6, num_envs=512, conv_filters=0, hidden_size=32)
+BIG = dict(total_steps=4e6, num_envs=512, conv_filters=16, hidden_size=32)
+ANT = dict(
+    total_steps=1e8,
+    num_envs=4096,
+    reward_scale=10,
+    rollout_steps=5,
+    num_minibatches=32,
+    batch_size=2048,
+    num_epochs=4,
+    entropy_weight=1e-2,
+    discount=0.97,
+    learning_rate=3e-4,
+)
+PENDULUM = ANT | dict(total_steps=2e6, num_envs=2048, batch_size=1024)
+OTHER = ANT | dict(
+    total_steps=5e7,
+    num_envs=2048,
+    reward_scale=1,
+    rollout_steps=20,
+    batch_size=512,
+    num_epochs=8,
+    entropy_weight=1e-3,
+)
 
-
-class Setting(NamedTuple):
-    """A task's setting in the paper; where the paper swept, a value from inside the sweep."""
-
-    num_units: int
-    total_steps: float
-    reset_interval: int
-    meta_learning_rate: float
-    learning_rate: float  # trained on alone
-    multitask_learning_rate: float  # trained on together with others
-    multitask_reward_scale: float
-    reward_scale: float = 1.0
-    envs_per_unit: int = 1
-
-
-SETTINGS = {
-    "catch": Setting(64, 5e5, 32, 1e-3, 1e-3, 1e-3, 1.0),
-    "small_sparse_short": Setting(512, 3e7, 144, 3e-4, 3e-3, 3e-3, 1e2),  # not in the paper: as its other small ones
-    "small_sparse_long": Setting(512, 3e7, 144, 3e-4, 3e-3, 3e-3, 1e2),  # likewise
-    "small_dense_short": Setting(512, 3e7, 144, 3e-4, 3e-3, 3e-3, 1e2),
-    "small_dense_long": Setting(512, 3e7, 144, 3e-4, 3e-2, 1e-3, 1e3),
-    "big_sparse_short": Setting(512, 3e7, 144, 3e-4, 3e-3, 3e-3, 1e2),
-    "big_sparse_long": Setting(512, 3e7, 144, 3e-4, 1e-3, 1e-3, 1e1),
-    "big_dense_short": Setting(512, 3e7, 144, 3e-4, 3e-3, 3e-3, 1e1),
-    "big_dense_long": Setting(512, 3e7, 144, 3e-4, 3e-3, 3e-3, 1.0),
+AGENT = {
+    "catch": dict(total_steps=5e5, num_envs=64, conv_filters=0, hidden_size=256, learning_rate=1e-3),
+    "small_sparse_short": SMALL | dict(learning_rate=3e-3),  # not in the paper: as its other small ones
+    "small_sparse_long": SMALL | dict(learning_rate=3e-3),  # likewise
+    "small_dense_short": SMALL | dict(learning_rate=3e-3),
+    "small_dense_long": SMALL | dict(learning_rate=3e-2),
+    "big_sparse_short": BIG | dict(learning_rate=3e-3),
+    "big_sparse_long": BIG | dict(learning_rate=1e-3),
+    "big_dense_short": BIG | dict(learning_rate=3e-3),
+    "big_dense_long": BIG | dict(learning_rate=3e-3),
+    "ant": ANT,
+    "humanoid": ANT
+    | dict(
+        num_envs=2048,
+        reward_scale=0.1,
+        rollout_steps=10,
+        batch_size=1024,
+        num_epochs=8,
+        entropy_weight=1e-3,
+    ),
+    "inverted_double_pendulum": PENDULUM | dict(total_steps=2e7),
+    "walker2d": OTHER | dict(reward_scale=5, discount=0.997, learning_rate=3e-5),
+    # Brax's usual settings
+    "inverted_pendulum": PENDULUM,
+    "halfcheetah": OTHER | dict(discount=0.95),
+    "humanoidstandup": OTHER
+    | dict(
+        total_steps=1e8,
+        reward_scale=0.1,
+        rollout_steps=15,
+        batch_size=1024,
+        entropy_weight=1e-2,
+        learning_rate=6e-4,
+    ),
+    "pusher": OTHER
+    | dict(
+        reward_scale=5,
+        rollout_steps=30,
+        num_minibatches=16,
+        entropy_weight=1e-2,
+        discount=0.95,
+    ),
+    "reacher": OTHER | dict(reward_scale=5, rollout_steps=50, batch_size=256, discount=0.95),
 }
 
+GRID = dict(num_units=512, total_steps=3e7, reset_interval=144, meta_learning_rate=3e-4, envs_per_unit=1)
+# multitask: the agents' learning rate and reward scale in meta-training on several environments
+META = {
+    "catch": GRID
+    | dict(
+        num_units=64,
+        total_steps=5e5,
+        reset_interval=32,
+        meta_learning_rate=1e-3,
+        grad_clip=float("inf"),
+        multitask=(1e-3, 1.0),
+    ),
+    "small_sparse_short": GRID | dict(multitask=(3e-3, 1e2)),
+    "small_sparse_long": GRID | dict(multitask=(3e-3, 1e2)),
+    "small_dense_short": GRID | dict(multitask=(3e-3, 1e2)),
+    "small_dense_long": GRID | dict(multitask=(1e-3, 1e3)),
+    "big_sparse_short": GRID | dict(multitask=(3e-3, 1e2)),
+    "big_sparse_long": GRID | dict(multitask=(1e-3, 1e1)),
+    "big_dense_short": GRID | dict(multitask=(3e-3, 1e1)),
+    "big_dense_long": GRID | dict(multitask=(3e-3, 1.0)),
+}
+# Brax: the paper's 2048 environments, over 16 units where it had as many units as devices.
+META_OTHER = dict(num_units=16, total_steps=1e8, reset_interval=64, meta_learning_rate=3e-4, envs_per_unit=128)
+# A PPO agent in meta-training; a minibatch is half of the unit's environments.
+META_PPO = dict(rollout_steps=5, num_minibatches=8, num_epochs=4, value_layers=(64,) * 5)
 
-def check_environment(name: str) -> None:
-    """Raises ValueError, in one line, unless it is a gridworld, catch, or a task of Brax's."""
-    if name in gridworld.NAMES or name in ppo.task_names():
-        return
-    known = (*gridworld.NAMES, *ppo.task_names())
-    close = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
-    raise ValueError(f"unknown environment {name!r}; {hint}")
-
-
-def setting_of(name: str) -> Setting:
-    if name in SETTINGS:
-        return SETTINGS[name]
-    # The paper's 2048 environments in all, spread over 16 units where it had as many units as devices.
-    brax = ppo.SETTINGS.get(name, ppo.OTHER)
-    return Setting(
-        16, 1e8, 64, 3e-4, brax.learning_rate, brax.learning_rate, brax.reward_scale, brax.reward_scale, envs_per_unit=128
-    )
+# The environments of the paper's figures, and the learning rates that the classical optimizers are swept over.
+SUITES = {
+    "paper": ("catch", "small_dense_long", "big_dense_long", "ant", "humanoid"),
+    "transfer": ("inverted_double_pendulum", "ant", "humanoid", "walker2d"),
+}
+SUITE_RATES = {
+    "paper": (3e-2, 1e-2, 3e-3, 1e-3),
+    "transfer": (),  # all at the paper's learning rate
+}
+WANT_ACCELERATOR = ("ant", "humanoid", "walker2d")  # days without one

@@ -30,6 +30,7 @@ import gridworld  # noqa: E402
 import optimizers  # noqa: E402
 import report  # noqa: E402
 import runs  # noqa: E402
+import tasks  # noqa: E402
 
 FIRST_SEED = 1000
 # On Catch seeds differ by as much as the two codes do.
@@ -90,8 +91,8 @@ def counted(env: gridworld.Env, authors_layout: bool) -> gridworld.Env:
 
 def returns_at(env_name: str, optimizer: str, learning_rate: float, steps: list[float]) -> dict:
     """-> {environment steps: returns [seeds], each the mean of the 20 updates before}"""
-    size = {"num_envs": 64 if env_name == "catch" else 512, "num_seeds": NUM_SEEDS[env_name]}
-    args = a2c.Args(env_name=env_name, total_steps=max(steps), seed=FIRST_SEED, **size)
+    size = {"num_seeds": NUM_SEEDS[env_name]}
+    args = tasks.agent_args(env_name.removesuffix("_authors"), total_steps=max(steps), seed=FIRST_SEED, **size)
     env = counted(gridworld.make(env_name.removesuffix("_authors")), env_name.endswith("_authors"))
     totals = [np.zeros((2, args.num_seeds))]  # sum and number of returns, after each update
     with runs.progress(a2c.num_updates(args), f"{env_name}, {optimizer} {learning_rate:g}") as bar:

@@ -103,8 +103,8 @@ def measure_env(name, form="scatter uint8", num_envs=512, num_steps=20):
 def a2c_flops(env, size):
     """Floating-point operations of A2C per environment step: act, and forward and backward for the loss (T + 1 of T steps)."""
     height, width, planes = env.obs_shape
-    conv = 2 * height * width * 4 * planes * size["filters"]
-    rest = 2 * size["hidden"] * (height * width * (size["filters"] or planes) + env.num_actions + 1)
+    conv = 2 * height * width * 4 * planes * size.conv_filters
+    rest = 2 * size.hidden_size * (height * width * (size.conv_filters or planes) + env.num_actions + 1)
     return (conv + rest) * (1 + 21 / 20) + 21 / 20 * (conv + 2 * rest)
 
 
@@ -114,12 +114,13 @@ def measure_a2c(name):
     import a2c
     import gridworld
     import optimizers
+    import tasks
 
-    env, args = gridworld.make(name), a2c.Args(env_name=name)
+    env, args = gridworld.make(name), tasks.agent_args(name)
     agent, optimizer = a2c.make_agent(env, args), optimizers.make_optimizer("adam", 1e-3)
     state = jax.jit(lambda key: agent.init(key, optimizer))(jax.random.key(0))
     rate = agent.num_steps / seconds(lambda key, state: agent.learn(key, state, optimizer)[0], jax.random.key(1), state)
-    return {"steps_per_s": rate, "gflops": rate * a2c_flops(env, a2c.network_size(name)) / 1e9}
+    return {"steps_per_s": rate, "gflops": rate * a2c_flops(env, args) / 1e9}
 
 
 def measure_meta(name, units, way, devices=1, inner_updates=4, repeats=3):
@@ -189,9 +190,10 @@ def measure_ppo(name):
     import optax
 
     import ppo
+    import tasks
 
-    args = ppo.fill_in(ppo.Args(env_name=name, rollout_steps=5, **PPO[name]))
-    agent, optimizer = ppo.make_agent(ppo.make_env(name, "spring"), args), optax.adam(3e-4)
+    learner = tasks.make_learner(name, "spring", rollout_steps=5, **PPO[name])
+    agent, optimizer = ppo.make_agent(learner.env, learner.args), optax.adam(3e-4)
     state = jax.jit(lambda key: agent.init(key, optimizer))(jax.random.key(0))
 
     def learn(key, state):

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import a2c  # noqa: E402, found only now
 import gridworld  # noqa: E402
 import runs  # noqa: E402
+import tasks  # noqa: E402
 from momentum4rl import make_momentum4rl  # noqa: E402
 from optim4rl import to_optax  # noqa: E402
 
@@ -44,7 +45,7 @@ def make_life(args: Args):
     """-> life(key of the agent, key of the noise, sigma with its sign) -> mean over a life of the return"""
     learned = make_momentum4rl()
     theta = learned.init_theta(jax.random.key(0))
-    agent = a2c.make_agent(gridworld.make(args.env_name), a2c.Args(env_name=args.env_name, num_envs=args.num_envs))
+    agent = a2c.make_agent(gridworld.make(args.env_name), tasks.agent_args(args.env_name, num_envs=args.num_envs))
 
     def life(key_agent, key_noise, sigma):
         noise = optax.tree.random_like(key_noise, theta, jax.random.normal)

@@ -32,6 +32,7 @@ import gridworld  # noqa: E402
 import optimizers  # noqa: E402
 import report  # noqa: E402
 import runs  # noqa: E402
+import tasks  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
@@ -132,8 +133,7 @@ def count_classifier(args: Args, data: tuple, optimizer: optax.GradientTransform
 
 
 def a2c_args(args: Args) -> a2c.Args:
-    steps = args.total_steps or (3e6 if args.env_name.startswith("small") else 4e6)
-    return a2c.Args(env_name=args.env_name, total_steps=steps, seed=args.seed)
+    return tasks.agent_args(args.env_name, total_steps=args.total_steps, seed=args.seed)
 
 
 # --- What comes out ---

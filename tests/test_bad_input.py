@@ -18,8 +18,8 @@ import jax
 import numpy as np
 import pytest
 
+import brax_env
 import optimizers
-import ppo
 from optim4rl import load_theta, save_theta
 
 ROOT = Path(__file__).parent.parent
@@ -217,7 +217,7 @@ def good(tmp_path_factory):
 def files(tmp_path_factory, good):
     """A folder with every kind of bad file. What is imported late is imported here, Brax and what it compiles for its first
     environment: that does not count as time to refuse."""
-    ppo.make_env("inverted_pendulum", "spring")
+    brax_env.make("inverted_pendulum", "spring")
     folder = tmp_path_factory.mktemp("files")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

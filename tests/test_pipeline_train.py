@@ -17,12 +17,14 @@ import optimizers
 import pipeline_train
 import ppo
 import runs
+import tasks
 from meta_gradient import Unit, inner_loop, replay_gradient, streamed_replay_gradient
 from optim4rl import BLOCK, make_optim4rl, save_theta, to_optax
 from pipeline_train import (
     Args,
     Schedule,
     Task,
+    all_unit_args,
     fill_in,
     jit_meta_step,
     keep_if_finite,
@@ -424,7 +426,38 @@ def test_training_goes_on_from_given_weights(tmp_path):
     assert set_up(args)[2]["hidden_size"] == 4
 
 
+def test_on_an_accelerator_an_iteration_is_that_of_the_cpu(monkeypatch):
+    """The branches for an accelerator, run here: all units and all blocks at once."""
+    args = small_args()
+    here = iterate(args, iterations=2)[-1]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    all_tasks, learned, _ = set_up(args)
+    init, step = jit_meta_step(args, all_tasks, learned, Mesh(jax.devices()[:1], "units"))
+    state = init(jax.random.key(args.seed))
+    for _ in range(2):
+        state, _ = step(jax.random.key(args.seed + 1), state)
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(same, state.theta, here.theta)
+    jax.tree.map(same, state.units[0].agent.params, here.units[0].agent.params)
+
+
 def test_the_papers_settings_are_the_defaults():
+    """The paper's table; where it swept, a value of its sweep."""
+    for name in gridworld.NAMES:
+        args = fill_in(Args(env_name=(name,)))
+        assert args.reset_interval in ((32, 64) if name == "catch" else (72, 144, 288, 576))
+        assert 1e-5 <= args.meta_learning_rate <= (1e-2 if name == "catch" else 1e-3)
+        assert (args.inner_updates, args.reward_scale, args.envs_per_unit) == (4, (1.0,), (1,))
+        agent = tasks.agent_args(name)
+        assert agent.conv_filters == (16 if name.startswith("big") else 0)
+        assert agent.hidden_size == (256 if name == "catch" else 32)
+        assert (agent.rollout_steps, agent.discount, agent.td_lambda) == (20, 0.995, 0.95)
+        assert (agent.critic_weight, agent.entropy_weight) == (0.5, 0.01)
+    ant = fill_in(Args(env_name=("ant",)))
+    (unit,) = all_unit_args(ant)
+    assert ant.reset_interval in (32, 64, 128, 256, 512) and 1e-5 <= ant.meta_learning_rate <= 1e-3
+    assert ant.num_units * unit.num_envs == 2048 and unit.num_minibatches * unit.batch_size == 4 * unit.num_envs
+    assert (unit.rollout_steps, unit.num_epochs, unit.value_layers) == (5, 4, (64,) * 5)
     big, catch = fill_in(Args()), fill_in(Args(env_name=("catch",)))
     assert (big.num_units, big.num_iterations, big.learning_rate, big.grad_clip) == (512, 585, (3e-3,), 1.0)
     assert (catch.num_units, catch.num_iterations, catch.learning_rate, catch.grad_clip) == (64, 78, (1e-3,), np.inf)

@@ -11,11 +11,13 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
+import brax_env
+import networks
 import optimizers
 import ppo
+import tasks
 
 PROBE = ppo.Args(
-    learning_rate=3e-3,
     total_steps=40_000,
     num_envs=32,
     rollout_steps=4,
@@ -87,34 +89,70 @@ def test_gae_is_its_definition():
         np.testing.assert_allclose(ppo.gae(*args), naive_advantages(*args), rtol=1e-5, atol=1e-6)
 
 
+def outputs_of(mean, std):
+    """The policy network's outputs that stand for this normal distribution."""
+    return jnp.concatenate([jnp.atleast_1d(mean), jnp.log(jnp.expm1(jnp.atleast_1d(std) - 1e-3))])
+
+
+def test_categorical_distribution_is_scipys():
+    logits = np.array([[0.5, -1.0, 2.0], [0.0, 0.0, 0.0]])
+    p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    actions = networks.CATEGORICAL
+    log_prob = actions.log_prob(jnp.asarray(logits), jnp.array([2, 1]))
+    np.testing.assert_allclose(log_prob, np.log([p[0, 2], p[1, 1]]), rtol=1e-6)
+    entropy = actions.entropy(jax.random.key(0), jnp.asarray(logits))
+    np.testing.assert_allclose(entropy, scipy.stats.entropy(p, axis=-1), rtol=1e-6)
+    assert actions.mode(jnp.asarray(logits)).tolist() == [2, 0] and actions.num_outputs(5) == 5
+    x = jax.vmap(actions.sample, (0, None))(jax.random.split(jax.random.key(1), 4000), jnp.asarray(logits[0]))
+    counts = np.bincount(actions.to_action(x), minlength=3)
+    assert scipy.stats.chisquare(counts, 4000 * p[0]).pvalue > 1e-3
+
+
+def test_a_discrete_environment_is_solved():
+    """One observation of three says which of three actions pays."""
+
+    def reset(key):
+        right = jax.random.randint(key, (), 0, 3)
+        return (key, right), jax.nn.one_hot(right, 3)
+
+    def step(state, action):
+        key, right = state
+        after, obs = reset(jax.random.fold_in(key, 1))
+        return after, obs, (action == right) * 1.0, jnp.array(True)
+
+    env = ppo.Env(reset, step, 3, 3, networks.CATEGORICAL, resets_itself=True)
+    history = ppo.train(PROBE, env, optax.adam(1e-2), lambda *_: None)
+    assert history["eval_return"][0, -1] == 1 and history["reward"][0, 0] < 0.6 < 0.9 < history["reward"][0, -1]
+
+
 def test_log_prob_is_that_of_the_squashed_action():
     """By the change of variables in its textbook form, and in that the density integrates to 1."""
     mean, std = np.array([0.3, -0.8]), np.array([0.5, 1.2])
     x = np.array([[0.1, -1.0], [2.0, 0.5], [-0.7, 0.0]])
+    both, first = outputs_of(mean, std), outputs_of(mean[:1], std[:1])
     expected = np.sum(scipy.stats.norm.logpdf(x, mean, std) - np.log(1 - np.tanh(x) ** 2), axis=-1)
-    np.testing.assert_allclose(ppo.log_prob(mean, std, jnp.asarray(x)), expected, rtol=1e-5)
-    density = lambda a: np.exp(float(ppo.log_prob(mean[:1], std[:1], jnp.arctanh(jnp.array([a])))))  # noqa: E731
+    np.testing.assert_allclose(networks.TANH_NORMAL.log_prob(both, jnp.asarray(x)), expected, rtol=1e-5)
+    density = lambda a: np.exp(float(networks.TANH_NORMAL.log_prob(first, jnp.arctanh(jnp.array([a])))))  # noqa: E731
     np.testing.assert_allclose(scipy.integrate.quad(density, -0.9999, 0.9999, limit=100)[0], 1, rtol=1e-3)
 
 
 def test_log_prob_of_extreme_actions_is_finite():
     x = jnp.array([[30.0], [-30.0]])
-    got = ppo.log_prob(jnp.zeros(1), jnp.ones(1), x)
+    got = networks.TANH_NORMAL.log_prob(outputs_of(0.0, 1.0), x)
     # log(1 - tanh(30)^2) = log 4 - 60 but for 1e-26
     np.testing.assert_allclose(got, scipy.stats.norm.logpdf(30) - (np.log(4) - 60), rtol=1e-5)
 
 
 def test_entropy_is_that_of_the_squashed_action():
     mean, std = 0.4, 0.7
-    expected = scipy.integrate.quad(
-        lambda x: (
-            -scipy.stats.norm.pdf(x, mean, std) * float(ppo.log_prob(jnp.array([mean]), jnp.array([std]), jnp.array([x])))
-        ),
-        mean - 6 * std,
-        mean + 6 * std,
-    )[0]
+    outputs, log_prob = outputs_of(mean, std), networks.TANH_NORMAL.log_prob
+
+    def integrand(x):
+        return -scipy.stats.norm.pdf(x, mean, std) * float(log_prob(outputs, jnp.array([x])))
+
+    expected = scipy.integrate.quad(integrand, mean - 6 * std, mean + 6 * std)[0]
     keys = jax.random.split(jax.random.key(0), 20_000)
-    samples = jax.vmap(ppo.entropy, (0, None, None))(keys, jnp.array([mean]), jnp.array([std]))
+    samples = jax.vmap(networks.TANH_NORMAL.entropy, (0, None))(keys, outputs)
     np.testing.assert_allclose(samples.mean(), expected, atol=4 * samples.std() / np.sqrt(20_000))
 
 
@@ -122,14 +160,14 @@ def test_normaliser_is_numpys_mean_and_std():
     """Batches of unlike size, far from zero, where the naive E[x^2] - E[x]^2 has no digit left."""
     rng = np.random.default_rng(0)
     batches = [1e4 + rng.normal(size=(n, 3)) * [1.0, 2.0, 0.1] for n in (2, 100, 7, 1000)]
-    normaliser = ppo.Normaliser(jnp.zeros(()), jnp.zeros(3), jnp.zeros(3))
+    normaliser = networks.Normaliser(jnp.zeros(()), jnp.zeros(3), jnp.zeros(3))
     for batch in batches:
-        normaliser = ppo.update_normaliser(normaliser, jnp.asarray(batch, jnp.float32))
+        normaliser = networks.update_normaliser(normaliser, jnp.asarray(batch, jnp.float32))
     everything = np.concatenate(batches).astype(np.float32).astype(np.float64)
     np.testing.assert_allclose(normaliser.mean, everything.mean(axis=0), rtol=1e-6)
     std = np.sqrt(normaliser.sum_squares / normaliser.count)
     np.testing.assert_allclose(std, everything.std(axis=0), rtol=5e-3)
-    got = ppo.normalise(normaliser, jnp.asarray(everything, jnp.float32))
+    got = networks.normalise(normaliser, jnp.asarray(everything, jnp.float32))
     np.testing.assert_allclose(np.std(got, axis=0), 1, rtol=1e-2)
 
 
@@ -145,9 +183,9 @@ def test_loss_is_its_definition():
     batch = random_batch()
     batch = batch._replace(log_prob=batch.log_prob * 0.3 - 2)
     key_policy, key_value, key = jax.random.split(jax.random.key(0), 3)
-    params = {"policy": ppo.init_mlp(key_policy, (3, 8, 4)), "value": ppo.init_mlp(key_value, (3, 8, 1))}
-    normaliser = ppo.Normaliser(jnp.float32(4), jnp.array([0.1, -0.2, 0.3]), jnp.array([4.0, 1.0, 9.0]))
-    loss = jax.jit(partial(ppo.ppo_loss, args=args))
+    params = {"policy": networks.init_mlp(key_policy, (3, 8, 4)), "value": networks.init_mlp(key_value, (3, 8, 1))}
+    normaliser = networks.Normaliser(jnp.float32(4), jnp.array([0.1, -0.2, 0.3]), jnp.array([4.0, 1.0, 9.0]))
+    loss = jax.jit(partial(ppo.ppo_loss, actions=networks.TANH_NORMAL, args=args))
     got = loss(params, normaliser, batch, key)
 
     def norm(obs):
@@ -179,8 +217,8 @@ def test_loss_is_its_definition():
 
 def acted(env, args, seed=0):
     """The batch of one rollout in one environment, and the stream after it."""
-    params = {"policy": ppo.init_mlp(jax.random.key(seed), (1, 4, 2)), "value": ppo.init_mlp(jax.random.key(1), (1, 4, 1))}
-    normaliser = ppo.Normaliser(jnp.ones(()), jnp.zeros(1), jnp.ones(1))
+    params = {"policy": networks.init_mlp(jax.random.key(seed), (1, 4, 2)), "value": networks.init_mlp(jax.random.key(1), (1, 4, 1))}
+    normaliser = networks.Normaliser(jnp.ones(()), jnp.zeros(1), jnp.ones(1))
     act = partial(ppo.rollout, env=env, num_steps=args.rollout_steps, episode_length=args.episode_length)
     return act(jax.random.key(2), params, normaliser, ppo.start_stream(jax.random.key(3), env))
 
@@ -212,7 +250,7 @@ def test_cut_off_episodes_are_worth_as_much_as_endless_ones():
         learn = jax.jit(lambda key, state: agent.learn(key, state, optimizer)[0])
         for number in range(200):
             state = learn(jax.random.key(number), state)
-        return float(ppo.value(state.params, ppo.normalise(state.normaliser, jnp.zeros(1))))
+        return float(ppo.value(state.params, networks.normalise(state.normaliser, jnp.zeros(1))))
 
     np.testing.assert_allclose(learned_value(count_env(blind=True)), 10, rtol=0.03)
     np.testing.assert_allclose(learned_value(count_env(ends_after=8)), (1 - 0.9**8) / 0.1, rtol=0.03)
@@ -303,7 +341,7 @@ def test_a_simulation_that_breaks_ends_its_seed_only():
 def test_brax_steps_are_brax_steps(name, backend):
     import brax.envs
 
-    env, ours = brax.envs.get_environment(name, backend=backend), ppo.make_env(name, backend)
+    env, ours = brax.envs.get_environment(name, backend=backend), brax_env.make(name, backend)
     # Both in one program, which compiles what is the same in them once.
     reset = jax.jit(lambda key: (env.reset(jax.random.key_data(key)), ours.reset(key)))
     step = jax.jit(lambda theirs, state, action: (env.step(theirs, action), ours.step(state, action)))
@@ -315,17 +353,49 @@ def test_brax_steps_are_brax_steps(name, backend):
     assert ours.obs_size == obs.size and ours.action_size == env.action_size
 
 
+# Table of the paper's settings: the fields, then the learning rate
+PAPER_FIELDS = (
+    *("total_steps", "num_envs", "reward_scale", "rollout_steps", "num_minibatches", "batch_size"),
+    *("num_epochs", "entropy_weight", "discount"),
+)
+PAPER = {
+    "ant": (1e8, 4096, 10, 5, 32, 2048, 4, 1e-2, 0.97, 3e-4),
+    "humanoid": (1e8, 2048, 0.1, 10, 32, 1024, 8, 1e-3, 0.97, 3e-4),
+    "inverted_double_pendulum": (2e7, 2048, 10, 5, 32, 1024, 4, 1e-2, 0.97, 3e-4),
+    "walker2d": (5e7, 2048, 5, 20, 32, 512, 8, 1e-3, 0.997, 3e-5),
+}
+
+
 def test_tasks_of_the_paper_have_its_settings():
-    args = ppo.fill_in(ppo.Args(env_name="walker2d"))
-    assert (args.learning_rate, args.rollout_steps, args.discount, args.num_epochs) == (3e-5, 20, 0.997, 8)
-    assert ppo.fill_in(ppo.Args(env_name="walker2d", num_epochs=2)).num_epochs == 2
+    for name, row in PAPER.items():
+        args = tasks.agent_args(name)
+        assert tuple(getattr(args, field) for field in PAPER_FIELDS) == row[:-1], name
+        assert tasks.agent_settings(name)["learning_rate"] == row[-1], name
+        assert (args.gae_lambda, args.clip_range, args.grad_clip, args.episode_length) == (0.95, 0.3, 1.0, 1000)
+        assert args.policy_layers == (32,) * 4 and args.value_layers == (256,) * 5
+    assert tasks.agent_args("walker2d", num_epochs=2, discount=None).num_epochs == 2
 
 
 @pytest.mark.slow
 def test_inverted_pendulum_is_solved():
     """Three seeds, with a longer horizon than the usual setting, which stalls at 100 to 150."""
     sizes = {"num_envs": 64, "rollout_steps": 40, "batch_size": 64, "num_minibatches": 8, "value_layers": (64, 64)}
-    args = ppo.Args(discount=0.997, gae_lambda=0.98, reward_scale=0.1, entropy_weight=0.0, learning_rate=1e-3, **sizes)
-    args = ppo.fill_in(dataclasses.replace(args, total_steps=2e6, num_seeds=3))
-    history = ppo.train(args, ppo.make_env("inverted_pendulum", "spring"), optax.adam(1e-3), lambda *_: None)
+    args = ppo.Args(discount=0.997, gae_lambda=0.98, reward_scale=0.1, entropy_weight=0.0, **sizes)
+    args = dataclasses.replace(args, total_steps=2e6, num_seeds=3)
+    history = ppo.train(args, brax_env.make("inverted_pendulum", "spring"), optax.adam(1e-3), lambda *_: None)
     np.testing.assert_array_equal(history["eval_return"].max(axis=1), 1000)
+
+
+def test_on_an_accelerator_training_is_that_of_the_cpu(monkeypatch):
+    """The branch for an accelerator, run here: all seeds at once."""
+    args = dataclasses.replace(PROBE, num_seeds=2, total_steps=2 * 512)
+
+    def train():
+        return ppo.train(args, probe_env(), optax.sgd(0.1), lambda *_: None)
+
+    here = train()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    there = train()
+    assert here["return"].shape == (2, 2)
+    for name, values in here.items():
+        np.testing.assert_allclose(there[name], values, rtol=1e-5, atol=1e-6)

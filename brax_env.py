@@ -1,0 +1,56 @@
+"""Brax's tasks as environments of ppo.py: `env = make("ant", "spring")`.
+
+Brax is imported when a name is asked for, so that training on gridworlds does not wait for it.
+"""
+
+import contextlib
+import difflib
+import io
+import warnings
+
+import jax
+import jax.numpy as jnp
+
+from ppo import Env
+
+BACKENDS = ("spring", "generalized", "positional", "mjx")
+
+
+def names() -> list[str]:
+    """Brax's tasks. Raises ValueError, in one line, if Brax or a package that it needs is missing."""
+    warnings.filterwarnings("ignore", module="brax")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # what it prints about itself helps nobody
+            import brax.envs
+    except ImportError as error:
+        raise ValueError(f"Brax cannot be imported ({error}); pip install -r requirements.txt") from None
+    return list(brax.envs._envs)
+
+
+def make(name: str, backend: str) -> Env:
+    """A Brax task. Raises ValueError, in one line, for an unknown task or backend, or a task that this backend lacks."""
+    if name not in names():
+        close = difflib.get_close_matches(name, names(), 1)
+        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names())}"
+        raise ValueError(f"unknown Brax task {name!r}; {hint}")
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
+    import brax.envs
+
+    try:
+        env = brax.envs.get_environment(name, backend=backend)
+        start = jax.eval_shape(env.reset, jax.random.PRNGKey(0))
+        jax.eval_shape(env.step, start, jnp.zeros(env.action_size))
+    except Exception as error:  # whatever Brax, a missing package, or a newer jax raises
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name} cannot be made with backend {backend} ({reason})") from None
+
+    def reset(key):
+        state = env.reset(jax.random.key_data(key))  # Brax takes old-style keys only
+        return state, state.obs
+
+    def step(state, action):
+        state = env.step(state, action)
+        return state, state.obs, state.reward, state.done > 0.5
+
+    return Env(reset, step, start.obs.shape[-1], env.action_size)

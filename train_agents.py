@@ -1,0 +1,117 @@
+"""The command line of a2c.py and ppo.py: read it, train agents with one optimizer, log, keep checkpoints."""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+import a2c
+import optimizers
+import ppo
+import runs
+import tasks
+from checkpoints import Checkpoints, resumed_args
+
+
+
+@dataclass(frozen=True)
+class RunArgs:
+    # --- Optimizer ---
+    optimizer: str = "adam"
+    """adam, adam_linear (falling to 0), rmsprop, sgd, sign_sgd, untrained (Optim4RL before meta-training; untrained:star),
+    pretrained/NAME, or the path of a .npz"""
+    learning_rate: float = 3e-4
+    """learning rate (the paper's for the environment; for the gridworlds try 3e-2 to 1e-4 in half decades)"""
+    # --- Run ---
+    checkpoint_minutes: float = 5.0
+    """minutes between two checkpoints of the whole state"""
+    resume: str | None = None
+    """continue the run in this folder, with its arguments"""
+    runs_dir: str = "runs"
+    """the run's folder is made in here"""
+
+
+@dataclass(frozen=True)
+class A2CArgs(RunArgs, a2c.Args):
+    pass
+
+
+@dataclass(frozen=True)
+class PPOArgs(RunArgs, ppo.Args):
+    # --- Physics ---
+    backend: Literal["spring", "generalized", "positional", "mjx"] = "spring"
+    """of Brax's tasks: spring (the paper's), generalized, positional or mjx"""
+
+
+ARGS = {a2c: A2CArgs, ppo: PPOArgs}
+POSITIVE = (
+    *("learning_rate", "total_steps", "num_envs", "num_seeds", "rollout_steps", "reward_scale", "checkpoint_minutes"),
+    *("episode_length", "batch_size", "num_minibatches", "num_epochs", "clip_range", "num_evals", "eval_envs"),
+    *("hidden_size", "policy_layers", "value_layers"),
+)
+NOT_NEGATIVE = ("critic_weight", "entropy_weight", "conv_filters")
+FRACTIONS = ("discount", "td_lambda", "gae_lambda")
+
+
+def check(agent: ModuleType, args) -> None:
+    """Raises ValueError, in one line, for an argument that cannot be."""
+    names = {field.name for field in dataclasses.fields(args)}
+    runs.check_positive(args, *(name for name in POSITIVE if name in names))
+    if not getattr(args, "grad_clip", 1) > 0:
+        raise ValueError(f"--grad-clip must be above 0, or inf for no clipping, got {args.grad_clip:g}")
+    runs.check_between(args, 0, 1e6, *(name for name in NOT_NEGATIVE if name in names))
+    runs.check_between(args, 0, 1, *(name for name in FRACTIONS if name in names))
+    agent.check(args)
+    if not agent.num_updates(args):
+        raise ValueError(f"--total-steps {args.total_steps:g} is less than one update's rollouts")
+
+
+def ended_seeds(state) -> set[int]:
+    """The seeds that ended early: PPO's state says so. A2C's does not, and its device need not wait for the answer."""
+    return set(np.flatnonzero(~np.asarray(state.alive)).tolist()) if hasattr(state, "alive") else set()
+
+
+def main(agent: ModuleType) -> None:
+    """Train args.num_seeds agents. agent: the module a2c or ppo."""
+    args = runs.parse(ARGS[agent], agent.__doc__, tasks.agent_settings)
+    with runs.bad_input():
+        if args.resume:
+            args = resumed_args(args.resume, args)
+        check(agent, args)
+        optimizer = optimizers.make_optimizer(args.optimizer, args.learning_rate)
+        env = tasks.make_env(args.env_name, agent, getattr(args, "backend", None))
+        folder = runs.run_folder(args, args.env_name, agent.__name__)
+        checkpoints = Checkpoints(folder, args.checkpoint_minutes)
+    print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
+    metric, last = agent.SCORE
+    lost: set[int] = set()
+
+    with runs.interruptible() as interrupted, runs.Log(folder, agent.num_updates(args)) as log:
+
+        def on_update(number, metrics, state):
+            env_steps = number * agent.steps_per_update(args)
+            means = {name: jnp.nanmean(x) for name, x in metrics.items()}
+            by_seed = {f"{metric}_seed_{args.seed + i}": x for i, x in enumerate(metrics[metric])}
+            log.write(number, {"env_steps": env_steps, **means, **by_seed})
+            for i in ended_seeds(state) - lost:
+                lost.add(i)
+                log.say(f"seed {args.seed + i} ends by step {env_steps:,}: its numbers are no longer finite")
+            checkpoints.save_if_due(number, state, log, interrupted())
+            return interrupted()
+
+        restore = checkpoints.restore if args.resume else lambda state: state
+        history = agent.train(args, env, optimizer, on_update, restore)
+    returns = history[metric]
+    made = ~jnp.isnan(returns).all(axis=0)  # before an interrupt
+    final = returns[:, made][:, -last:].mean(axis=1)
+    what = f"{last} {'evaluations' if metric == 'eval_return' else 'updates'}"
+    print(f"mean return of the last {what}: {jnp.nanmean(final):.4g}", end=" ")
+    print(f"(by seed: {', '.join(f'{x:.4g}' for x in final)})")
+    print(f"written: {folder}/config.json, metrics.csv, TensorBoard events (tensorboard --logdir {args.runs_dir})")
+    if interrupted():
+        print(f"to go on: python {agent.__name__}.py --resume {folder}")
+    sys.exit(interrupted())
