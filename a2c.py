@@ -1,12 +1,15 @@
-"""A2C on gridworlds, with any optimizer:
+r"""A2C on gridworlds, with any optimizer:
 
-    python a2c.py --env-name small_dense_long --optimizer adam --learning-rate 3e-2 --total-steps 3e6 --num-seeds 4
+    python a2c.py --env-name small_dense_long --optimizer adam --learning-rate 3e-2 \
+        --total-steps 3e6 --num-seeds 4
 
-One agent acts in B copies of the environment and learns from the mean gradient over them (Mnih et al. 2016, arXiv
-1602.01783). Flags left unset take the paper's value for the environment (settings.py); what was taken is printed.
-Everything above the last lines stands alone: copy the file, and give `train` an environment (`reset(key) -> state, obs`,
-`step(key, state, action) -> state, obs, reward, done`, obs_shape, num_actions) and an optax optimizer. The script needs the
-repository.
+One agent acts in B copies of the environment and learns from the mean gradient over them (Mnih et
+al. 2016, arXiv 1602.01783). Flags that are not set take the paper's value for the environment
+(settings.py); the script prints all values.
+
+Only the last lines, the command line, need the repository. To use the rest alone, copy this file
+and call `train` with an optax optimizer and an environment: `reset(key) -> state, obs`,
+`step(key, state, action) -> state, obs, reward, done`, obs_shape, num_actions.
 
 Legend: T steps of a rollout, B environments, A actions.
 """
@@ -29,11 +32,12 @@ class Args:
     env_name: str = "small_dense_long"
     """one of the eight gridworlds, {small,big}_{sparse,dense}_{short,long}, or catch"""
     total_steps: float = 3e6
-    """environment steps in all, over all environments (small gridworlds 3e6, big ones 4e6, catch 5e5)"""
+    """environment steps of each agent, over all its environments (small gridworlds 3e6, big 4e6,
+    catch 5e5)"""
     num_envs: int = 512
-    """environments that the agent acts in at once (catch 64)"""
+    """parallel environments of each agent (catch 64)"""
     num_seeds: int = 1
-    """agents trained side by side, each from its own seed"""
+    """agents trained in parallel, each with its own seed"""
     seed: int = 0
     """seed of the first agent; the same seed gives the same result"""
     # --- Agent ---
@@ -48,7 +52,7 @@ class Args:
     entropy_weight: float = 0.01
     """weight of the entropy bonus"""
     reward_scale: float = 1.0
-    """rewards are multiplied by this before learning; the logged returns are not"""
+    """factor on rewards in learning; logged returns are not scaled"""
     conv_filters: int = 0
     """filters of the 2x2 convolution, 0 for none (paper: big gridworlds 16)"""
     hidden_size: int = 32
@@ -61,11 +65,18 @@ SCORE = ("return", 20)  # a run's score: the mean of the last 20 updates' return
 # --- Network: [Conv 16 2x2 ->] Dense -> actor and critic ---
 
 
-def init_network(key: jax.Array, obs_shape: tuple, num_actions: int, filters: int, hidden: int) -> dict:
-    """LeCun normal weights and zero biases. filters: of the convolution, 0 for none; hidden: units of the dense layer."""
+def init_network(
+    key: jax.Array, obs_shape: tuple, num_actions: int, filters: int, hidden: int
+) -> dict:
+    """LeCun normal weights, zero biases. filters: those of the convolution, 0 for none; hidden:
+    units of the dense layer."""
     height, width, planes = obs_shape
     sizes = {"conv": (4 * planes, filters)} if filters else {}
-    sizes |= {"dense": (height * width * (filters or planes), hidden), "actor": (hidden, num_actions), "critic": (hidden, 1)}
+    sizes |= {
+        "dense": (height * width * (filters or planes), hidden),
+        "actor": (hidden, num_actions),
+        "critic": (hidden, 1),
+    }
     params = {}
     for k, (name, size) in zip(jax.random.split(key, len(sizes)), sizes.items(), strict=True):
         params[name] = {"w": jax.nn.initializers.lecun_normal()(k, size), "b": jnp.zeros(size[1])}
@@ -73,13 +84,17 @@ def init_network(key: jax.Array, obs_shape: tuple, num_actions: int, filters: in
 
 
 def conv2x2(layer: dict, x: jax.Array) -> jax.Array:
-    """2x2 convolution, SAME padding. x: [..., height, width, planes] -> [..., height, width, filters]
+    """2x2 convolution, SAME padding.
 
-    Four shifted slices and one matrix product: on a CPU many times faster than lax.conv, above all with weights per unit.
+    x: [..., height, width, planes] -> [..., height, width, filters]. Four shifted slices and one
+    matrix product: on a CPU many times faster than lax.conv, above all if each unit has its own
+    weights.
     """
     height, width = x.shape[-3:-1]
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 3) + [(0, 1), (0, 1), (0, 0)])
-    patches = jnp.concatenate([x[..., i : i + height, j : j + width, :] for i in (0, 1) for j in (0, 1)], axis=-1)
+    patches = jnp.concatenate(
+        [x[..., i : i + height, j : j + width, :] for i in (0, 1) for j in (0, 1)], axis=-1
+    )
     return patches @ layer["w"] + layer["b"]
 
 
@@ -98,18 +113,18 @@ def network(params: dict, obs: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class Stream(NamedTuple):
-    """One environment, and how its episodes go."""
+    """One environment and its episodes."""
 
     env_state: Any
     obs: jax.Array  # [height, width, planes]
-    episode_return: jax.Array  # [] of the episode under way
-    last_return: jax.Array  # [] of the last episode that ended, NaN before
+    episode_return: jax.Array  # [], of the current episode
+    last_return: jax.Array  # [], of the last finished episode; NaN before the first
 
 
 class Batch(NamedTuple):
     """One environment's rollout."""
 
-    obs: jax.Array  # [T + 1, height, width, planes], the last one to bootstrap from
+    obs: jax.Array  # [T + 1, height, width, planes], the last for bootstrapping
     action: jax.Array  # [T] int32
     reward: jax.Array  # [T]
     done: jax.Array  # [T] bool
@@ -119,7 +134,9 @@ def start_stream(key: jax.Array, env: Any) -> Stream:
     return Stream(*env.reset(key), jnp.zeros(()), jnp.full((), jnp.nan, jnp.float32))
 
 
-def rollout(key: jax.Array, params: dict, stream: Stream, env: Any, num_steps: int) -> tuple[Batch, Stream]:
+def rollout(
+    key: jax.Array, params: dict, stream: Stream, env: Any, num_steps: int
+) -> tuple[Batch, Stream]:
     """Act for num_steps in one environment."""
 
     def step(stream, key):
@@ -128,17 +145,27 @@ def rollout(key: jax.Array, params: dict, stream: Stream, env: Any, num_steps: i
         env_state, obs, reward, done = env.step(key_step, stream.env_state, action)
         so_far = stream.episode_return + reward
         last_return = jnp.where(done, so_far, stream.last_return)
-        return Stream(env_state, obs, jnp.where(done, 0, so_far), last_return), (stream.obs, action, reward, done)
+        return Stream(env_state, obs, jnp.where(done, 0, so_far), last_return), (
+            stream.obs,
+            action,
+            reward,
+            done,
+        )
 
-    stream, (obs, action, reward, done) = jax.lax.scan(step, stream, jax.random.split(key, num_steps))
+    stream, (obs, action, reward, done) = jax.lax.scan(
+        step, stream, jax.random.split(key, num_steps)
+    )
     return Batch(jnp.concatenate([obs, stream.obs[None]]), action, reward, done), stream
 
 
 # --- Loss ---
 
 
-def td_lambda_errors(values: jax.Array, rewards: jax.Array, discounts: jax.Array, td_lambda: float) -> jax.Array:
-    """G_t - V_t with the lambda-return G_t = r_t + gamma_t ((1 - lambda) V_{t+1} + lambda G_{t+1}), G_T = V_T.
+def td_lambda_errors(
+    values: jax.Array, rewards: jax.Array, discounts: jax.Array, td_lambda: float
+) -> jax.Array:
+    """G_t - V_t with the lambda-return G_t = r_t + gamma_t ((1 - lambda) V_{t+1} + lambda G_{t+1}),
+    G_T = V_T.
 
     values: [T + 1]; rewards, discounts (0 where an episode ended): [T] -> [T]
     """
@@ -154,7 +181,8 @@ def td_lambda_errors(values: jax.Array, rewards: jax.Array, discounts: jax.Array
 
 
 def a2c_loss(params: dict, batch: Batch, args: Args) -> jax.Array:
-    """Policy gradient with TD(lambda) advantages, squared critic error, entropy bonus; the mean over one rollout."""
+    """Policy gradient with TD(lambda) advantages, squared critic error, entropy bonus; mean over
+    one rollout."""
     logits, values = network(params, batch.obs)
     discounts = args.discount * (1.0 - batch.done)
     rewards = args.reward_scale * batch.reward
@@ -164,7 +192,11 @@ def a2c_loss(params: dict, batch: Batch, args: Args) -> jax.Array:
     log_pi = jax.nn.log_softmax(logits[:-1])
     log_pi_action = jnp.take_along_axis(log_pi, batch.action[:, None], axis=-1)[:, 0]
     entropy = -jnp.sum(jnp.exp(log_pi) * log_pi, axis=-1)
-    losses = -log_pi_action * errors + args.critic_weight * (targets - values[:-1]) ** 2 - args.entropy_weight * entropy
+    losses = (
+        -log_pi_action * errors
+        + args.critic_weight * (targets - values[:-1]) ** 2
+        - args.entropy_weight * entropy
+    )
     return jnp.mean(losses)
 
 
@@ -174,12 +206,13 @@ def a2c_loss(params: dict, batch: Batch, args: Args) -> jax.Array:
 class Agent(NamedTuple):
     """The functions that meta-training calls; ppo.py has the same.
 
-    A state is a NamedTuple with params, opt_state and reward_factor (a scalar that multiplies its rewards). learn's metrics
-    have "return", a scalar, NaN before the first episode ends.
+    A state is a NamedTuple with params, opt_state and reward_factor (a scalar that multiplies its
+    rewards). The metrics of learn have "return", a scalar, NaN before the first episode ends.
     """
 
     init: Callable  # key, optimizer -> state
-    learn: Callable  # key, state, optimizer, progress -> state, (grads, extra_args) [gradient steps, ...], metrics
+    # key, state, optimizer, progress -> state, (grads, extra_args) [gradient steps, ...], metrics
+    learn: Callable
     loss: Callable  # key, state -> loss on a fresh rollout, state
     num_steps: int  # environment steps of one rollout, over all the agent's environments
 
@@ -188,7 +221,8 @@ class AgentState(NamedTuple):
     params: dict
     opt_state: Any
     streams: Stream  # [B]
-    reward_factor: jax.Array  # [], on top of args.reward_scale; meta-training may spread it over agents
+    # [], multiplied with args.reward_scale; meta-training may draw one for each agent
+    reward_factor: jax.Array
 
 
 def make_agent(env: Any, args: Args) -> Agent:
@@ -196,22 +230,30 @@ def make_agent(env: Any, args: Args) -> Agent:
 
     def init(key, optimizer):
         key_params, key_envs = jax.random.split(key)
-        params = init_network(key_params, env.obs_shape, env.num_actions, args.conv_filters, args.hidden_size)
-        streams = jax.vmap(partial(start_stream, env=env))(jax.random.split(key_envs, args.num_envs))
+        params = init_network(
+            key_params, env.obs_shape, env.num_actions, args.conv_filters, args.hidden_size
+        )
+        streams = jax.vmap(partial(start_stream, env=env))(
+            jax.random.split(key_envs, args.num_envs)
+        )
         return AgentState(params, optimizer.init(params), streams, jnp.ones(()))
 
     def fresh_batch(key, state):
         act = partial(rollout, env=env, num_steps=args.rollout_steps)
-        batches, streams = jax.vmap(act, (0, None, 0))(jax.random.split(key, args.num_envs), state.params, state.streams)
+        batches, streams = jax.vmap(act, (0, None, 0))(
+            jax.random.split(key, args.num_envs), state.params, state.streams
+        )
         reward = jnp.mean(batches.reward)
-        batches = jax.lax.stop_gradient(batches._replace(reward=state.reward_factor * batches.reward))
+        batches = jax.lax.stop_gradient(
+            batches._replace(reward=state.reward_factor * batches.reward)
+        )
         return batches, reward, state._replace(streams=streams)
 
     def mean_loss(params, batches):
         return jnp.mean(jax.vmap(a2c_loss, (None, 0, None))(params, batches, args))
 
     def mean_loss_and_grads(params, batches):
-        """On a CPU some environments at a time, so that what the derivative needs stays in the cache."""
+        """On a CPU, a few environments at a time: what the derivative needs stays in the cache."""
         at_once = math.gcd(args.num_envs, 16) if jax.default_backend() == "cpu" else args.num_envs
         chunks = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), batches)
 
@@ -223,54 +265,81 @@ def make_agent(env: Any, args: Args) -> Agent:
         return jax.tree.map(lambda x: x * at_once / args.num_envs, total)
 
     def learn(key, state, optimizer, progress=(0.0, 1.0)):
-        """progress: how much of training is done before this update and after it, from 0 to 1; some optimizers read it."""
+        """progress: fractions of training done before and after this update, which some optimizers
+        read."""
         batches, reward, state = fresh_batch(key, state)
         loss, grads = mean_loss_and_grads(state.params, batches)
         extra_args = {"value": loss, "fraction": jnp.float32(progress[0])}
         update = optax.with_extra_args_support(optimizer).update
         updates, opt_state = update(grads, state.opt_state, state.params, **extra_args)
-        state = state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+        state = state._replace(
+            params=optax.apply_updates(state.params, updates), opt_state=opt_state
+        )
         metrics = {"return": jnp.nanmean(state.streams.last_return), "reward": reward, "loss": loss}
         return state, jax.tree.map(lambda x: x[None], (grads, extra_args)), metrics
 
     def loss(key, state):
-        batches, _, state = fresh_batch(key, jax.lax.stop_gradient(state)._replace(params=state.params))
+        batches, _, state = fresh_batch(
+            key, jax.lax.stop_gradient(state)._replace(params=state.params)
+        )
         return mean_loss(state.params, batches), state
 
     return Agent(init, learn, loss, steps_per_update(args))
 
 
 class TrainState(NamedTuple):
-    number: int  # of updates done
+    number: int  # updates done
     agents: AgentState  # [num_seeds]
-    history: dict  # {"return", "reward", "loss": [num_seeds, updates]}, NaN for updates to come
+    history: dict  # {"return", "reward", "loss": [num_seeds, updates]}, NaN for later updates
 
 
-def train(args: Args, env: Any, optimizer: optax.GradientTransformation, on_update: Callable, restore=lambda x: x) -> dict:
-    """Train args.num_seeds agents side by side. on_update(number of updates done, metrics, TrainState) is called after each
-    update, and ends training by True. restore(the TrainState of the start) -> the one to begin with.
+def train(
+    args: Args,
+    env: Any,
+    optimizer: optax.GradientTransformation,
+    on_update: Callable,
+    restore=lambda x: x,
+) -> dict:
+    """Train args.num_seeds agents in parallel.
 
-    -> {"return", "reward", "loss": [num_seeds, updates done]}: of the last episodes to end, the mean of a step, of an update
+    on_update(updates done, metrics, TrainState) is called after each update; training ends if it
+    returns True. restore(initial TrainState) -> the TrainState to start from.
+
+    -> {"return", "reward", "loss": [num_seeds, updates done]}: mean return of the environments'
+    last episodes, mean reward of a step, loss of the update
     """
     agent = make_agent(env, args)
     seeds = args.seed + jnp.arange(args.num_seeds)
-    keys_init, keys = jnp.moveaxis(jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds), 1, 0)
+    keys_init, keys = jnp.moveaxis(
+        jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(seeds), 1, 0
+    )
 
     def update_all(number, agents, history):
         def update(key_and_state):
             key, state = key_and_state
             progress = (number / num_updates(args), (number + 1) / num_updates(args))
-            state, _, metrics = agent.learn(jax.random.fold_in(key, number), state, optimizer, progress)
+            state, _, metrics = agent.learn(
+                jax.random.fold_in(key, number), state, optimizer, progress
+            )
             return state, metrics
 
-        # A CPU takes one seed at a time and keeps it in its cache: a fifth less time than all at once.
-        over_seeds = partial(jax.lax.map, update) if jax.default_backend() == "cpu" else jax.vmap(update)
+        # On a CPU one seed at a time, which stays in the cache: a fifth less time than all at once.
+        over_seeds = (
+            partial(jax.lax.map, update) if jax.default_backend() == "cpu" else jax.vmap(update)
+        )
         agents, metrics = over_seeds((keys, agents))
-        return agents, jax.tree.map(lambda all, new: all.at[:, number].set(new), history, metrics), metrics
+        return (
+            agents,
+            jax.tree.map(lambda all, new: all.at[:, number].set(new), history, metrics),
+            metrics,
+        )
 
     update_all = jax.jit(update_all, donate_argnums=(1, 2))
     agents = jax.jit(jax.vmap(lambda key: agent.init(key, optimizer)))(keys_init)
-    history = {name: jnp.full((args.num_seeds, num_updates(args)), jnp.nan) for name in ("return", "reward", "loss")}
+    history = {
+        name: jnp.full((args.num_seeds, num_updates(args)), jnp.nan)
+        for name in ("return", "reward", "loss")
+    }
     done, agents, history = restore(TrainState(0, agents, history))
     for number in range(done, num_updates(args)):
         agents, history, metrics = update_all(number, agents, history)
@@ -289,12 +358,16 @@ def num_updates(args: Args) -> int:
 
 
 def check(args: Args) -> None:
-    """Raises ValueError, in one line, for arguments that do not fit together: here all do."""
+    """Raises a one-line ValueError for arguments that do not fit together. A2C has none."""
     del args
 
 
-if __name__ == "__main__":
+def main() -> None:
     import a2c
     import train_agents
 
     train_agents.main(a2c)
+
+
+if __name__ == "__main__":
+    main()

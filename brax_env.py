@@ -1,6 +1,6 @@
 """Brax's tasks as environments of ppo.py: `env = make("ant", "spring")`.
 
-Brax is imported when a name is asked for, so that training on gridworlds does not wait for it.
+Brax is imported only when a name is looked up: training on gridworlds does not wait for it.
 """
 
 import contextlib
@@ -17,18 +17,21 @@ BACKENDS = ("spring", "generalized", "positional", "mjx")
 
 
 def names() -> list[str]:
-    """Brax's tasks. Raises ValueError, in one line, if Brax or a package that it needs is missing."""
+    """Brax's tasks. Raises a one-line ValueError if Brax or a package that it needs is missing."""
     warnings.filterwarnings("ignore", module="brax")
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # what it prints about itself helps nobody
+        with contextlib.redirect_stdout(io.StringIO()):  # hides messages of the import
             import brax.envs
     except ImportError as error:
-        raise ValueError(f"Brax cannot be imported ({error}); pip install -r requirements.txt") from None
+        raise ValueError(
+            f"Brax cannot be imported ({error}); pip install -r requirements.txt"
+        ) from None
     return list(brax.envs._envs)
 
 
 def make(name: str, backend: str) -> Env:
-    """A Brax task. Raises ValueError, in one line, for an unknown task or backend, or a task that this backend lacks."""
+    """A Brax task. Raises a one-line ValueError for an unknown task or backend, or a task that the
+    backend lacks."""
     if name not in names():
         close = difflib.get_close_matches(name, names(), 1)
         hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names())}"

@@ -1,4 +1,5 @@
-"""The whole state of a run, kept so that it can go on where it was: <run folder>/checkpoint, the last two, by orbax."""
+"""Checkpoints of a run's whole state, to resume it: the last two, in <run folder>/checkpoint, by
+orbax."""
 
 import dataclasses
 import json
@@ -12,64 +13,80 @@ import orbax.checkpoint as ocp
 
 import runs
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells of every step that it takes
+logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every step
 
 
 class Checkpoints:
-    """Written at most every so many minutes; orbax writes under a temporary name and renames."""
+    """Written at most every `minutes`; orbax writes under a temporary name and renames."""
 
     def __init__(self, run_folder: Path, minutes: float):
-        # Not in the background: the next iteration takes over the state's buffers.
+        # Not in the background: the next iteration reuses the state's buffers.
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         self.manager = ocp.CheckpointManager(run_folder.resolve() / "checkpoint", options=options)
         self.seconds, self.last = 60 * minutes, time.monotonic()
 
     def save_if_due(self, number: int, state: Any, log: runs.Log, now: bool = False) -> None:
-        """Write it if it is time, or `now`, and log what it cost. number: iterations or updates done."""
+        """Write a checkpoint if it is due, or `now`, and log its size and time. number: iterations
+        or updates done."""
         began = time.monotonic()
         if not now and began - self.last < self.seconds:
             return
-        log.flush()  # a resumed run makes no row again that comes before its checkpoint
+        log.flush()  # a resumed run writes only the rows after its checkpoint
         self.manager.save(number, args=ocp.args.StandardSave(state))
         self.last = time.monotonic()
         megabytes = sum(x.nbytes for x in jax.tree.leaves(state) if hasattr(x, "nbytes")) / 1e6
         log.say(f"checkpoint at {number}: {megabytes:.1f} MB in {self.last - began:.2f} s")
 
     def restore(self, like: Any) -> Any:
-        """The newest state that is whole; a line is printed for each newer one that is damaged. Ends the program if none is.
+        """The newest intact state. Prints a line for each newer, damaged one; exits if there is
+        none.
 
-        like: a state of the same shapes, on the devices that it is to be on.
+        like: a state of the same shapes, on the target devices.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         for number in sorted(self.manager.all_steps(), reverse=True):
             try:
                 state = self.manager.restore(number, args=ocp.args.StandardRestore(abstract))
             except Exception as error:  # whatever a damaged file makes the reader raise
-                print(f"the checkpoint at {number} is damaged ({type(error).__name__}); taking the one before")
+                print(
+                    f"the checkpoint at {number} is damaged ({type(error).__name__}); "
+                    "trying the one before"
+                )
                 self.manager.delete(number)
                 continue
             print(f"resumed at {number}")
             return state
-        runs.fail(f"{self.manager.directory} holds no whole checkpoint")
+        runs.fail(f"{self.manager.directory} has no intact checkpoint")
 
 
 def resumed_args(run_folder: str, given: Any) -> Any:
-    """The arguments that the run in this folder began with.
+    """The arguments of the run in this folder.
 
-    Raises ValueError, in one line, if there is no such run or if `given` has another value than the run, its default aside.
+    Raises a one-line ValueError if there is no such run, or if a value in `given` is neither the
+    run's nor the default.
     """
     path, args_class = Path(run_folder) / "config.json", type(given)
     try:
         stored = json.loads(path.read_text())["args"]
         names = {field.name for field in dataclasses.fields(args_class)}
-        run = args_class(**{name: tuple(v) if isinstance(v, list) else v for name, v in stored.items() if name in names})
+        run = args_class(
+            **{
+                name: tuple(v) if isinstance(v, list) else v
+                for name, v in stored.items()
+                if name in names
+            }
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--resume {run_folder}: not a run's folder ({error})") from None
-    if not any(path.name.isdigit() for path in (Path(run_folder) / "checkpoint").glob("*")):  # others were cut off in writing
-        raise ValueError(f"--resume {run_folder}: this run has no checkpoint yet; start it again without --resume")
+    # A checkpoint that was not written to its end has a temporary name, not a number.
+    if not any(path.name.isdigit() for path in (Path(run_folder) / "checkpoint").glob("*")):
+        raise ValueError(
+            f"--resume {run_folder}: this run has no checkpoint yet; "
+            "start it again without --resume"
+        )
     for field in dataclasses.fields(args_class):
         new, old = getattr(given, field.name), getattr(run, field.name)
         if field.name != "resume" and new not in (field.default, old):
             flag = field.name.replace("_", "-")
-            raise ValueError(f"--{flag} is {new} here, and {old} in the run that is to be resumed")
+            raise ValueError(f"--{flag} is {new} here, and {old} in the run to resume")
     return dataclasses.replace(run, resume=run_folder)

@@ -1,15 +1,18 @@
-"""Meta-test: train agents with each optimizer, over many seeds, and compare:
+r"""Meta-test: train agents with each optimizer, over many seeds, and compare:
 
-    python evaluate.py --env-name catch --optimizers THETA.npz untrained sign_sgd adam rmsprop --num-seeds 10
-    python evaluate.py --env-name ant --optimizers THETA.npz untrained sign_sgd adam rmsprop --num-seeds 4
-    python evaluate.py --suite paper           # Figure 3: the headline tasks, every optimizer that has weights
-    python evaluate.py --suite transfer        # Figure 4: Brax's tasks, with optimizers that have seen gridworlds only
+    python evaluate.py --env-name catch --num-seeds 10 \
+        --optimizers THETA.npz untrained sign_sgd adam rmsprop
+    python evaluate.py --env-name ant --num-seeds 4 \
+        --optimizers THETA.npz untrained sign_sgd adam rmsprop
+    python evaluate.py --suite paper     # Figure 3: headline tasks, all optimizers with weights
+    python evaluate.py --suite transfer  # Figure 4: Brax, optimizers trained on gridworlds only
 
-A gridworld is learned with A2C, a task of Brax's with PPO, whatever theta was trained on.
+Agents learn gridworlds with A2C and Brax's tasks with PPO, whatever theta was trained on.
 
-Two controls are in the default list, because a learned optimizer that does not beat them has learned nothing: Optim4RL
-before meta-training, and plain sign descent. With --learning-rates each classical optimizer is shown at its best learning rate,
-picked by --sweep-seeds agents whose seeds are not among those that are shown. report.py makes the tables and figures.
+The default list has two controls, Optim4RL before meta-training and plain sign descent: a learned
+optimizer that does not beat them has learned nothing. With --learning-rates each classical
+optimizer is shown at its best learning rate, which --sweep-seeds agents choose; their seeds are
+not among those shown. report.py makes the tables and figures.
 """
 
 import dataclasses
@@ -29,48 +32,53 @@ import settings
 import tasks
 from optim4rl import load_theta
 
-SHORTER = "fewer --num-seeds or --total-steps make it short; Ctrl-C keeps the optimizers that are done"
+SHORTER = "fewer --num-seeds or --total-steps shorten it; Ctrl-C keeps the optimizers that are done"
 
 
 @dataclass(frozen=True)
 class Args:
     # --- What to compare ---
     env_name: tuple[str, ...] = ("catch",)
-    """one or several of the eight gridworlds, catch, and Brax's tasks"""
+    """one or more of the eight gridworlds, catch, and Brax's tasks"""
     optimizers: tuple[str, ...] = ("untrained", "sign_sgd", "adam", "rmsprop")
-    """names (adam, adam_linear, rmsprop, sgd, sign_sgd, untrained, untrained:star, pretrained/NAME, untrained:pretrained/NAME)
-    and paths of meta-trained .npz"""
+    """names (adam, adam_linear, rmsprop, sgd, sign_sgd, untrained, untrained:star, pretrained/NAME,
+    untrained:pretrained/NAME) and paths of theta files (.npz)"""
     suite: Literal["paper", "transfer"] | None = None
-    """instead of --env-name and --optimizers: the environments of a figure of the paper, as far as the machine can run them,
-    and in each the weights in pretrained/ that were trained there (not for transfer) or on several, with the controls and
-    classical optimizers"""
+    """instead of --env-name and --optimizers: the environments of one of the paper's figures that
+    this machine can run. In each: the weights in pretrained/ that were trained on several
+    environments or (paper only) on this one, the controls and the classical optimizers"""
     # --- Seeds and learning rates ---
     num_seeds: int = 10
     """agents trained with each optimizer"""
     seed: int = 1000
-    """the first agent's seed; away from 0, where meta-training's seeds start"""
+    """seed of the first agent, far from meta-training's seeds, which start at 0"""
     learning_rate: float | None = None
-    """learning rate (the paper's for the environment; a theta file's own if it was trained on this environment)"""
+    """learning rate (default: the paper's for the environment; for a theta file the one it was
+    trained with, if it was trained on this environment)"""
     learning_rates: tuple[float, ...] = ()
-    """sweep the classical optimizers over these learning rates, e.g. 3e-2 1e-2 3e-3 1e-3 3e-4 1e-4"""
+    """sweep the classical optimizers over these learning rates, e.g. 3e-2 1e-2 3e-3 1e-3 3e-4
+    1e-4"""
     sweep_seeds: int = 2
-    """agents trained at each learning rate of the sweep"""
+    """agents at each learning rate of the sweep"""
     # --- Agents ---
     total_steps: float | None = None
-    """environment steps of each agent (catch 5e5, small gridworlds 3e6, big ones 4e6, Brax 2e6 to 1e8)"""
+    """environment steps of each agent (catch 5e5, small gridworlds 3e6, big 4e6, Brax 2e6 to
+    1e8)"""
     num_envs: int | None = None
     """environments of each agent (catch 64, gridworlds 512, Brax 2048 or 4096)"""
     batch_size: int | None = None
-    """rollouts in a minibatch of PPO's (paper: 512 to 2048); with fewer a short run has more updates"""
+    """PPO: rollouts per minibatch (paper: 512 to 2048); with fewer, a short run has more
+    updates"""
     value_layers: tuple[int, ...] | None = None
-    """hidden layers of PPO's critic (paper: 5 of 256; in meta-training 5 of 64, with which a CPU is sooner done)"""
+    """PPO: hidden layers of the critic (paper: 5 of 256; in meta-training 5 of 64, which is faster
+    on a CPU)"""
     num_evals: int | None = None
-    """evaluations of each of PPO's agents; in short runs they are most of the time"""
+    """PPO: evaluations of each agent; they take most of the time of a short run"""
     backend: Literal["spring", "generalized", "positional", "mjx"] = "spring"
     """physics of Brax's tasks: spring, generalized, positional or mjx"""
     # --- Run ---
     runs_dir: str = "runs"
-    """the run's folder is made in here"""
+    """the run's folder is created in this folder"""
 
 
 # --- The command line ---
@@ -82,23 +90,31 @@ class Run(NamedTuple):
     env_name: str
     label: str
     optimizer: str  # its name or path
-    rates: tuple  # one learning rate, or several to choose from
+    rates: tuple  # one learning rate, or several to sweep
 
 
 def fill_in(args: Args) -> Args:
-    """The arguments with a suite's environments and learning rates. Raises ValueError, in one line, for what cannot be."""
+    """The arguments, with a suite's environments and learning rates. Raises a one-line ValueError
+    if --suite comes with --env-name or --optimizers."""
     if args.suite is None:
         return args
     if args.env_name != Args.env_name or args.optimizers != Args.optimizers:
-        raise ValueError(f"--suite {args.suite} says which environments and optimizers; give no --env-name or --optimizers")
+        raise ValueError(
+            f"--suite {args.suite} sets the environments and optimizers; "
+            "leave out --env-name and --optimizers"
+        )
     left_out = settings.WANT_ACCELERATOR if jax.default_backend() == "cpu" else ()
     env_names = tuple(name for name in settings.SUITES[args.suite] if name not in left_out)
-    return dataclasses.replace(args, env_name=env_names, learning_rates=args.learning_rates or settings.SUITE_RATES[args.suite])
+    return dataclasses.replace(
+        args,
+        env_name=env_names,
+        learning_rates=args.learning_rates or settings.SUITE_RATES[args.suite],
+    )
 
 
 def suite_optimizers(suite: str, env_name: str) -> list[str]:
-    """Every optimizer that has weights for this environment: trained on several others or, but for transfer, right there; then
-    controls and classical ones."""
+    """Every optimizer with weights for this environment: trained on several environments or (not
+    for transfer) on this one. Then the controls and the classical optimizers."""
     shipped = []
     for name in optimizers.pretrained_names():
         header = load_theta(optimizers.theta_path(name))[1]
@@ -109,12 +125,17 @@ def suite_optimizers(suite: str, env_name: str) -> list[str]:
 
 
 def plan(args: Args) -> list[Run]:
-    """The runs to make. Raises ValueError, in one line, for an unfit optimizer."""
+    """The runs to make. Raises a one-line ValueError for an invalid optimizer."""
     to_run, checked = [], set()
     for env_name in args.env_name:
-        default, labels = args.learning_rate or tasks.agent_settings(env_name)["learning_rate"], set()
-        for name in dict.fromkeys(suite_optimizers(args.suite, env_name) if args.suite else args.optimizers):
-            if name not in checked:  # only to see that it can be made, which takes a moment
+        default, labels = (
+            args.learning_rate or tasks.agent_settings(env_name)["learning_rate"],
+            set(),
+        )
+        for name in dict.fromkeys(
+            suite_optimizers(args.suite, env_name) if args.suite else args.optimizers
+        ):
+            if name not in checked:  # a quick check that it can be made
                 optimizers.make_optimizer(name, default)
                 checked.add(name)
             rates, label = (default,), name
@@ -122,8 +143,12 @@ def plan(args: Args) -> list[Run]:
                 rates = args.learning_rates
             elif optimizers.is_theta(path := name.removeprefix("untrained:")):
                 header = load_theta(optimizers.theta_path(path))[1]
-                rates = (args.learning_rate or trained_rate(header["trained"], env_name) or default,)
-                label = optimizers.title(path, header) + (" (trained)" if path == name else " (untrained)")
+                rates = (
+                    args.learning_rate or trained_rate(header["trained"], env_name) or default,
+                )
+                label = optimizers.title(path, header) + (
+                    " (trained)" if path == name else " (untrained)"
+                )
             label = label if label not in labels else name
             labels.add(label)
             to_run.append(Run(env_name, label, name, rates))
@@ -131,7 +156,8 @@ def plan(args: Args) -> list[Run]:
 
 
 def trained_rate(trained: dict, env_name: str) -> float | None:
-    """The learning rate of meta-training: in this environment, or in all its gridworlds if this is another."""
+    """The learning rate of meta-training: for a gridworld the one that several training
+    environments have in common, otherwise this environment's, or None."""
     rates = dict(zip(trained.get("env_name", ()), trained.get("learning_rate", ()), strict=False))
     same = set(rates.values())
     if tasks.kind_of(env_name).agent is a2c and len(rates) > 1 and len(same) == 1:
@@ -140,11 +166,23 @@ def trained_rate(trained: dict, env_name: str) -> float | None:
 
 
 def make_learner(args: Args, env_name: str) -> tasks.Learner:
-    """Raises ValueError, in one line, for what cannot be."""
-    names = ("num_seeds", "seed", "total_steps", "num_envs", "batch_size", "value_layers", "num_evals")
-    learner = tasks.make_learner(env_name, args.backend, **{name: getattr(args, name) for name in names})
+    """Raises a one-line ValueError for arguments that do not fit the environment."""
+    names = (
+        "num_seeds",
+        "seed",
+        "total_steps",
+        "num_envs",
+        "batch_size",
+        "value_layers",
+        "num_evals",
+    )
+    learner = tasks.make_learner(
+        env_name, args.backend, **{name: getattr(args, name) for name in names}
+    )
     if not learner.agent.num_updates(learner.args):
-        raise ValueError(f"--total-steps {learner.args.total_steps:g} is less than one update's rollouts")
+        raise ValueError(
+            f"--total-steps {learner.args.total_steps:g} is less than one update's rollouts"
+        )
     return learner
 
 
@@ -154,26 +192,38 @@ def train(learner: tasks.Learner, run: Run, rate: float, title: str, interrupted
     with runs.progress(agent.num_updates(agent_args), title) as bar:
 
         def on_update(number, metrics, state):
-            jax.block_until_ready(metrics)  # bar and Ctrl-C go by what is done, not by the updates that wait in a row
+            # The bar and Ctrl-C follow finished updates, not queued ones.
+            jax.block_until_ready(metrics)
             bar.update()
             return interrupted()
 
-        history = agent.train(agent_args, env, optimizers.make_optimizer(run.optimizer, rate), on_update)
+        history = agent.train(
+            agent_args, env, optimizers.make_optimizer(run.optimizer, rate), on_update
+        )
     returns = np.asarray(history[agent.SCORE[0]])
     if "eval_steps" in history:
         env_steps = np.asarray(history["eval_steps"])
     else:
         env_steps = np.arange(1, returns.shape[1] + 1) * agent.steps_per_update(agent_args)
     finite = np.isfinite(returns[:, -1])
-    return report.Result(run.env_name, run.label, rate, env_steps, returns[finite], int(np.sum(~finite)))
+    return report.Result(
+        run.env_name, run.label, rate, env_steps, returns[finite], int(np.sum(~finite))
+    )
 
 
-def sweep(learner: tasks.Learner, run: Run, args: Args, title: str, interrupted) -> list[report.Result]:
-    """One agent a seed of the sweep at each learning rate; none of the seeds is one of those that are shown."""
-    apart = dataclasses.replace(learner.args, num_seeds=args.sweep_seeds, seed=args.seed + args.num_seeds)
+def sweep(
+    learner: tasks.Learner, run: Run, args: Args, title: str, interrupted
+) -> list[report.Result]:
+    """Train --sweep-seeds agents at each learning rate, with seeds that are not among those
+    shown."""
+    apart = dataclasses.replace(
+        learner.args, num_seeds=args.sweep_seeds, seed=args.seed + args.num_seeds
+    )
     results = []
     for rate in run.rates:
-        result = train(learner._replace(args=apart), run, rate, f"{title}, learning rate {rate:g}", interrupted)
+        result = train(
+            learner._replace(args=apart), run, rate, f"{title}, learning rate {rate:g}", interrupted
+        )
         if interrupted():
             break
         results.append(result)
@@ -183,17 +233,30 @@ def sweep(learner: tasks.Learner, run: Run, args: Args, title: str, interrupted)
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
-        runs.check_positive(args, "num_seeds", "sweep_seeds", "learning_rate", "learning_rates", "total_steps", "num_envs")
+        runs.check_positive(
+            args,
+            "num_seeds",
+            "sweep_seeds",
+            "learning_rate",
+            "learning_rates",
+            "total_steps",
+            "num_envs",
+        )
         runs.check_positive(args, "batch_size", "value_layers", "num_evals")
         if not args.optimizers or not args.env_name or len(set(args.env_name)) < len(args.env_name):
-            raise ValueError("--optimizers and --env-name must name at least one, and each environment once")
+            raise ValueError(
+                "--optimizers and --env-name must name at least one, and each environment once"
+            )
         args = fill_in(args)
         learners = {name: make_learner(args, name) for name in args.env_name}
         to_run = plan(args)
         folder = runs.make_folder(args.runs_dir, "+".join(learners), "evaluate", args.seed, args)
 
     if left_out := [name for name in settings.SUITES.get(args.suite, ()) if name not in learners]:
-        print(f"left out, since there is no accelerator: {', '.join(left_out)} (--env-name runs them anyway)")
+        print(
+            f"left out, as there is no accelerator: {', '.join(left_out)} "
+            "(--env-name runs them anyway)"
+        )
     results, swept, began = [], [], time.perf_counter()
     with runs.interruptible() as interrupted:
         for number, run in enumerate(to_run, start=1):
@@ -206,10 +269,11 @@ def main() -> None:
                 swept += tried
                 rate = max(tried, key=report.Result.score).learning_rate
             result = train(learner, run, rate, title, interrupted)
-            if interrupted():  # this one is not whole
+            if interrupted():  # this one is incomplete
                 break
             results.append(result)
-            report.write_results(folder / "results.csv", results, args.seed)  # so that a kill loses this one at most
+            # Written after each optimizer: a kill loses one at most.
+            report.write_results(folder / "results.csv", results, args.seed)
             if len(results) == 1:
                 runs.warn_if_long((time.perf_counter() - began) * len(to_run), SHORTER)
     if results:

@@ -3,13 +3,15 @@
     state, obs = env.reset(key)
     state, obs, reward, done = env.step(key, state, action)
 
-One environment each; `vmap` them for more. Everything is traceable and every shape is fixed by the name. An environment
-whose episode ends resets itself: `done` is of the step just taken, `obs` is already the next episode's first.
+Each function acts on one environment; `vmap` it for more. Everything is traceable, and the name
+fixes every shape. An environment resets itself when its episode ends: then `done` is that of the
+step just taken, and `obs` is the first of the next episode.
 
-The gridworlds are those of Oh et al. 2020, "Discovering Reinforcement Learning Algorithms", as used by Lan et al. 2024,
-"Learning to Optimize for Reinforcement Learning", with the agent's position in the observation.
+The gridworlds are those of Oh et al. 2020, "Discovering Reinforcement Learning Algorithms", as used
+by Lan et al. 2024, "Learning to Optimize for Reinforcement Learning", with the agent's position in
+the observation.
 
-Legend: R, C interior rows and columns, n objects, cells are numbered row by row, 0 .. R*C - 1.
+Legend: R, C interior rows and columns; n objects. Cells are numbered row by row, 0 .. R*C - 1.
 """
 
 from collections.abc import Callable
@@ -32,11 +34,12 @@ class Env(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """What a gridworld's name stands for. A good object gives +1; a bad one -1, and ends the episode with probability 0.5."""
+    """The parameters of a gridworld. A good object gives +1. A bad one gives -1 and ends the
+    episode with probability 0.5."""
 
     rows: int
     cols: int
-    num_each: int  # good objects, and as many bad ones
+    num_each: int  # number of good objects, and of bad ones
     respawn: float  # probability per step that an absent object comes back
     horizon: int
 
@@ -51,13 +54,14 @@ GRIDS = {
     "big_dense_short": Grid(9, 13, 2, 0.5, 50),
     "big_dense_long": Grid(13, 9, 2, 0.5, 500),
 }
-END_PROBABILITY = 0.5  # that collecting a bad object ends the episode
-MOVES = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1))  # stay, 4 straight, 4 diagonal
+END_PROBABILITY = 0.5  # that a collected bad object ends the episode
+# Stay, 4 straight, 4 diagonal.
+MOVES = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1))
 
 
 class GridState(NamedTuple):
     agent: jax.Array  # [] int32, the agent's cell
-    objects: jax.Array  # [n] int32, each object's cell, the good ones first; where it last was, if absent
+    objects: jax.Array  # [n] int32, each object's cell, good ones first; the last cell if absent
     present: jax.Array  # [n] bool
     time: jax.Array  # [] int32, steps taken in this episode
 
@@ -65,8 +69,9 @@ class GridState(NamedTuple):
 def distinct_cells(u: jax.Array, num_cells: int) -> jax.Array:
     """Uniformly random distinct cells. u: [k] uniform in [0, 1) -> [k] int32
 
-    The first k draws of a Fisher-Yates shuffle: draw i takes the entry of a random slot among the first num_cells - i, and the
-    last of these slots' entries moves to where it was taken. The list itself is never made: only k slots can have changed.
+    The first k draws of a Fisher-Yates shuffle: draw i takes the entry of a random slot among the
+    first num_cells - i, and the entry of the last of these slots moves there. The list is never
+    built, because at most k slots change.
     """
     slots = (u * (num_cells - jnp.arange(u.size))).astype(jnp.int32)
     cells = []
@@ -85,7 +90,8 @@ def grid_reset_state(u: jax.Array, grid: Grid) -> GridState:
 
 
 def grid_observe(state: GridState, grid: Grid) -> jax.Array:
-    """-> [R + 2, C + 2, n + 1] uint8: a plane for the agent, then one for each object; the border is the wall."""
+    """-> [R + 2, C + 2, n + 1] uint8: a plane for the agent, then one for each object. The border
+    is the wall."""
     cells = jnp.append(state.agent, state.objects)
     seen = jnp.append(True, state.present).astype(jnp.uint8)
     empty = jnp.zeros((grid.rows + 2, grid.cols + 2, cells.size), jnp.uint8)
@@ -93,10 +99,12 @@ def grid_observe(state: GridState, grid: Grid) -> jax.Array:
 
 
 def grid_step(key: jax.Array, state: GridState, action: jax.Array, grid: Grid):
-    """Move, collect what is in the agent's cell, respawn, and reset where the episode ended. action: [] int in 0 .. 8.
+    """Move, collect what is in the agent's cell, respawn, and reset where the episode ended.
+    action: [] int in 0 .. 8.
 
-    An absent object respawns at a uniformly random cell, occupied or not, perhaps in the step in which it was collected. In
-    the agent's cell it is collected by a later step that ends there (staying is one). Of two in one cell both are collected.
+    An absent object respawns at a uniformly random cell, occupied or not, perhaps in the step that
+    collected it. If that is the agent's cell, a later step that ends there collects it (staying is
+    one). Two objects in one cell are both collected.
 
     -> state, obs [R + 2, C + 2, n + 1], reward [] float32, done [] bool
     """
@@ -120,7 +128,9 @@ def grid_step(key: jax.Array, state: GridState, action: jax.Array, grid: Grid):
 
     done = ended | (state.time + 1 >= grid.horizon)
     state = GridState(agent, objects, present | respawn, state.time + 1)
-    state = jax.tree.map(lambda new, old: jnp.where(done, new, old), grid_reset_state(u_reset, grid), state)
+    state = jax.tree.map(
+        lambda new, old: jnp.where(done, new, old), grid_reset_state(u_reset, grid), state
+    )
     return state, grid_observe(state, grid), reward, done
 
 
@@ -149,7 +159,9 @@ class CatchState(NamedTuple):
 
 
 def catch_reset_state(key: jax.Array) -> CatchState:
-    return CatchState(jnp.int32(0), jax.random.randint(key, (), 0, CATCH_COLS), jnp.int32(CATCH_COLS // 2))
+    return CatchState(
+        jnp.int32(0), jax.random.randint(key, (), 0, CATCH_COLS), jnp.int32(CATCH_COLS // 2)
+    )
 
 
 def catch_observe(state: CatchState) -> jax.Array:
@@ -161,7 +173,8 @@ def catch_observe(state: CatchState) -> jax.Array:
 
 
 def catch_step(key: jax.Array, state: CatchState, action: jax.Array):
-    """action: [] int, 0 left, 1 stay, 2 right. -> state, obs [10, 5, 1], reward [] float32, done [] bool"""
+    """action: [] int, 0 left, 1 stay, 2 right. -> state, obs [10, 5, 1], reward [] float32,
+    done [] bool"""
     paddle = jnp.clip(state.paddle + action - 1, 0, CATCH_COLS - 1)
     ball_row = state.ball_row + 1
     done = ball_row == CATCH_ROWS - 1

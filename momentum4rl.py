@@ -1,24 +1,28 @@
-"""Momentum4RL: Optim4RL's cell in an update that keeps the gradient's size, averages it, and knows how long training lasts.
+"""Momentum4RL: Optim4RL's cell in an update that uses the gradient's size, running means, and the
+fraction of training done.
 
-Optim4RL's update is sign(g) times a positive number: it cannot average noise away, and raw gradients are too small for its
-cells to see. Here one cell reads, of every coordinate,
+Optim4RL's update is sign(g) times a positive number: it cannot average noise away, and raw
+gradients are too small for its cells to see. Here one cell reads, for each coordinate,
 
     x = |g| / sqrt(v), sign(g) m_.5 / sqrt(v), sign(g) m_.9 / sqrt(v), sign(g) m_.99 / sqrt(v),
         log|g|, log sqrt(v), log t, log n, log max(1, w / 128), f
 
-with bias-corrected running means m_b of g and v of g^2 (decay .99), the number of steps t, the number n of inputs that the
-coordinate's layer adds up (1 for biases), the largest such number w in the network, and the fraction f of training that is
-done (0 if it is not given), and
+with bias-corrected running means m_b of g (decay b) and v of g^2 (decay .99), the number of steps
+t, the fan-in n of the coordinate's layer (the inputs it sums; 1 for biases), the largest fan-in w
+in the network, and the fraction f of training done (0 if it is not given). Then
 
     h <- RNN(h, x)      o1, o2 = readout(h, x)
-    update = -learning_rate (1 - f) min(1, sqrt(128 / w)) (g / sqrt(v) exp(o1) + m_.9 / sqrt(v) exp(o2 - 1.5))
+    update = -learning_rate (1 - f) min(1, sqrt(128 / w))
+             (g / sqrt(v) exp(o1) + m_.9 / sqrt(v) exp(o2 - 1.5))
 
-A wide network takes smaller steps in all its layers: what a layer's weights change is added up by the layers above, so a
-convolution of 20 inputs below a layer of 2,688 needs steps as small as that layer's.
+A wide network takes smaller steps in all layers. The layers above a weight sum its changes, so a
+convolution of fan-in 20 below a layer of fan-in 2,688 needs steps as small as that layer's.
 
-All of x stays the same when every gradient changes its sign, so the updates change theirs: that need not be learned. The
-read-out starts near zero, so before meta-training this is RMSProp with a little momentum and a learning rate that falls to
-zero. It is not in the paper. Copy this file and optim4rl.py into your own project, and use it with optax:
+If every gradient changes sign, x stays the same and every update changes sign; this symmetry need
+not be learned. The read-out starts near zero: before meta-training this is RMSProp with a little
+momentum and a learning rate that falls to zero. It is not in the paper.
+
+To use it with optax, copy this file and optim4rl.py into your project:
 
     theta, header = load_theta("momentum4rl.npz")
     optimizer = momentum4rl(theta, learning_rate=6e-2, num_steps=10_000, **header["config"])
@@ -52,15 +56,16 @@ DECAYS = (0.5, 0.9, 0.99)  # of the means of g
 SQUARE_DECAY = 0.99  # of the mean of g^2
 NUM_INPUTS = 10
 EPS = 1e-8
-LOG_SCALE = 0.1  # logarithms are from -18 to 12
-READOUT_GAIN = 10.0  # the read-out is learned faster than the cell: so much more do its weights, at first this much smaller, do
-READOUT_SCALE = 0.01
+LOG_SCALE = 0.1  # logarithms range from -18 to 12
+READOUT_GAIN = 10.0  # factor on the read-out's outputs, so that it learns faster than the cell
+READOUT_SCALE = 0.01  # factor on its initial weights
 MOMENTUM_BIAS = -1.5
-WIDE = 128.0  # a network whose widest layer adds up more inputs takes smaller steps
+WIDE = 128.0  # a network with a larger fan-in takes smaller steps
 
 
 def update_moments(g: jax.Array, moments: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """moments: [5, C], the means of g and g^2 so far and the number of steps -> m [3, C] and v [C], bias-corrected, moments"""
+    """moments: [5, C], the means of g and g^2 and the number of steps -> bias-corrected m [3, C]
+    and v [C], moments"""
     decays = jnp.array([*DECAYS, SQUARE_DECAY])[:, None]
     new = jnp.concatenate([jnp.broadcast_to(g, (len(DECAYS), *g.shape)), jnp.square(g)[None]])
     means, count = decays * moments[:-1] + (1 - decays) * new, moments[-1:] + 1
@@ -68,8 +73,11 @@ def update_moments(g: jax.Array, moments: jax.Array) -> tuple[jax.Array, jax.Arr
     return corrected[:-1], corrected[-1], jnp.concatenate([means, count])
 
 
-def momentum4rl_rule(theta: dict, given: jax.Array, state: tuple, cell: str, grad_clip: float | None) -> tuple:
-    """One step for a block of coordinates. given: [4, C], g, n, max(1, w/128), f; state: (cell, moments) -> step [C], state"""
+def momentum4rl_rule(
+    theta: dict, given: jax.Array, state: tuple, cell: str, grad_clip: float | None
+) -> tuple:
+    """One step for a block of coordinates. given: [4, C], g, n, max(1, w / 128), f; state:
+    (cell, moments) -> step [C], state"""
     g, n, width, fraction = clip_and_stop_gradient(given[0], grad_clip), *given[1:]
     m, v, moments = update_moments(g, state[1])
     root = jnp.sqrt(v) + EPS
@@ -81,12 +89,15 @@ def momentum4rl_rule(theta: dict, given: jax.Array, state: tuple, cell: str, gra
 
 
 def fan_in(w: jax.Array) -> int:
-    """How many inputs a layer adds up, from its weights, whose last axis is its output; 1 for biases."""
+    """The number of inputs a layer sums, from its weights, whose last axis is the output; 1 for
+    biases."""
     return max(1, math.prod(jnp.shape(w)[:-1]))
 
 
-def make_momentum4rl(cell="lstm", hidden_size=8, readout_layers=(), grad_clip: float | None = 1.0) -> LearnedOptimizer:
-    """The optimizer above, for meta-training; `optim4rl.to_optax` makes it optax's."""
+def make_momentum4rl(
+    cell="lstm", hidden_size=8, readout_layers=(), grad_clip: float | None = 1.0
+) -> LearnedOptimizer:
+    """The optimizer above, for meta-training; `optim4rl.to_optax` makes it an optax optimizer."""
 
     def init_theta(key):
         key_rnn, key_readout = jax.random.split(key)
@@ -105,18 +116,28 @@ def make_momentum4rl(cell="lstm", hidden_size=8, readout_layers=(), grad_clip: f
         n = to_blocks(jax.tree.map(lambda g: jnp.full(jnp.shape(g), fan_in(g), float), grads))
         width = max(1.0, max(map(fan_in, jax.tree.leaves(grads)), default=1) / WIDE)
         shared = jnp.full_like(g, width), jnp.full_like(g, fraction)
-        steps, state = apply(theta, jnp.stack([g, jnp.maximum(n, 1), *shared], axis=1), state)  # 1 for the padding too
+        # n is 0 in the padding; 1 keeps its logarithm finite.
+        steps, state = apply(theta, jnp.stack([g, jnp.maximum(n, 1), *shared], axis=1), state)
         rate = learning_rate * (1 - fraction) / math.sqrt(width)
         return from_blocks(-rate * steps, grads), state
 
-    return LearnedOptimizer(init_theta, partial(init_blocks, init_block=init_block), update, rule=None)
+    return LearnedOptimizer(
+        init_theta, partial(init_blocks, init_block=init_block), update, rule=None
+    )
 
 
-def momentum4rl(theta: dict, learning_rate: float, num_steps: int, **config) -> optax.GradientTransformation:
-    """The optimizer with these meta-parameters, for any pytree of parameters. It counts its updates, of which there are to be
-    num_steps; later ones are 0. config: the theta file's (header["config"]). Raises ValueError for num_steps below 1."""
+def momentum4rl(
+    theta: dict, learning_rate: float, num_steps: int, **config
+) -> optax.GradientTransformation:
+    """The optimizer with these meta-parameters, for any pytree of parameters.
+
+    num_steps: updates in total; later ones are 0. config: the theta file's (header["config"]).
+    Raises ValueError for num_steps below 1.
+    """
     if num_steps < 1:
-        raise ValueError(f"num_steps must be the number of updates of a whole training, got {num_steps}")
+        raise ValueError(
+            f"num_steps must be the number of updates of a whole training, got {num_steps}"
+        )
     learned = make_momentum4rl(**config)
 
     def init(params):
@@ -125,7 +146,9 @@ def momentum4rl(theta: dict, learning_rate: float, num_steps: int, **config) -> 
     def update(grads, state, params=None):
         state, done = state
         fraction = jnp.minimum(done / num_steps, 1.0)
-        updates, state = learned.update(theta, grads, state, params, learning_rate, fraction=fraction)
+        updates, state = learned.update(
+            theta, grads, state, params, learning_rate, fraction=fraction
+        )
         return updates, (state, done + 1)
 
     return optax.GradientTransformation(init, update)

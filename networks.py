@@ -1,11 +1,12 @@
-"""What PPO's agents are made of: dense networks, distributions of actions, running statistics of observations.
+"""The parts of PPO's agents: dense networks, action distributions, running statistics of
+observations.
 
 Legend: O observation size, A action size.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,9 @@ def init_mlp(key: jax.Array, sizes: tuple[int, ...]) -> dict:
     lecun = jax.nn.initializers.lecun_uniform()
     keys = jax.random.split(key, len(sizes) - 1)
     layers = zip(keys, sizes[:-1], sizes[1:], strict=True)
-    return {str(i): {"w": lecun(k, (n, m)), "b": jnp.zeros(m)} for i, (k, n, m) in enumerate(layers)}
+    return {
+        str(i): {"w": lecun(k, (n, m)), "b": jnp.zeros(m)} for i, (k, n, m) in enumerate(layers)
+    }
 
 
 def mlp(layers: dict, x: jax.Array) -> jax.Array:
@@ -34,7 +37,7 @@ def mlp(layers: dict, x: jax.Array) -> jax.Array:
 
 
 class Distribution(NamedTuple):
-    """x is a sample, to_action(x) is what the environment takes."""
+    """x is a sample, to_action(x) the action."""
 
     num_outputs: Callable  # action size -> size of the policy network's output
     sample: Callable  # key, outputs -> x
@@ -67,7 +70,7 @@ def tanh_normal_log_prob(outputs: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def tanh_normal_entropy(key: jax.Array, outputs: jax.Array) -> jax.Array:
-    """Estimate, from one sample, of the entropy of the action: it has no closed form. -> [...]"""
+    """One-sample estimate of the action's entropy, which has no closed form. -> [...]"""
     _, std = normal(outputs)
     x = sample_normal(key, outputs)
     return jnp.sum(0.5 * math.log(2 * math.pi * math.e) + jnp.log(std) + log_slope(x), axis=-1)
@@ -108,7 +111,7 @@ CATEGORICAL = Distribution(  # one of A
 class Normaliser(NamedTuple):
     count: jax.Array  # []
     mean: jax.Array  # [O]
-    sum_squares: jax.Array  # [O] of the distances to the mean
+    sum_squares: jax.Array  # [O], of the distances to the mean
 
 
 def update_normaliser(normaliser: Normaliser, obs: jax.Array) -> Normaliser:
@@ -128,3 +131,8 @@ def update_normaliser(normaliser: Normaliser, obs: jax.Array) -> Normaliser:
 def normalise(normaliser: Normaliser, obs: jax.Array) -> jax.Array:
     std = jnp.sqrt(normaliser.sum_squares / normaliser.count)
     return (obs - normaliser.mean) / jnp.clip(std, 1e-6, 1e6)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every number of a pytree is finite. -> [] bool"""
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))

@@ -1,13 +1,16 @@
-"""Optim4RL: an optimizer for reinforcement learning that is itself learned (Lan et al. 2024, arXiv 2302.01470).
+"""Optim4RL, a learned optimizer for reinforcement learning (Lan et al. 2024, arXiv 2302.01470).
 
-The same tiny network is applied to every scalar parameter ("coordinate"), with a state of its own for each:
+The same two small networks are applied to every scalar parameter ("coordinate"), each with its own
+state:
 
     h1 <- RNN1(h1, g)      o1 = readout1(h1)      m = sign(g) exp(o1)
     h2 <- RNN2(h2, g^2)    o2 = readout2(h2)      v = exp(o2)
     update = -learning_rate * m / sqrt(v + 1e-8)
 
-with g the gradient, clipped elementwise to [-1, 1]. theta, the weights of the two networks, is what meta-training learns
-(pipeline_train.py). This file imports nothing of the project: copy it into your own and use it with optax:
+with g the gradient, clipped elementwise to [-1, 1]. Meta-training (pipeline_train.py) learns theta,
+the weights of the two networks.
+
+This file imports nothing of the project. To use it with optax, copy it into your own:
 
     theta, header = load_theta("theta.npz")
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optim4rl(theta, learning_rate=1e-3))
@@ -15,7 +18,8 @@ with g the gradient, clipped elementwise to [-1, 1]. theta, the weights of the t
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
 
-Legend: P coordinates in all, C coordinates in a block, M blocks, H hidden units, D inputs of a network (1 raw, 2 log).
+Legend: P coordinates in total, C coordinates in a block, M blocks, H hidden units, D inputs of a
+network (1 raw, 2 log).
 """
 
 import io
@@ -32,26 +36,30 @@ import numpy as np
 import optax
 from jax.custom_batching import custom_vmap
 
-BLOCK = 512  # coordinates worked on at once; on a CPU a block and all it needs then stay in the core's cache
+# Coordinates in a block. On a CPU a block and its intermediate values fit in the core's cache.
+BLOCK = 512
 EPS = 1e-8
 MAX_BYTES = 2**28  # of a theta file, unpacked
-FORMAT = 1  # version of the file that save_theta writes
+FORMAT = 1  # version of save_theta's files
 
 
 class LearnedOptimizer(NamedTuple):
-    """A family of optimizers, one for each theta. theta is an argument everywhere and never part of the state."""
+    """A family of optimizers, one for each theta. theta is always an argument, never part of the
+    state."""
 
     init_theta: Callable  # key -> theta
     init_state: Callable  # params -> state
     update: Callable  # theta, grads, state, params, learning_rate, **extra_args -> updates, state
-    rule: Callable | None  # theta, g [C], state of a block -> step [C], state; None if it is not coordinate-wise
+    # theta, g [C], state of a block -> step [C], state; None if it is not coordinate-wise
+    rule: Callable | None
 
 
 # --- The rule ---
 
 
 def optim4rl_rule(theta: dict, g: jax.Array, state: tuple, grad_clip: float | None = 1.0) -> tuple:
-    """One step for a block of coordinates. g: [C]; state: (rnn1's, rnn2's) -> m / sqrt(v + eps) [C], state"""
+    """One step for a block of coordinates. g: [C]; state: (rnn1's, rnn2's)
+    -> m / sqrt(v + eps) [C], state"""
     config, g = describe(theta), clip_and_stop_gradient(g, grad_clip)
     if config["inputs"] == "raw":
         x1, x2 = g[None], jnp.square(g)[None]
@@ -66,16 +74,17 @@ def optim4rl_rule(theta: dict, g: jax.Array, state: tuple, grad_clip: float | No
 
 
 def clip_and_stop_gradient(g: jax.Array, grad_clip: float | None) -> jax.Array:
-    """An agent-gradient as optimizers see it: clipped elementwise, and a constant to the meta-gradient.
+    """An agent-gradient as optimizers read it: clipped elementwise, and a constant to the
+    meta-gradient.
 
-    With clipping an infinite one counts as +-grad_clip. NaN stays NaN: its own coordinate is lost from then on, as with Adam,
-    so that what went wrong is seen; the others never know.
+    Clipping makes an infinite one +-grad_clip. NaN stays NaN, so that the error shows: from then on
+    its coordinate is lost, as with Adam, and the others are not affected.
     """
     g = jax.lax.stop_gradient(g)
     return g if grad_clip is None else jnp.clip(g, -grad_clip, grad_clip)
 
 
-# --- theta: the weights of the two networks, and what their shapes say ---
+# --- theta: the weights of the two networks ---
 
 
 def init_theta(key: jax.Array, cell="lstm", inputs="raw", hidden_size=8, readout_layers=()) -> dict:
@@ -91,21 +100,30 @@ def init_theta(key: jax.Array, cell="lstm", inputs="raw", hidden_size=8, readout
 
 
 def init_rnn(key: jax.Array, cell: str, num_inputs: int, hidden_size: int) -> dict:
-    """Weights of one of CELLS: those of the input LeCun normal, the recurrent ones orthogonal."""
-    lecun, orthogonal = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0), jax.nn.initializers.orthogonal()
+    """Weights of one of CELLS: input weights LeCun normal, recurrent ones orthogonal."""
+    lecun, orthogonal = (
+        jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0),
+        jax.nn.initializers.orthogonal(),
+    )
     key_x, key_h = jax.random.split(key)
     rows = GATES[cell] * hidden_size
     w_h = [orthogonal(k, (hidden_size, hidden_size)) for k in jax.random.split(key_h, GATES[cell])]
-    rnn = {"w_x": lecun(key_x, (rows, num_inputs)), "w_h": jnp.concatenate(w_h), "b": jnp.zeros(rows)}
+    rnn = {
+        "w_x": lecun(key_x, (rows, num_inputs)),
+        "w_h": jnp.concatenate(w_h),
+        "b": jnp.zeros(rows),
+    }
     return rnn if cell == "lstm" else rnn | {"b_n": jnp.zeros(hidden_size)}
 
 
 def init_dense(key: jax.Array, sizes: tuple) -> dict:
-    """Weights of dense layers of these sizes, inputs first; LeCun normal, as `readout` takes them."""
+    """LeCun normal weights of dense layers, for `readout`. sizes: input, hidden ..., output"""
     lecun = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0)
     keys = jax.random.split(key, len(sizes) - 1)
     layers = zip(keys, sizes[:-1], sizes[1:], strict=True)
-    return {str(i): {"w": lecun(k, (n, m)), "b": jnp.zeros(n)} for i, (k, m, n) in enumerate(layers)}
+    return {
+        str(i): {"w": lecun(k, (n, m)), "b": jnp.zeros(n)} for i, (k, m, n) in enumerate(layers)
+    }
 
 
 def init_cell_state(cell: str, hidden_size: int) -> tuple:
@@ -114,17 +132,19 @@ def init_cell_state(cell: str, hidden_size: int) -> tuple:
 
 
 def describe(theta: dict) -> dict:
-    """What theta's shapes say of it: cell, inputs, hidden_size, readout_layers."""
+    """The settings that theta's shapes imply: cell, inputs, hidden_size, readout_layers."""
     gates, hidden = np.shape(theta["rnn1"]["w_h"])
     return {
         "cell": {GATES[cell] * hidden: cell for cell in CELLS}[gates],
         "inputs": {INPUTS[name]: name for name in INPUTS}[np.shape(theta["rnn1"]["w_x"])[1]],
         "hidden_size": hidden,
-        "readout_layers": [np.shape(theta["readout1"][str(i)]["w"])[0] for i in range(len(theta["readout1"]) - 1)],
+        "readout_layers": [
+            np.shape(theta["readout1"][str(i)]["w"])[0] for i in range(len(theta["readout1"]) - 1)
+        ],
     }
 
 
-# --- The networks: hidden units first, so that a block of coordinates is the last axis ---
+# --- The networks: hidden units are the first axis, a block's coordinates the last ---
 
 
 def readout(layers: dict, h: jax.Array) -> jax.Array:
@@ -135,7 +155,8 @@ def readout(layers: dict, h: jax.Array) -> jax.Array:
 
 
 def gru(weights: dict, state: tuple, x: jax.Array) -> tuple:
-    """Gated recurrent unit (Cho et al. 2014), as in the authors' code. state: (h,), [H, C]; x: [D, C]."""
+    """Gated recurrent unit (Cho et al. 2014), as in the authors' code. state: (h,), [H, C];
+    x: [D, C]."""
     (h,) = state
     r, z, n = jnp.split(weights["w_x"] @ x + weights["b"][:, None], 3)
     h_r, h_z, h_n = jnp.split(weights["w_h"] @ h, 3)
@@ -149,16 +170,17 @@ def gru(weights: dict, state: tuple, x: jax.Array) -> tuple:
 
 @jax.custom_vjp
 def lstm(weights: dict, state: tuple, x: jax.Array) -> tuple:
-    """Long short-term memory (Hochreiter & Schmidhuber 1997, with forget gate). state: (h, c), each [H, C]; x: [D, C].
+    """Long short-term memory (Hochreiter & Schmidhuber 1997, with forget gate).
 
-    Its derivative is written out below, which takes a fifth off the time of a replay (reverse mode only: no jax.jvp).
+    state: (h, c), each [H, C]; x: [D, C]. The derivative is written out below, for a fifth less
+    time in a replay (reverse mode only: no jax.jvp).
     """
     return lstm_forward(weights, state, x)[0]
 
 
 def lstm_forward(weights, state, x):
     h, c = state
-    # W_h h + W_x x + b as one product: a sixth off the time of a meta-gradient.
+    # W_h h + W_x x + b as one product: a sixth less time in a meta-gradient.
     w = jnp.concatenate([weights["w_h"], weights["w_x"], weights["b"][:, None]], axis=1)
     inputs = jnp.concatenate([h, x, jnp.ones_like(x[:1])])
     i, f, u, o = jnp.split(w @ inputs, 4)
@@ -171,12 +193,20 @@ def lstm_forward(weights, state, x):
 def lstm_backward(residuals, cotangent):
     weights, inputs, c, i, f, u, o, tanh_c = residuals
     h_bar, c_bar = cotangent
-    # XLA fuses nothing across a product, so this one by 1 keeps it from computing the c_bar of all later steps again.
+    # XLA fuses nothing across a product, so a product with the identity keeps it from recomputing
+    # the c_bar of all later steps.
     c_bar = jnp.eye(len(c), dtype=c.dtype) @ (c_bar + h_bar * o * (1 - tanh_c * tanh_c))
-    z_bar = [c_bar * u * i * (1 - i), c_bar * c * f * (1 - f), c_bar * i * (1 - u * u), h_bar * tanh_c * o * (1 - o)]
+    z_bar = [
+        c_bar * u * i * (1 - i),
+        c_bar * c * f * (1 - f),
+        c_bar * i * (1 - u * u),
+        h_bar * tanh_c * o * (1 - o),
+    ]
     z_bar = jnp.concatenate(z_bar)
-    # Transposed before the product, not in it, where XLA is slow at it.
-    h_bar, x_bar = (jax.lax.optimization_barrier(weights[name].T) @ z_bar for name in ("w_h", "w_x"))
+    # Transposed before the product: XLA is slow at transposing inside it.
+    h_bar, x_bar = (
+        jax.lax.optimization_barrier(weights[name].T) @ z_bar for name in ("w_h", "w_x")
+    )
     w_bar = (inputs @ z_bar.T).T
     w_h_bar, w_x_bar, b_bar = jnp.split(w_bar, [len(c), len(inputs) - 1], axis=1)
     return {"w_h": w_h_bar, "w_x": w_x_bar, "b": b_bar[:, 0]}, (h_bar, c_bar * f), x_bar
@@ -187,9 +217,11 @@ lstm.defvjp(lstm_forward, lstm_backward)
 
 @jax.custom_jvp
 def tanh(x: jax.Array) -> jax.Array:
-    """tanh, to 4e-7 in float32: a ratio of two polynomials, with the coefficients of Eigen's fast tanh.
+    """tanh, to 4e-7 in float32: a ratio of two polynomials with the coefficients of Eigen's fast
+    tanh.
 
-    On a CPU it takes a third of the time of jnp.tanh where XLA fuses that with nothing else, as in a network's layers.
+    On a CPU it takes a third of the time of jnp.tanh where XLA does not fuse jnp.tanh with anything
+    else, as in a network's layers.
     """
     if x.dtype != jnp.float32:
         return jnp.tanh(x)
@@ -210,18 +242,21 @@ def sigmoid(x: jax.Array) -> jax.Array:
 
 CELLS = {"lstm": lstm, "gru": gru}
 GATES = {"lstm": 4, "gru": 3}
-INPUTS = {"raw": 1, "log": 2}  # D of the first network; the second has one input either way
+INPUTS = {"raw": 1, "log": 2}  # D of the first network; the second always has one input
 
 
 # --- From a rule for a block to an optimizer for any pytree ---
 
 
 def to_blocks(tree: Any) -> jax.Array:
-    """All the coordinates of a pytree in blocks, zeros at the end. -> [M, BLOCK], float32 (float64 under jax_enable_x64)"""
+    """All coordinates of a pytree in blocks, padded with zeros. -> [M, BLOCK], float32 (float64
+    with jax_enable_x64)"""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     for leaf in leaves:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(f"parameters and gradients must be floating point, got a leaf of {leaf.dtype}")
+            raise TypeError(
+                f"parameters and gradients must be floating point, got a leaf of {leaf.dtype}"
+            )
     flat = jnp.concatenate([jnp.zeros(0), *(leaf.ravel().astype(float) for leaf in leaves)])
     return jnp.pad(flat, (0, -flat.size % BLOCK)).reshape(-1, BLOCK)
 
@@ -231,29 +266,38 @@ def from_blocks(blocks: jax.Array, like: Any) -> Any:
     leaves, treedef = jax.tree.flatten(like)
     ends = np.cumsum([np.size(leaf) for leaf in leaves])
     parts = jnp.split(blocks.ravel()[: ends[-1] if leaves else 0], ends[:-1])
-    parts = [part.reshape(np.shape(leaf)).astype(jnp.result_type(leaf)) for part, leaf in zip(parts, leaves, strict=False)]
+    parts = [
+        part.reshape(np.shape(leaf)).astype(jnp.result_type(leaf))
+        for part, leaf in zip(parts, leaves, strict=False)
+    ]
     return jax.tree.unflatten(treedef, parts)
 
 
 def map_blocks(rule: Callable) -> Callable:
     """Apply rule(theta, g, state) to every block. g: [M, C]; state: [M, ...] -> steps [M, C], state
 
-    Under `vmap` with one theta (units, seeds), the new axis is only more blocks. Without this, `vmap` would move it behind
-    the axis that is mapped over, and copy the whole state back and forth. Derivatives are those of the plain map.
+    Under `vmap` with one theta (over units or seeds), the new axis becomes more blocks. A plain
+    `vmap` would move it behind the block axis and copy the whole state back and forth. Derivatives
+    are those of the plain map.
     """
 
     def plain(theta, g, state):
         def one(block):
             return rule(theta, *block)
 
-        # A CPU core works block by block in its cache; an accelerator wants all of them at once.
-        return jax.lax.map(one, (g, state)) if jax.default_backend() == "cpu" else jax.vmap(one)((g, state))
+        # A CPU core works block by block in its cache; an accelerator takes all blocks at once.
+        return (
+            jax.lax.map(one, (g, state))
+            if jax.default_backend() == "cpu"
+            else jax.vmap(one)((g, state))
+        )
 
     def in_place(theta, g, state):
         def one(state, number_and_g):
             number, g = number_and_g
             block = jax.tree.map(lambda x: x[number], state)
-            # Times 1, which XLA does not know: otherwise it reads the block again later, and copies the state to be able to.
+            # A product with the identity: without it XLA reads the block again later and copies the
+            # whole state for that.
             block = jax.tree.map(lambda x: jnp.eye(len(x), dtype=x.dtype) @ x, block)
             step, block = rule(theta, g, block)
             return jax.tree.map(lambda x, new: x.at[number].set(new), state, block), step
@@ -263,7 +307,11 @@ def map_blocks(rule: Callable) -> Callable:
 
     @custom_vmap
     def mapped(theta, g, state):
-        return in_place(theta, g, state) if len(g) and jax.default_backend() == "cpu" else plain(theta, g, state)
+        return (
+            in_place(theta, g, state)
+            if len(g) and jax.default_backend() == "cpu"
+            else plain(theta, g, state)
+        )
 
     @mapped.def_vmap
     def _(axis_size, in_batched, theta, g, state):
@@ -271,7 +319,9 @@ def map_blocks(rule: Callable) -> Callable:
         out_batched = jax.tree.map(lambda _: True, (g, state))
         if any(jax.tree.leaves(theta_batched)) or not all(jax.tree.leaves(rest)):
             in_axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
-            return jax.vmap(plain, in_axes=tuple(in_axes), axis_size=axis_size)(theta, g, state), out_batched
+            return jax.vmap(plain, in_axes=tuple(in_axes), axis_size=axis_size)(
+                theta, g, state
+            ), out_batched
         merged = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (g, state))
         out = mapped(theta, *merged)
         return jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), out), out_batched
@@ -282,13 +332,15 @@ def map_blocks(rule: Callable) -> Callable:
 
 
 def init_blocks(params: Any, init_block: Callable) -> Any:
-    """The state of a coordinate-wise optimizer. init_block: -> that of one block, zeros -> [M, ...] of each"""
+    """The zero state of a coordinate-wise optimizer, [M, ...]. init_block: () -> zero state of one
+    block"""
     num_blocks = -(-sum(np.size(leaf) for leaf in jax.tree.leaves(params)) // BLOCK)
     return jax.tree.map(lambda x: jnp.zeros((num_blocks, *x.shape), x.dtype), init_block())
 
 
 def coordinatewise(init_theta: Callable, init_block: Callable, rule: Callable) -> LearnedOptimizer:
-    """The LearnedOptimizer that applies `rule` to every coordinate of a pytree. init_block: -> state of one block."""
+    """A LearnedOptimizer that applies `rule` to every coordinate of a pytree. init_block: () ->
+    zero state of one block"""
     apply = map_blocks(rule)
 
     def update(theta, grads, state, params, learning_rate, **extra_args):
@@ -299,7 +351,9 @@ def coordinatewise(init_theta: Callable, init_block: Callable, rule: Callable) -
     return LearnedOptimizer(init_theta, partial(init_blocks, init_block=init_block), update, rule)
 
 
-def make_optim4rl(cell="lstm", inputs="raw", hidden_size=8, readout_layers=(), grad_clip: float | None = 1.0):
+def make_optim4rl(
+    cell="lstm", inputs="raw", hidden_size=8, readout_layers=(), grad_clip: float | None = 1.0
+):
     """Optim4RL as a LearnedOptimizer, for meta-training. grad_clip: bound on |g|, or None."""
 
     def new_theta(key):
@@ -314,8 +368,11 @@ def make_optim4rl(cell="lstm", inputs="raw", hidden_size=8, readout_layers=(), g
     return coordinatewise(new_theta, init_block, rule)
 
 
-def to_optax(learned: LearnedOptimizer, theta: Any, learning_rate: float) -> optax.GradientTransformationExtraArgs:
-    """A learned optimizer with its theta, as optax knows optimizers. Some kinds read extra arguments (velo.py)."""
+def to_optax(
+    learned: LearnedOptimizer, theta: Any, learning_rate: float
+) -> optax.GradientTransformationExtraArgs:
+    """A learned optimizer with its theta, as an optax optimizer. Some kinds read extra arguments
+    (velo.py)."""
 
     def update(grads, state, params=None, **extra_args):
         return learned.update(theta, grads, state, params, learning_rate, **extra_args)
@@ -323,22 +380,30 @@ def to_optax(learned: LearnedOptimizer, theta: Any, learning_rate: float) -> opt
     return optax.GradientTransformationExtraArgs(learned.init_state, update)
 
 
-def optim4rl(theta: dict, learning_rate: float, grad_clip: float | None = 1.0) -> optax.GradientTransformationExtraArgs:
-    """Optim4RL with these meta-parameters, for any pytree of parameters; theta's shapes say which cell and inputs."""
+def optim4rl(
+    theta: dict, learning_rate: float, grad_clip: float | None = 1.0
+) -> optax.GradientTransformationExtraArgs:
+    """Optim4RL with these meta-parameters, for any pytree of parameters. theta's shapes imply the
+    cell and the inputs."""
     return to_optax(make_optim4rl(**describe(theta), grad_clip=grad_clip), theta, learning_rate)
 
 
 # --- Files of theta: one .npz, arrays and a JSON header ---
 
 
-def save_theta(path: str | os.PathLike, theta: Any, optimizer: str, config: dict, trained: dict) -> None:
-    """Write theta (nested dicts of arrays) and a header to an .npz, under a temporary name that is then renamed.
+def save_theta(
+    path: str | os.PathLike, theta: Any, optimizer: str, config: dict, trained: dict
+) -> None:
+    """Write theta (nested dicts of arrays) and a header to an .npz, by way of a temporary file.
 
-    optimizer: the kind ("optim4rl"). config: the arguments that make it. trained: how it was trained, anything JSON can hold.
+    optimizer: the kind ("optim4rl"). config: the arguments of its factory. trained: how it was
+    trained, any JSON value.
     """
     header = {"format": FORMAT, "optimizer": optimizer, "config": config, "trained": trained}
     paths_and_leaves = jax.tree_util.tree_flatten_with_path(theta)[0]
-    arrays = {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in paths_and_leaves}
+    arrays = {
+        "/".join(key.key for key in path): np.asarray(leaf) for path, leaf in paths_and_leaves
+    }
     buffer, temporary = io.BytesIO(), f"{os.fspath(path)}.{os.getpid()}.tmp"
     np.savez(buffer, header=np.array(json.dumps(header)), **arrays)
     try:
@@ -351,9 +416,10 @@ def save_theta(path: str | os.PathLike, theta: Any, optimizer: str, config: dict
 
 
 def load_theta(path: str | os.PathLike) -> tuple[dict, dict]:
-    """-> theta, header, as save_theta wrote them. Nothing in the file is run.
+    """-> theta, header, as save_theta wrote them. No code in the file is run.
 
-    Raises ValueError, in one line, for a file that is missing, damaged, of another program, or would unpack to over MAX_BYTES.
+    Raises a one-line ValueError for a file that is missing, damaged, from another program, or would
+    unpack to over MAX_BYTES.
     """
     try:
         with zipfile.ZipFile(path) as file:
@@ -380,7 +446,9 @@ def load_theta(path: str | os.PathLike) -> tuple[dict, dict]:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except KeyError as error:
-        raise ValueError(f"{path}: not a theta file of this project: no {error.args[0]!r} in it") from None
+        raise ValueError(
+            f"{path}: not a theta file of this project: no {error.args[0]!r} in it"
+        ) from None
     except Exception as error:  # whatever a damaged file makes a reader raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: not a whole theta file ({reason})") from None

@@ -1,7 +1,8 @@
-"""The optimizers by name: `make_optimizer("adam", 1e-3)`, or the path of a .npz that pipeline_train.py wrote.
+"""Optimizers by name, `make_optimizer("adam", 1e-3)`, or by the path of pipeline_train.py's .npz.
 
-Here too are the paper's two baselines of a single recurrent network, coordinate-wise like Optim4RL. The learned ones that
-pipeline_train.py can train are in LEARNED; a new one is an entry there, and then every script has it.
+This file also has the paper's two baselines with a single recurrent network, coordinate-wise like
+Optim4RL. LEARNED lists the kinds that pipeline_train.py can train; an entry there makes a new kind
+known to every script.
 
 Legend: C coordinates in a block (optim4rl.py).
 """
@@ -38,19 +39,32 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 PREPROCESSING_P = 10.0  # of L2LGD2's inputs
 
 
-def one_network(rule: Callable, num_inputs: int, num_outputs: int, cell: str, hidden_size: int, readout_layers: tuple):
-    """The coordinate-wise optimizer of theta = {"rnn", "readout"}."""
+def one_network(
+    rule: Callable,
+    num_inputs: int,
+    num_outputs: int,
+    cell: str,
+    hidden_size: int,
+    readout_layers: tuple,
+):
+    """A coordinate-wise optimizer with theta = {"rnn", "readout"}."""
 
     def init_theta(key):
         key_rnn, key_readout = jax.random.split(key)
         sizes = (hidden_size, *readout_layers, num_outputs)
-        return {"rnn": init_rnn(key_rnn, cell, num_inputs, hidden_size), "readout": init_dense(key_readout, sizes)}
+        return {
+            "rnn": init_rnn(key_rnn, cell, num_inputs, hidden_size),
+            "readout": init_dense(key_readout, sizes),
+        }
 
     return coordinatewise(init_theta, lambda: init_cell_state(cell, hidden_size), rule)
 
 
-def make_linear_optim(cell="lstm", hidden_size=8, readout_layers=(), grad_clip: float | None = 1.0) -> LearnedOptimizer:
-    """LinearOptim, the paper's ablation of Optim4RL's structure: update = -learning_rate (exp(o1) g + exp(o2) o3)."""
+def make_linear_optim(
+    cell="lstm", hidden_size=8, readout_layers=(), grad_clip: float | None = 1.0
+) -> LearnedOptimizer:
+    """LinearOptim, the paper's ablation of Optim4RL's structure:
+    update = -learning_rate (exp(o1) g + exp(o2) o3)."""
 
     def rule(theta, g, state):
         g = clip_and_stop_gradient(g, grad_clip)
@@ -62,15 +76,20 @@ def make_linear_optim(cell="lstm", hidden_size=8, readout_layers=(), grad_clip: 
 
 
 def preprocess(g: jax.Array) -> jax.Array:
-    """(log|g| / p, sign g) where |g| >= e^-p, else (-1, e^p g) (Andrychowicz et al. 2016, appendix A). g: [C] -> [2, C]"""
+    """(log|g| / p, sign g) where |g| >= e^-p, else (-1, e^p g) (Andrychowicz et al. 2016,
+    appendix A). g: [C] -> [2, C]"""
     large = jnp.abs(g) >= jnp.exp(-PREPROCESSING_P)
     log_g = jnp.log(jnp.where(large, jnp.abs(g), 1.0)) / PREPROCESSING_P
-    return jnp.stack([jnp.where(large, log_g, -1.0), jnp.where(large, jnp.sign(g), jnp.exp(PREPROCESSING_P) * g)])
+    return jnp.stack(
+        [jnp.where(large, log_g, -1.0), jnp.where(large, jnp.sign(g), jnp.exp(PREPROCESSING_P) * g)]
+    )
 
 
-def make_l2lgd2(cell="lstm", hidden_size=8, readout_layers=(), grad_clip: float | None = 1.0) -> LearnedOptimizer:
-    """L2LGD2, learning to learn by gradient descent by gradient descent (Andrychowicz et al. 2016) as the paper runs it:
-    update = -learning_rate exp(o) g."""
+def make_l2lgd2(
+    cell="lstm", hidden_size=8, readout_layers=(), grad_clip: float | None = 1.0
+) -> LearnedOptimizer:
+    """L2LGD2, learning to learn by gradient descent by gradient descent (Andrychowicz et al. 2016),
+    in the paper's form: update = -learning_rate exp(o) g."""
 
     def rule(theta, g, state):
         g = clip_and_stop_gradient(g, grad_clip)
@@ -82,13 +101,15 @@ def make_l2lgd2(cell="lstm", hidden_size=8, readout_layers=(), grad_clip: float 
 
 CLASSICAL: dict[str, Callable] = {
     "adam": optax.adam,
-    "adam_linear": lambda learning_rate: optax.chain(optax.adam(learning_rate), scale_by_remaining_training()),
+    "adam_linear": lambda learning_rate: optax.chain(
+        optax.adam(learning_rate), scale_by_remaining_training()
+    ),
     "rmsprop": optax.rmsprop,
     "sgd": optax.sgd,
     "sign_sgd": optax.sign_sgd,
 }
 
-# kind: function that makes the LearnedOptimizer from the arguments kept in a theta file's header
+# kind: factory of the LearnedOptimizer; its arguments are the config in a theta file's header
 LEARNED: dict[str, Callable] = {
     "optim4rl": make_optim4rl,
     "momentum4rl": make_momentum4rl,
@@ -100,7 +121,8 @@ LEARNED: dict[str, Callable] = {
 
 
 def scale_by_remaining_training() -> optax.GradientTransformationExtraArgs:
-    """Scales updates by one minus the fraction of training that is done: optax's extra argument `fraction`."""
+    """Scales updates by one minus the fraction of training done, optax's extra argument
+    `fraction`."""
 
     def update(updates, state, params=None, *, fraction=0.0, **extra_args):
         del params, extra_args
@@ -114,7 +136,7 @@ def pretrained_names() -> list[str]:
 
 
 def theta_path(name_or_path: str) -> str:
-    """pretrained/NAME is the file of this name beside this module, wherever the script is run."""
+    """The path of a theta file. pretrained/NAME is found from any working directory."""
     if not name_or_path.startswith("pretrained/") or os.path.exists(name_or_path):
         return name_or_path
     name = name_or_path.removesuffix(".npz")
@@ -124,18 +146,29 @@ def theta_path(name_or_path: str) -> str:
 
 
 def is_theta(name_or_path: str) -> bool:
-    return name_or_path.endswith(".npz") or name_or_path.startswith("pretrained/") or os.path.isfile(name_or_path)
+    return (
+        name_or_path.endswith(".npz")
+        or name_or_path.startswith("pretrained/")
+        or os.path.isfile(name_or_path)
+    )
 
 
 def title(path: str, header: dict) -> str:
-    """A short name for tables: the optimizer's kind, if it is not Optim4RL, and the file's or the run's name."""
+    """A short name for tables: the kind, unless it is Optim4RL, and the name of the file or the
+    run."""
     path = path.removesuffix(".npz")
-    name = path if path.startswith("pretrained/") else "/".join(Path(path).parts[-2:]).split("__")[0]
-    return name if header["optimizer"] == "optim4rl" or path.startswith("pretrained/") else f"{header['optimizer']}, {name}"
+    name = (
+        path if path.startswith("pretrained/") else "/".join(Path(path).parts[-2:]).split("__")[0]
+    )
+    return (
+        name
+        if header["optimizer"] == "optim4rl" or path.startswith("pretrained/")
+        else f"{header['optimizer']}, {name}"
+    )
 
 
 def check_theta(path: str, learned: LearnedOptimizer, theta: Any) -> None:
-    """Raises ValueError, in one line, unless theta has the arrays of this optimizer, finite."""
+    """Raises a one-line ValueError unless theta has this optimizer's arrays, all finite."""
     expected = jax.eval_shape(learned.init_theta, jax.random.key(0))
     same_tree = jax.tree.structure(theta) == jax.tree.structure(expected)
 
@@ -149,7 +182,8 @@ def check_theta(path: str, learned: LearnedOptimizer, theta: Any) -> None:
 
 
 def load_learned(path: str) -> tuple[LearnedOptimizer, Any, dict]:
-    """A meta-trained optimizer from its .npz -> optimizer, theta, header. Raises ValueError, in one line, if unfit."""
+    """A meta-trained optimizer from its .npz -> optimizer, theta, header. Raises a one-line
+    ValueError for an invalid file."""
     path = theta_path(path)
     theta, header = load_theta(path)
     kind = header["optimizer"]
@@ -159,23 +193,47 @@ def load_learned(path: str) -> tuple[LearnedOptimizer, Any, dict]:
         learned = LEARNED[kind](**header["config"])
         jax.eval_shape(learned.init_theta, jax.random.key(0))
     except Exception as error:  # whatever a foreign header makes the factory raise
-        raise ValueError(f"{path}: {kind} cannot be made from its header {header['config']} ({error})") from None
+        raise ValueError(
+            f"{path}: {kind} cannot be made from its header {header['config']} ({error})"
+        ) from None
     check_theta(path, learned, theta)
     return learned, jax.tree.map(jnp.asarray, theta), header
 
 
+SETTINGS = ("cell", "inputs", "hidden_size", "readout_layers", "grad_clip")  # not of every kind
+
+
 def kind_settings(kind: str) -> dict:
-    """The settings of a learned kind of optimizer, with their defaults. Raises ValueError for an unknown kind."""
+    """The settings of a learned kind and their defaults. Raises ValueError for an unknown kind."""
     if kind not in LEARNED:
-        raise ValueError(f"unknown learned optimizer {kind!r}; choose from {', '.join(LEARNED)}")
-    return {name: parameter.default for name, parameter in inspect.signature(LEARNED[kind]).parameters.items()}
+        known = ", ".join(LEARNED)
+        raise ValueError(f"unknown learned optimizer {kind!r}; choose from {known}")
+    parameters = inspect.signature(LEARNED[kind]).parameters
+    return {name: parameter.default for name, parameter in parameters.items()}
+
+
+def kind_in(theta: str) -> str:
+    """The kind of optimizer in a theta file, from its header. Puts nothing on a device."""
+    return load_theta(theta_path(theta))[1]["optimizer"]
+
+
+def check_settings(kind: str, changed: set, theta: str | None) -> None:
+    """Raises ValueError for a changed setting that the kind lacks or that the theta file sets."""
+    known = kind_settings(kind)
+    for name in sorted(changed):
+        flag = name.replace("_", "-")
+        if name not in known:
+            raise ValueError(f"--{flag} is not a setting of {kind}")
+        if theta:
+            raise ValueError(f"--{flag} is set by {theta}; leave it out")
 
 
 def make_optimizer(name_or_path: str, learning_rate: float) -> optax.GradientTransformation:
-    """adam, adam_linear (falling to 0), rmsprop, sgd, sign_sgd; pretrained/NAME or the path of a .npz; untrained (Optim4RL at
-    an initial theta), untrained:star (another kind) or untrained:PATH.npz (the kind in that file, with its settings).
+    """adam, adam_linear (falling to 0), rmsprop, sgd, sign_sgd; pretrained/NAME or the path of a
+    .npz; untrained (Optim4RL with an initial theta), untrained:star (another kind) or
+    untrained:PATH.npz (the kind and settings in that file).
 
-    Raises ValueError, in one line, for anything else.
+    Raises a one-line ValueError for anything else.
     """
     if name_or_path in CLASSICAL:
         return CLASSICAL[name_or_path](learning_rate)
@@ -188,5 +246,6 @@ def make_optimizer(name_or_path: str, learning_rate: float) -> optax.GradientTra
         learned, theta, _ = load_learned(name_or_path)
         return to_optax(learned, theta, learning_rate)
     raise ValueError(
-        f"unknown optimizer {name_or_path!r}; choose from {', '.join(CLASSICAL)}, untrained, pretrained/NAME, a path to a .npz"
+        f"unknown optimizer {name_or_path!r}; choose from {', '.join(CLASSICAL)}, untrained, "
+        "pretrained/NAME, the path of a .npz"
     )

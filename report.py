@@ -1,10 +1,12 @@
-"""What an evaluation shows: scores with intervals, tables, learning curves. evaluate.py makes it; results of several join by
+"""Tables and figures of evaluations: scores with intervals, learning curves. evaluate.py makes them
+for its results; to join several evaluations:
 
     python report.py runs/FOLDER runs/ANOTHER --out results/gridworlds
 
-into a table for each environment, a table of one number each relative to Adam, and a figure with a panel for each. Other seeds
-of the same optimizer at the same learning rate are put together, so that ten seeds may be run five at a time. Each learning
-rate is a row of the table; the best of them is in what is relative and in the figure.
+This writes a table for each environment, a table of scores relative to Adam's, and a figure with a
+panel for each environment. Seeds of the same optimizer at the same learning rate are merged, so ten
+seeds can be run five at a time. Tables have a row for each learning rate; the relative table and
+the figure show the best one.
 """
 
 import csv
@@ -26,8 +28,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
 
 COLUMNS = ("env_name", "optimizer", "learning_rate", "seed", "env_steps", "return")
-REFERENCE = "adam"  # what the others are held against
-# Color, line, marker: the same in every figure, and distinct in grey too.
+REFERENCE = "adam"  # the others are compared with it
+# Color, line, marker: the same in every figure, and distinct in grey.
 LOOKS = {
     "pretrained/momentum4rl (trained)": ("C3", "-", None),
     "pretrained/momentum4rl (untrained)": ("C1", "--", None),
@@ -43,7 +45,7 @@ LOOKS = {
     "rmsprop": ("0.4", "-.", None),
     "sign_sgd": ("0.6", ":", None),
 }
-STYLES, MARKERS = ("-", "--", "-.", ":"), "DvP*X"  # of the others
+STYLES, MARKERS = ("-", "--", "-.", ":"), "DvP*X"  # for other optimizers
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,9 @@ class Args:
     folders: tyro.conf.Positional[tuple[str, ...]] = ()
     """run folders of evaluate.py"""
     out: str = "runs/report"
-    """where table.md, curves.png and curves.csv are written"""
+    """folder for table.md, curves.png and curves.csv"""
     redraw: tuple[str, ...] = ()
-    """instead: folders whose curves.png is drawn again from their curves.csv"""
+    """instead: redraw curves.png from curves.csv in these folders"""
 
 
 class Result(NamedTuple):
@@ -68,7 +70,8 @@ class Result(NamedTuple):
 
     @property
     def last(self) -> int:
-        """A run's score is the mean of this many of its last returns: 20 updates (A2C), or 2 evaluations (PPO)."""
+        """The number of last returns that a score averages: 20 updates (A2C), 2 evaluations
+        (PPO)."""
         return tasks.kind_of(self.env_name).agent.SCORE[1]
 
     def scores(self, until: float = 1.0) -> np.ndarray:
@@ -84,16 +87,23 @@ class Result(NamedTuple):
 
 
 def bootstrap_interval(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """90 % percentile bootstrap interval of the mean over the first axis. samples: [seeds, ...] -> low [...], high [...]"""
+    """90 % percentile bootstrap interval of the mean over the first axis. samples: [seeds, ...]
+    -> low [...], high [...]"""
     if len(samples) == 1:
         return samples[0], samples[0]
-    options = {"confidence_level": 0.9, "method": "percentile", "n_resamples": 1000, "rng": 0, "batch": 50}
+    options = {
+        "confidence_level": 0.9,
+        "method": "percentile",
+        "n_resamples": 1000,
+        "rng": 0,
+        "batch": 50,
+    }
     interval = scipy.stats.bootstrap((samples,), np.mean, axis=0, **options).confidence_interval
     return interval.low, interval.high
 
 
 def steps_to_reach(target: float, curve: np.ndarray, env_steps: np.ndarray) -> float:
-    """Environment steps at which a curve first is at `target` or above; NaN if it never is."""
+    """Environment steps at which a curve first reaches `target`; NaN if it never does."""
     reached = np.flatnonzero(curve >= target)
     return env_steps[reached[0]] if len(reached) else np.nan
 
@@ -110,24 +120,30 @@ def table(results: list[Result]) -> str:
     goal = 0.9 * max(result.score() for result in results)
     most = max(len(result.returns) + result.ended for result in results)
     rows = [
-        f"| optimizer | learning rate | return (mean of last {results[0].last}) | 90 % interval | steps to reach {goal:.3g} |",
+        f"| optimizer | learning rate | return (mean of last {results[0].last}) | 90 % interval "
+        f"| steps to reach {goal:.3g} |",
         "|---" * 5 + "|",
     ]
     for result in results:
         note = f" ({result.ended} seeds ended early, not finite)" if result.ended else ""
-        if len(result.returns) + result.ended < most:  # joined with an evaluation of more seeds
+        if len(result.returns) + result.ended < most:  # another row has more seeds
             note += f" (seeds: {len(result.returns)})"
         interval, reached = "one seed" if len(result.returns) else "none", "never"
         if len(result.returns) > 1:
             interval = "{:.3f} to {:.3f}".format(*bootstrap_interval(result.scores()))
-        if len(result.returns) and np.isfinite(steps := steps_to_reach(goal, result.returns.mean(axis=0), result.env_steps)):
+        if len(result.returns) and np.isfinite(
+            steps := steps_to_reach(goal, result.returns.mean(axis=0), result.env_steps)
+        ):
             reached = f"{steps:.3g}"
-        rows.append(f"| {result.label}{note} | {result.learning_rate:g} | {result.score():.3f} | {interval} | {reached} |")
+        rows.append(
+            f"| {result.label}{note} | {result.learning_rate:g} | {result.score():.3f} "
+            f"| {interval} | {reached} |"
+        )
     return "\n".join(rows)
 
 
 def at_best_rate(results: list[Result]) -> list[Result]:
-    """Of several learning rates of an optimizer, in each environment the one with the best score at the end."""
+    """In each environment, each optimizer at the learning rate with the best final score."""
     best: dict = {}
     for result in results:
         key = (result.env_name, result.label)
@@ -136,8 +152,8 @@ def at_best_rate(results: list[Result]) -> list[Result]:
 
 
 def relative_table(results: list[Result]) -> str:
-    """Each optimizer's return at a quarter of the steps and at the end, divided by Adam's, in each environment; of several step
-    sizes the best."""
+    """In each environment, each optimizer's score at a quarter of the steps and at the end, divided
+    by Adam's. Of several learning rates the best is shown."""
     by_name = {(result.env_name, result.label): result for result in at_best_rate(results)}
     env_names, labels = names_of(results, "env_name"), names_of(results, "label")
 
@@ -152,12 +168,15 @@ def relative_table(results: list[Result]) -> str:
         f"| relative to {REFERENCE}: at a quarter, at the end | {' | '.join(env_names)} |",
         "|---" * (len(env_names) + 1) + "|",
     ]
-    rows += [f"| {label} | {' | '.join(cell(env_name, label) for env_name in env_names)} |" for label in labels]
+    rows += [
+        f"| {label} | {' | '.join(cell(env_name, label) for env_name in env_names)} |"
+        for label in labels
+    ]
     return "\n".join(rows)
 
 
 def tables(results: list[Result]) -> str:
-    """All of the above, with headings if there are several environments."""
+    """The tables of all environments, with headings if there are several."""
     env_names = names_of(results, "env_name")
     if len(env_names) == 1:
         return table(results)
@@ -172,25 +191,35 @@ def tables(results: list[Result]) -> str:
 
 
 def looks(labels: list[str]) -> list[dict]:
-    """How the curves of one panel are drawn: an optimizer's own look, or, if it has none or it is taken, another one."""
-    free = [(f"C{4 + i % 5}", STYLES[i % len(STYLES)], MARKERS[i % len(MARKERS)]) for i in range(len(labels))]
+    """The line styles of one panel: an optimizer's own in LOOKS, or another if it has none or its
+    own is taken."""
+    free = [
+        (f"C{4 + i % 5}", STYLES[i % len(STYLES)], MARKERS[i % len(MARKERS)])
+        for i in range(len(labels))
+    ]
     chosen: list[tuple] = []
     for label in labels:
         own = LOOKS.get(label)
         chosen.append(own if own and own not in chosen else free.pop(0))
     names = ("color", "linestyle", "marker")
-    return [dict(zip(names, own, strict=True)) | {"markevery": 0.1, "markersize": 4} for own in chosen]
+    return [
+        dict(zip(names, own, strict=True)) | {"markevery": 0.1, "markersize": 4} for own in chosen
+    ]
 
 
 def short(label: str) -> str:
     """An optimizer's name in a legend."""
     if label == "untrained":
         return "optim4rl untrained"
-    return label.removeprefix("pretrained/").replace(" (trained)", "").replace(" (untrained)", " untrained")
+    return (
+        label.removeprefix("pretrained/")
+        .replace(" (trained)", "")
+        .replace(" (untrained)", " untrained")
+    )
 
 
 class Curve(NamedTuple):
-    """What a figure shows of a Result: the mean over seeds and its interval."""
+    """A Result in a figure: the mean over seeds and its interval."""
 
     env_name: str
     label: str
@@ -202,7 +231,7 @@ class Curve(NamedTuple):
 
 
 def curves_of(results: list[Result]) -> list[Curve]:
-    """Of several learning rates the best."""
+    """The curve of each optimizer at its best learning rate."""
     best = [result for result in at_best_rate(results) if len(result.returns)]
     return [Curve(*r[:4], r.returns.mean(axis=0), *bootstrap_interval(r.returns)) for r in best]
 
@@ -212,9 +241,11 @@ def draw_panel(axes, curves: list[Curve]) -> None:
     for curve, style in zip(curves, looks([curve.label for curve in curves]), strict=True):
         label = f"{short(curve.label)}, {curve.learning_rate:g}"
         axes.plot(curve.env_steps, curve.mean, label=label, linewidth=1.3, **style)
-        axes.fill_between(curve.env_steps, curve.low, curve.high, color=style["color"], alpha=0.2, linewidth=0)
+        axes.fill_between(
+            curve.env_steps, curve.low, curve.high, color=style["color"], alpha=0.2, linewidth=0
+        )
     axes.set(xlabel="environment steps", ylabel="return", title=curves[0].env_name)
-    if curves[0].env_name == "catch":  # all curves end near 1, and some soon
+    if curves[0].env_name == "catch":  # all curves end near 1, some early
         axes.set(ylim=(0.6, 1.01), xscale="log")
     else:
         axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
@@ -231,7 +262,7 @@ def draw_panel(axes, curves: list[Curve]) -> None:
 
 
 def draw(path: Path, curves: list[Curve]) -> None:
-    """Learning curves, a panel for each environment: mean over seeds, 90 % interval shaded."""
+    """Learning curves, one panel per environment: mean over seeds, 90 % interval shaded."""
     env_names = names_of(curves, "env_name")
     columns = min(3, max(1, len(env_names)))
     rows = -(-len(env_names) // columns)
@@ -241,7 +272,9 @@ def draw(path: Path, curves: list[Curve]) -> None:
         draw_panel(axes, [curve for curve in curves if curve.env_name == name])
     for axes in list(grid.flat)[len(env_names) :]:
         axes.remove()
-    runs.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=90 if len(env_names) > 1 else 150))
+    runs.write_whole(
+        path, lambda file: figure.savefig(file, format="png", dpi=90 if len(env_names) > 1 else 150)
+    )
     plt.close(figure)
 
 
@@ -256,41 +289,63 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_results(path: Path, results: list[Result], first_seed: int) -> None:
-    """Every curve of every seed; read_results reads them."""
+    """Write every curve of every seed, for read_results."""
     rows = []
     for result in results:
         for seed, returns in enumerate(result.returns, start=first_seed):
             for steps, value in zip(result.env_steps, returns, strict=True):
-                rows.append((result.env_name, result.label, f"{result.learning_rate:g}", seed, steps, f"{value:.5g}"))
+                rows.append(
+                    (
+                        result.env_name,
+                        result.label,
+                        f"{result.learning_rate:g}",
+                        seed,
+                        steps,
+                        f"{value:.5g}",
+                    )
+                )
     write_csv(path, COLUMNS, rows)
 
 
 def read_results(*paths: Path) -> list[Result]:
-    """One result for each optimizer, learning rate and environment, with the seeds of all files. Raises ValueError, in one
-    line, for what write_results did not write, and for a seed that is there twice."""
+    """One Result for each environment, optimizer and learning rate, with the seeds of all files.
+
+    Raises a one-line ValueError for a file in another format, a repeated seed, or curves of
+    different lengths.
+    """
     curves: dict = {}  # environment, optimizer, learning rate -> seed -> path, [updates, 2]
     for path in paths:
         for (*key, seed), curve in read_curves(path).items():
             seeds = curves.setdefault(tuple(key), {})
             if seed in seeds:
-                raise ValueError(f"{path}: seed {seed} of {key[1]} in {key[0]} is in {seeds[seed][0]} too; give each seed once")
+                raise ValueError(
+                    f"{path}: seed {seed} of {key[1]} in {key[0]} is in {seeds[seed][0]} too; "
+                    "give each seed once"
+                )
             seeds[seed] = path, curve
             if curve.shape != (first := next(iter(seeds.values())))[1].shape:
                 raise ValueError(
-                    f"{path}: {key[1]} in {key[0]} has not as many updates as in {first[0]}; they cannot be joined"
+                    f"{path}: {key[1]} in {key[0]} has not as many updates as in {first[0]}; "
+                    "they cannot be joined"
                 )
-    joined = {key: np.stack([curve for _, curve in seeds.values()]) for key, seeds in curves.items()}  # [seeds, updates, 2]
+    # environment, optimizer, learning rate -> [seeds, updates, 2]
+    joined = {
+        key: np.stack([curve for _, curve in seeds.values()]) for key, seeds in curves.items()
+    }
     return [Result(*key, curve[0, :, 0], curve[:, :, 1]) for key, curve in joined.items()]
 
 
 def read_curves(path: Path) -> dict:
-    """(environment, optimizer, learning rate, seed) -> [updates, 2], steps and return. Raises ValueError as above."""
+    """(environment, optimizer, learning rate, seed) -> [updates, 2], steps and return. Raises a
+    one-line ValueError for a file in another format."""
     rows: dict = {}
     try:
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
                 env_name, label, rate, seed, steps, value = (row[name] for name in COLUMNS)
-                rows.setdefault((env_name, label, float(rate), seed), []).append((float(steps), float(value)))
+                rows.setdefault((env_name, label, float(rate), seed), []).append(
+                    (float(steps), float(value))
+                )
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; a run folder of evaluate.py has one") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -299,7 +354,7 @@ def read_curves(path: Path) -> dict:
 
 
 def summary_rows(result: Result, points: int = 40) -> list[tuple]:
-    """The mean curve and its interval, at so many points at most: what is kept in results/."""
+    """The mean curve and its interval, at `points` points at most, as kept in results/."""
     at = np.unique(np.linspace(0, len(result.env_steps) - 1, points).round().astype(int))
     low, high = bootstrap_interval(result.returns[:, at])
     numbers = zip(result.env_steps[at], result.returns[:, at].mean(axis=0), low, high, strict=True)
@@ -307,17 +362,29 @@ def summary_rows(result: Result, points: int = 40) -> list[tuple]:
     return [(*name, f"{steps:g}", *(f"{x:.5g}" for x in values)) for steps, *values in numbers]
 
 
-SUMMARY_COLUMNS = ("env_name", "optimizer", "learning_rate", "seeds", "env_steps", "mean", "low", "high")
+SUMMARY_COLUMNS = (
+    "env_name",
+    "optimizer",
+    "learning_rate",
+    "seeds",
+    "env_steps",
+    "mean",
+    "low",
+    "high",
+)
 
 
 def read_summary(path: Path) -> list[Curve]:
-    """The curves in a curves.csv, of several learning rates the best at the end. Raises ValueError, in one line."""
+    """The curves in a curves.csv, each optimizer's at the learning rate with the best final score.
+    Raises a one-line ValueError for another file."""
     rows: dict = {}
     try:
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
                 env_name, label, rate, _, *numbers = (row[name] for name in SUMMARY_COLUMNS)
-                rows.setdefault((env_name, label), {}).setdefault(float(rate), []).append([float(x) for x in numbers])
+                rows.setdefault((env_name, label), {}).setdefault(float(rate), []).append(
+                    [float(x) for x in numbers]
+                )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a curves.csv of report.py ({error})") from None
     curves = []
@@ -328,15 +395,21 @@ def read_summary(path: Path) -> list[Curve]:
 
 
 def write(folder: Path, results: list[Result], swept: list[Result]) -> None:
-    """An evaluation's curves.png, table.md, and sweep.csv if learning rates were compared; prints the table."""
+    """Write an evaluation's curves.png, table.md, and sweep.csv if learning rates were swept; print
+    the table."""
     if swept:
-        rows = [(*result[:2], f"{result.learning_rate:g}", f"{result.score():.5g}") for result in swept]
+        rows = [
+            (*result[:2], f"{result.learning_rate:g}", f"{result.score():.5g}") for result in swept
+        ]
         write_csv(folder / "sweep.csv", (*COLUMNS[:3], "score"), rows)
     draw(folder / "curves.png", curves_of(results))
     summary = tables(results)
     write_text(folder / "table.md", summary)
     print(summary)
-    print(f"written: {folder}/table.md, results.csv (every curve), {'sweep.csv, ' if swept else ''}curves.png, config.json")
+    print(
+        f"written: {folder}/table.md, results.csv (every curve), "
+        f"{'sweep.csv, ' if swept else ''}curves.png, config.json"
+    )
 
 
 def main() -> None:
@@ -354,7 +427,11 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         summary = tables(results)
         draw(out / "curves.png", curves_of(results))
-        write_csv(out / "curves.csv", SUMMARY_COLUMNS, [row for result in results for row in summary_rows(result)])
+        write_csv(
+            out / "curves.csv",
+            SUMMARY_COLUMNS,
+            [row for result in results for row in summary_rows(result)],
+        )
         write_text(out / "table.md", summary)
     print(summary)
     print(f"written: {out}/table.md, curves.png, curves.csv")

@@ -1,4 +1,5 @@
-"""What every script does around its work: read the command line, make the run's folder, log, and refuse bad input."""
+"""The parts that all scripts share: command line, run folder, log, devices, and the refusal of bad
+input."""
 
 import ast
 import contextlib
@@ -26,22 +27,25 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 COMPILER_OPTIONS = {
-    "xla_cpu_prefer_vector_width": 512,  # where a CPU has such registers: a fifth off an iteration's time
-    "xla_disable_hlo_passes": "cpu-parallel-task-assigner",  # each core has units of its own: no thread helps another
+    # A fifth less time in an iteration, on a CPU with such registers.
+    "xla_cpu_prefer_vector_width": 512,
+    # Each core has its own units, so threads need not share the work of one.
+    "xla_disable_hlo_passes": "cpu-parallel-task-assigner",
 }
 SECTION = re.compile(r" *# --- (.*) ---")
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "chex", "brax")
 
 
 def fail(message: str, code: int = 2) -> None:
-    """One line on stderr, and the end."""
+    """Print one line on stderr and exit."""
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(code)
 
 
 @contextlib.contextmanager
 def bad_input():
-    """Around everything that looks at what the user gave, before any long work: its errors are the user's to read."""
+    """Around all checks of the user's input, before any long work: their errors end the program in
+    one line."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -49,9 +53,11 @@ def bad_input():
 
 
 def parse(args_class: type, description: str, settings: Callable | None = None) -> Any:
-    """The command line as an args_class; an error of tyro's becomes one line. Turns on jax's cache of compiled programs.
+    """The command line as an args_class. An error becomes one line. Also turns on jax's cache of
+    compiled programs.
 
-    settings: environment's name -> values of flags left unset, unless a run is resumed. It may raise ValueError.
+    settings: environment's name -> values of flags that are not set, unless a run is resumed. It
+    may raise ValueError.
     """
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/optim4rl-jax"))
@@ -66,7 +72,13 @@ def parse(args_class: type, description: str, settings: Callable | None = None) 
             raise
         message = re.sub(r"\x1b\[[0-9;]*m|╭.*╮|[╰╯│─]", " ", stderr.getvalue())
         fail(re.split("Argument helptext|For full helptext", message)[0])
-    args = args_class(**{name: value for section in vars(sections).values() for name, value in vars(section).items()})
+    args = args_class(
+        **{
+            name: value
+            for section in vars(sections).values()
+            for name, value in vars(section).items()
+        }
+    )
     runs_dir = Path(getattr(args, "runs_dir", "."))
     there = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
     if not there.is_dir():
@@ -75,7 +87,8 @@ def parse(args_class: type, description: str, settings: Callable | None = None) 
 
 
 def environment_settings(args_class: type, settings: Callable | None) -> dict:
-    """The settings of the environment that the command line names, for flags of args_class: --help shows them too."""
+    """The settings of the environment on the command line, for the flags of args_class. --help
+    shows them too."""
     if settings is None or "--resume" in sys.argv:
         return {}
     fields = {field.name: field for field in dataclasses.fields(args_class)}
@@ -86,15 +99,20 @@ def environment_settings(args_class: type, settings: Callable | None) -> dict:
 
 
 def by_section(args_class: type, values: dict) -> type:
-    """A dataclass of dataclasses, one for each "# --- Section ---" in the source of args_class: --help shows them as groups.
+    """A dataclass of dataclasses, one for each "# --- Section ---" in the source of args_class.
+    --help shows them as groups.
 
-    values: they replace the fields' defaults.
+    values: replace the fields' defaults.
     """
     sections: dict = {}
     hints = get_type_hints(args_class, include_extras=True)
     for name, (section, text) in documented_fields(args_class).items():
         default = values.get(name, getattr(args_class, name, dataclasses.MISSING))
-        field = (name, Annotated[hints[name], tyro.conf.arg(help=text)], dataclasses.field(default=default))
+        field = (
+            name,
+            Annotated[hints[name], tyro.conf.arg(help=text)],
+            dataclasses.field(default=default),
+        )
         sections.setdefault(section, []).append(field)
     groups = []
     for section, fields in sections.items():
@@ -105,11 +123,13 @@ def by_section(args_class: type, values: dict) -> type:
 
 
 def documented_fields(args_class: type) -> dict:
-    """name -> (section, docstring) of each field of a dataclass and of those that it inherits from, as in their sources."""
+    """name -> (section, docstring) of each field of a dataclass and its bases, from the source."""
     found = {}
     for cls in reversed(args_class.__mro__[:-1]):
         source = inspect.getsource(cls)
-        titles = {0: "Task"} | {i: m[1] for i, line in enumerate(source.splitlines(), 1) if (m := SECTION.match(line))}
+        titles = {0: "Task"} | {
+            i: m[1] for i, line in enumerate(source.splitlines(), 1) if (m := SECTION.match(line))
+        }
         body = ast.parse(source).body[0].body
         for field, text in itertools.pairwise(body):
             if isinstance(field, ast.AnnAssign):
@@ -120,15 +140,20 @@ def documented_fields(args_class: type) -> dict:
 
 @contextlib.contextmanager
 def interruptible():
-    """Ctrl-C and SIGTERM only ask to stop, once or many times: `with interruptible() as interrupted:` around the work and the
-    saving of what it made; interrupted() is 0, or the exit code to end with. Look at it where the state is whole, not in the
-    middle of an iteration that has taken over the buffers of the one before. A file that cannot be written ends the program
-    in one line."""
+    """`with interruptible() as interrupted:` around the work and the saving of its results.
+
+    Ctrl-C and SIGTERM then only ask to stop: interrupted() is 0, or the exit code to end with. Call
+    it where the state is whole, not inside an iteration that reuses the buffers of the previous
+    one. A file that cannot be written ends the program in one line.
+    """
     asked: list[int] = []
 
     def ask(number, _):
         if not asked:
-            os.write(sys.stderr.fileno(), b"\ninterrupted: stopping after this iteration, what was done so far is kept\n")
+            os.write(
+                sys.stderr.fileno(),
+                b"\ninterrupted: stopping after this iteration, what was done so far is kept\n",
+            )
         asked.append(number)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -142,7 +167,7 @@ def interruptible():
 
 
 def check_positive(args: Any, *names: str) -> None:
-    """Raises ValueError unless each of these arguments, None aside, is above 0."""
+    """Raises ValueError unless each of these arguments is None or above 0."""
     for name in names:
         value = getattr(args, name)
         for number in value if isinstance(value, tuple | list) else (value,):
@@ -151,25 +176,30 @@ def check_positive(args: Any, *names: str) -> None:
 
 
 def check_between(args: Any, low: float, high: float, *names: str) -> None:
-    """Raises ValueError unless each of these arguments, None aside, is from low to high."""
+    """Raises ValueError unless each of these arguments is None or from low to high."""
     for name in names:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
-            raise ValueError(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, got {value:g}")
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, got {value:g}"
+            )
 
 
-def choose_devices(num_units: int, num_devices: int | None, num_processes=1, process_id=0, coordinator="") -> Mesh:
-    """The mesh, of one axis "units", that units are spread over: num_devices of each process, by default as many as divide
-    the units. Makes each core of a CPU a device, so it must come before anything runs on one.
+def choose_devices(
+    num_units: int, num_devices: int | None, num_processes=1, process_id=0, coordinator=""
+) -> Mesh:
+    """The mesh that units are split over, of one axis "units": num_devices of each process, by
+    default the most that divide the units.
 
-    Raises ValueError, in one line, if the units cannot be spread as asked.
+    Makes each core of a CPU a device, so it must be called before anything runs on one. Raises a
+    one-line ValueError if the units cannot be split like this.
     """
     if not 0 <= process_id < num_processes:
         raise ValueError(f"--process-id must be from 0 to {num_processes - 1}, got {process_id}")
     jax.config.update("jax_num_cpu_devices", num_devices or len(os.sched_getaffinity(0)))
     if num_processes > 1:
         jax.distributed.initialize(coordinator, num_processes, process_id)
-    # The backend's threads start here and inherit this mask: an interrupt is for the main thread alone.
+    # The backend's threads start here and inherit this mask: only the main thread sees interrupts.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     here = jax.local_device_count()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -177,32 +207,51 @@ def choose_devices(num_units: int, num_devices: int | None, num_processes=1, pro
     if num_devices and num_devices > here:
         raise ValueError(f"--num-devices {num_devices}: there are {here}")
     if num_devices and num_devices not in fitting or not fitting:
-        asked = f"--num-devices {num_devices}" if num_processes == 1 else f"--num-processes {num_processes}"
-        raise ValueError(f"--num-units {num_units} must be a multiple of the devices in all ({asked})")
+        asked = (
+            f"--num-devices {num_devices}"
+            if num_processes == 1
+            else f"--num-processes {num_processes}"
+        )
+        raise ValueError(
+            f"--num-units {num_units} must be a multiple of the number of devices ({asked})"
+        )
     num_devices = num_devices or fitting[-1]
-    devices = [[d for d in jax.devices() if d.process_index == i][:num_devices] for i in range(num_processes)]
+    devices = [
+        [d for d in jax.devices() if d.process_index == i][:num_devices]
+        for i in range(num_processes)
+    ]
     return Mesh(sum(devices, []), "units")
 
 
 def mean_over_units(train: Callable, theta: Any, schedule: Any, units: Any, mesh: Mesh) -> tuple:
-    """Apply train(theta, schedule, units) -> sum of meta-gradients, units, metrics to all units, spread over the devices of the
-    mesh, on each device group by group. schedule, units: [N, ...] -> mean meta-gradient, units, metrics [N]"""
+    """Apply `train` to all units, split over the devices of the mesh and, on each device, into
+    groups.
+
+    train(theta, schedule, units) -> sum of meta-gradients, units, metrics. schedule, units:
+    [N, ...] -> mean meta-gradient, units, metrics [N]
+    """
     num_units = jax.tree.leaves(schedule)[0].shape[0]
     per_device = num_units // mesh.size
-    # On a CPU one unit at a time stays in the cache; an accelerator wants many, as far as its memory goes.
+    # On a CPU one unit at a time, which stays in the cache; on an accelerator many, but within its
+    # memory.
     most = 1 if jax.default_backend() == "cpu" else 64
     group = max(size for size in range(1, most + 1) if per_device % size == 0)
 
     def on_device(theta, schedule, units):
         def on_group(carry, start):
             total, units = carry
-            some = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, group), (schedule, units))
-            some = jax.lax.optimization_barrier(some)  # a copy of these few, so that XLA does not copy all
+            some = jax.tree.map(
+                lambda x: jax.lax.dynamic_slice_in_dim(x, start, group), (schedule, units)
+            )
+            # A copy of this group, so that XLA does not copy all units.
+            some = jax.lax.optimization_barrier(some)
             gradient, some, metrics = train(theta, *some)
-            units = jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, 0), units, some)
+            units = jax.tree.map(
+                lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, 0), units, some
+            )
             return (jax.tree.map(jnp.add, total, gradient), units), metrics
 
-        # The units are the loop's carry, and so updated in place: they are most of the memory.
+        # The units, most of the memory, are the loop's carry: it is updated in place.
         start = (jax.tree.map(jnp.zeros_like, theta), units)
         (total, units), metrics = jax.lax.scan(on_group, start, jnp.arange(0, per_device, group))
         metrics = jax.tree.map(jnp.ravel, metrics)
@@ -210,14 +259,19 @@ def mean_over_units(train: Callable, theta: Any, schedule: Any, units: Any, mesh
 
     split, whole = PartitionSpec("units"), PartitionSpec()
     on_devices = jax.shard_map(
-        on_device, mesh=mesh, in_specs=(whole, split, split), out_specs=(whole, split, split), check_vma=False
+        on_device,
+        mesh=mesh,
+        in_specs=(whole, split, split),
+        out_specs=(whole, split, split),
+        check_vma=False,
     )
     total, units, metrics = on_devices(theta, schedule, units)
     return jax.tree.map(lambda g: g / num_units, total), units, metrics
 
 
 def write_whole(path: str | os.PathLike, write: Callable) -> None:
-    """Call write(buffer), write that to a temporary file beside `path`, and rename it: a reader never finds half a file."""
+    """Call write(buffer), and put the buffer into `path` by way of a temporary file: a reader never
+    finds half a file."""
     buffer, temporary = io.BytesIO(), f"{os.fspath(path)}.{os.getpid()}.tmp"
     write(buffer)
     try:
@@ -230,18 +284,26 @@ def write_whole(path: str | os.PathLike, write: Callable) -> None:
 
 
 def make_folder(runs_dir: str, env_name: str, script: str, seed: int, args: Any) -> Path:
-    """Make <runs_dir>/<env>__<script>__<seed>__<time> with config.json: every argument, the packages' versions, the machine."""
+    """Make <runs_dir>/<env>__<script>__<seed>__<time> with config.json: arguments, packages'
+    versions, machine."""
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    machine = {"backend": jax.default_backend(), "devices": jax.device_count(), "cores": os.cpu_count()}
+    machine = {
+        "backend": jax.default_backend(),
+        "devices": jax.device_count(),
+        "cores": os.cpu_count(),
+    }
     config = {"args": dataclasses.asdict(args), "versions": versions, "machine": machine}
     name = f"{env_name}__{script}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     for count in range(1, 100):
         folder = Path(runs_dir) / (name if count == 1 else f"{name}-{count}")
-        with contextlib.suppress(FileExistsError):  # another run's, of the same second
+        with contextlib.suppress(FileExistsError):  # of another run in the same second
             folder.mkdir(parents=True)
             break
     try:
-        write_whole(folder / "config.json", lambda file: file.write(f"{json.dumps(config, indent=2)}\n".encode()))
+        write_whole(
+            folder / "config.json",
+            lambda file: file.write(f"{json.dumps(config, indent=2)}\n".encode()),
+        )
     except OSError:
         folder.rmdir()
         raise
@@ -249,23 +311,30 @@ def make_folder(runs_dir: str, env_name: str, script: str, seed: int, args: Any)
 
 
 def run_folder(args: Any, env_name: str, script: str) -> Path:
-    """The folder of the run that is resumed, or a new one."""
-    return Path(args.resume) if args.resume else make_folder(args.runs_dir, env_name, script, args.seed, args)
+    """The folder of the resumed run, or a new one."""
+    return (
+        Path(args.resume)
+        if args.resume
+        else make_folder(args.runs_dir, env_name, script, args.seed, args)
+    )
 
 
 def progress(total: int, title: str = "") -> tqdm:
-    """A progress bar with the time left."""
+    """A progress bar with the remaining time."""
     return tqdm(total=total, desc=title, dynamic_ncols=True)
 
 
 def warn_if_long(seconds: float, advice: str) -> None:
-    """Say so if a job will take over ten minutes on a machine with no accelerator."""
+    """Print a line if a job will take over ten minutes without an accelerator."""
     if jax.default_backend() == "cpu" and seconds > 600:
-        tqdm.write(f"there is no accelerator: this will take about {seconds / 60:.0f} minutes; {advice}")
+        tqdm.write(
+            f"there is no accelerator: this will take about {seconds / 60:.0f} minutes; {advice}"
+        )
 
 
 def rows_before(path: Path, number: int) -> str:
-    """metrics.csv without the rows from `number` on, which are made again, nor one that was cut off in writing; "" if none."""
+    """The rows of metrics.csv before `number`, with its header; "" if there are none. Drops later
+    rows, which are made again, and an unfinished one."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines[1:] if line.endswith("\n") and line.split(",")[0].isdigit()]
     kept = [line for line in kept if int(line.split(",")[0]) < number]
@@ -273,8 +342,10 @@ def rows_before(path: Path, number: int) -> str:
 
 
 class Log:
-    """metrics.csv, TensorBoard events and a progress bar, all from write(). Numbers are fetched from the device now and
-    then, not at every call, so that the device is never kept waiting."""
+    """metrics.csv, TensorBoard events and a progress bar, all from write().
+
+    Numbers are fetched from the device at intervals, not at every call, so the device never waits.
+    """
 
     def __init__(self, folder: Path, total: int, seconds: float = 0.5):
         self.path = folder / "metrics.csv"
@@ -296,7 +367,7 @@ class Log:
         self.events.close()
 
     def write(self, number: int, metrics: dict) -> None:
-        """Log a row; `number` is the count of updates or iterations done. metrics: scalars, on the device or not."""
+        """Log a row. number: updates or iterations done; metrics: scalars, on the device or not."""
         self.waiting.append((number, metrics))
         if time.monotonic() - self.last_flush > self.seconds:
             self.flush()
@@ -305,7 +376,7 @@ class Log:
         self.bar.write(message)
 
     def open(self, number: int, names: list[str]) -> None:
-        """Start metrics.csv, or, in a run that is resumed, go on after the rows before this number."""
+        """Start metrics.csv; in a resumed run continue after the rows before this number."""
         before = rows_before(self.path, number)
         write_whole(self.path, lambda file: file.write(before.encode()))
         self.file = open(self.path, "a", newline="")  # noqa: SIM115, closed in __exit__
@@ -320,10 +391,14 @@ class Log:
             row = {name: float(value) for name, value in metrics.items()}
             if self.rows is None:
                 self.open(number, ["number", *row])
-            self.rows.writerow({"number": number, **{name: f"{value:.6g}" for name, value in row.items()}})
+            self.rows.writerow(
+                {"number": number, **{name: f"{value:.6g}" for name, value in row.items()}}
+            )
             for name, value in row.items():
                 self.events.add_scalar(name, value, number)
         self.bar.update(number - self.bar.n)
-        self.bar.set_postfix({name: f"{value:.3g}" for name, value in row.items() if "seed" not in name})
+        self.bar.set_postfix(
+            {name: f"{value:.3g}" for name, value in row.items() if "seed" not in name}
+        )
         self.file.flush()
         self.waiting, self.last_flush = [], time.monotonic()

@@ -1,7 +1,8 @@
 """The settings of each environment, as data: the paper's (Lan et al. 2024), or Brax's usual ones.
 
-AGENT: training an agent; the keys are those of a2c.Args and ppo.Args. META: meta-training an optimizer there. Where the
-paper swept, a value from inside the sweep. tasks.py reads these tables; an environment without a row has OTHER's settings.
+AGENT: training an agent, with the keys of a2c.Args and ppo.Args. META: meta-training an optimizer.
+Where the paper swept a value, one from its sweep. tasks.py reads these tables; environments without
+a row have the settings OTHER and META_OTHER.
 """
 
 SMALL = dict(total_steps=3e6, num_envs=512, conv_filters=0, hidden_size=32)
@@ -30,9 +31,12 @@ OTHER = ANT | dict(
 )
 
 AGENT = {
-    "catch": dict(total_steps=5e5, num_envs=64, conv_filters=0, hidden_size=256, learning_rate=1e-3),
-    "small_sparse_short": SMALL | dict(learning_rate=3e-3),  # not in the paper: as its other small ones
-    "small_sparse_long": SMALL | dict(learning_rate=3e-3),  # likewise
+    "catch": dict(
+        total_steps=5e5, num_envs=64, conv_filters=0, hidden_size=256, learning_rate=1e-3
+    ),
+    # The small_sparse ones are not in the paper; their settings are as in its other small ones.
+    "small_sparse_short": SMALL | dict(learning_rate=3e-3),
+    "small_sparse_long": SMALL | dict(learning_rate=3e-3),
     "small_dense_short": SMALL | dict(learning_rate=3e-3),
     "small_dense_long": SMALL | dict(learning_rate=3e-2),
     "big_sparse_short": BIG | dict(learning_rate=3e-3),
@@ -74,7 +78,9 @@ AGENT = {
     "reacher": OTHER | dict(reward_scale=5, rollout_steps=50, batch_size=256, discount=0.95),
 }
 
-GRID = dict(num_units=512, total_steps=3e7, reset_interval=144, meta_learning_rate=3e-4, envs_per_unit=1)
+GRID = dict(
+    num_units=512, total_steps=3e7, reset_interval=144, meta_learning_rate=3e-4, envs_per_unit=1
+)
 # multitask: the agents' learning rate and reward scale in meta-training on several environments
 META = {
     "catch": GRID
@@ -95,12 +101,15 @@ META = {
     "big_dense_short": GRID | dict(multitask=(3e-3, 1e1)),
     "big_dense_long": GRID | dict(multitask=(3e-3, 1.0)),
 }
-# Brax: the paper's 2048 environments, over 16 units where it had as many units as devices.
-META_OTHER = dict(num_units=16, total_steps=1e8, reset_interval=64, meta_learning_rate=3e-4, envs_per_unit=128)
+# Brax: the paper's 2048 environments, split over 16 units (in the paper one unit per device).
+META_OTHER = dict(
+    num_units=16, total_steps=1e8, reset_interval=64, meta_learning_rate=3e-4, envs_per_unit=128
+)
 # A PPO agent in meta-training; a minibatch is half of the unit's environments.
 META_PPO = dict(rollout_steps=5, num_minibatches=8, num_epochs=4, value_layers=(64,) * 5)
 
-# The environments of the paper's figures, and the learning rates that the classical optimizers are swept over.
+# The environments of the paper's figures, and the learning rates that the classical optimizers are
+# swept over.
 SUITES = {
     "paper": ("catch", "small_dense_long", "big_dense_long", "ant", "humanoid"),
     "transfer": ("inverted_double_pendulum", "ant", "humanoid", "walker2d"),

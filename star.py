@@ -3,7 +3,7 @@
 A small network reads, for every parameter, momenta, second moments and Adafactor's factored second moments of its tensor,
 each feature normalised over the tensor, and an embedding of the step count. Its outputs d and s, and the nominal term:
 
-    update = -learning_rate d exp(0.001 s) - 0.001 mean over decays of m / sqrt(rms + 1e-6)
+    update = -learning_rate d exp(0.001 s) - 0.001 exp(0.001) mean over decays of m / sqrt(rms + 1e-6)
 
 theta holds the network and the decays. Not coordinate-wise: a parameter's features depend on the rest of its tensor.
 velo.py uses the same moments and features.
@@ -22,7 +22,7 @@ from optim4rl import LearnedOptimizer, init_dense, readout
 
 DECAYS = {"momentum": (0.9, 0.99, 0.999), "rms": (0.999,), "adafactor": (0.9, 0.99, 0.999)}
 EXP_SCALE = 1e-3  # of the magnitude s
-NOMINAL_STEP = 1e-3
+NOMINAL_STEP = 1e-3 * math.exp(EXP_SCALE)  # as published: its magnitude is 1 without a controller
 TIMESCALES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
 
 
@@ -53,7 +53,9 @@ def init_moments(param: jax.Array) -> Moments:
     row, col = (np.delete(shape, axis) for axis in axes) if axes else (shape, (0,))
     sizes = {"m": shape, "rms": shape, "row": row, "col": col}
     decays = {"m": "momentum", "rms": "rms", "row": "adafactor", "col": "adafactor"}
-    return Moments(**{name: jnp.zeros((len(DECAYS[decays[name]]), *size)) for name, size in sizes.items()})
+    return Moments(
+        **{name: jnp.zeros((len(DECAYS[decays[name]]), *size)) for name, size in sizes.items()}
+    )
 
 
 def running_mean(old: jax.Array, new: jax.Array, decays: jax.Array) -> jax.Array:
@@ -65,10 +67,16 @@ def running_mean(old: jax.Array, new: jax.Array, decays: jax.Array) -> jax.Array
 def update_moments(moments: Moments, g: jax.Array, decays: dict) -> Moments:
     """decays: for each key of DECAYS an array of as many."""
     square = g * g
-    m, rms = running_mean(moments.m, g, decays["momentum"]), running_mean(moments.rms, square, decays["rms"])
+    m, rms = (
+        running_mean(moments.m, g, decays["momentum"]),
+        running_mean(moments.rms, square, decays["rms"]),
+    )
     axes, square = factored_axes(g.shape), square + 1e-30
     means = [jnp.mean(square, axis) for axis in axes] if axes else [square, jnp.zeros(0)]
-    row, col = (running_mean(v, mean, decays["adafactor"]) for v, mean in zip((moments.row, moments.col), means, strict=True))
+    row, col = (
+        running_mean(v, mean, decays["adafactor"])
+        for v, mean in zip((moments.row, moments.col), means, strict=True)
+    )
     return Moments(m, rms, row, col)
 
 
@@ -87,19 +95,41 @@ def adafactor_scales(moments: Moments, shape: tuple) -> jax.Array:
     return jnp.expand_dims(row, 1 + largest) * jnp.expand_dims(col, 1 + second)
 
 
-def features(p: jax.Array, g: jax.Array, moments: Moments, eps: float = 1e-6) -> dict[str, jax.Array]:
+def features(
+    p: jax.Array, g: jax.Array, moments: Moments, eps: float = 1e-6
+) -> dict[str, jax.Array]:
     """What the networks of STAR and VeLO read of a tensor, by name, [D, *shape] each. eps: see "adafactor m"."""
     m, rms, row, col = moments
-    rsqrt, scales, axes = jax.lax.rsqrt(rms + 1e-6), adafactor_scales(moments, g.shape), factored_axes(g.shape)
+    rsqrt, scales, axes = (
+        jax.lax.rsqrt(rms + 1e-6),
+        adafactor_scales(moments, g.shape),
+        factored_axes(g.shape),
+    )
     if axes:
         row, col = (jnp.expand_dims(v, 1 + axis) for v, axis in zip((row, col), axes, strict=True))
         adafactor_m = m * scales
     else:
         col, adafactor_m = row, m * jax.lax.rsqrt(row + eps)
     shape = (len(row), *g.shape)
-    found = {"g": g[None], "p": p[None], "m": m, "rms": rms, "adam": m * rsqrt, "rsqrt": rsqrt, "adafactor g": g * scales}
-    found |= {"row": row, "col": col, "row rsqrt": jax.lax.rsqrt(row + 1e-8), "col rsqrt": jax.lax.rsqrt(col + 1e-8)}
-    found = {name: jnp.broadcast_to(x, shape) if name[:3] in ("row", "col") else x for name, x in found.items()}
+    found = {
+        "g": g[None],
+        "p": p[None],
+        "m": m,
+        "rms": rms,
+        "adam": m * rsqrt,
+        "rsqrt": rsqrt,
+        "adafactor g": g * scales,
+    }
+    found |= {
+        "row": row,
+        "col": col,
+        "row rsqrt": jax.lax.rsqrt(row + 1e-8),
+        "col rsqrt": jax.lax.rsqrt(col + 1e-8),
+    }
+    found = {
+        name: jnp.broadcast_to(x, shape) if name[:3] in ("row", "col") else x
+        for name, x in found.items()
+    }
     return found | {"adafactor m": adafactor_m}
 
 
@@ -116,10 +146,15 @@ def network(layers: dict, x: jax.Array) -> jax.Array:
 
 def decays_of(theta: dict) -> dict:
     """The decays as theta has moved them: 1 - (1 - initial) exp(10 x), so that x = 0 is the initial one."""
-    return {name: 1 - (1 - jnp.array(initial)) * jnp.exp(10 * theta["decays"][name]) for name, initial in DECAYS.items()}
+    return {
+        name: 1 - (1 - jnp.array(initial)) * jnp.exp(10 * theta["decays"][name])
+        for name, initial in DECAYS.items()
+    }
 
 
-def update_tensor(theta: dict, g: jax.Array, p: jax.Array, moments: Moments, count, learning_rate) -> tuple:
+def update_tensor(
+    theta: dict, g: jax.Array, p: jax.Array, moments: Moments, count, learning_rate
+) -> tuple:
     """One tensor's update. g, p: [*shape] -> update [*shape], Moments"""
     dtype, (g, p) = p.dtype, (x.astype(float) for x in (jax.lax.stop_gradient(g), p))
     moments = update_moments(moments, g, decays_of(theta))
@@ -128,7 +163,9 @@ def update_tensor(theta: dict, g: jax.Array, p: jax.Array, moments: Moments, cou
     embedding = jnp.broadcast_to(embedding.reshape(-1, *[1] * g.ndim), (len(TIMESCALES), *g.shape))
     inputs = jnp.concatenate([normalise(jnp.concatenate(list(found.values()))), embedding])
     direction, magnitude = network(theta["network"], inputs)
-    update = -learning_rate * direction * jnp.exp(EXP_SCALE * magnitude) - NOMINAL_STEP * jnp.mean(found["adam"], axis=0)
+    update = -learning_rate * direction * jnp.exp(EXP_SCALE * magnitude) - NOMINAL_STEP * jnp.mean(
+        found["adam"], axis=0
+    )
     return update.astype(dtype), moments
 
 
@@ -137,7 +174,9 @@ def make_star(mlp_size: int = 4) -> LearnedOptimizer:
 
     def init_theta(key):
         tensor = jnp.zeros((2, 2))
-        num_features = sum(len(x) for x in features(tensor, tensor, init_moments(tensor)).values()) + len(TIMESCALES)
+        num_features = sum(
+            len(x) for x in features(tensor, tensor, init_moments(tensor)).values()
+        ) + len(TIMESCALES)
         decays = {name: jnp.zeros(len(initial)) for name, initial in DECAYS.items()}
         return {"network": init_dense(key, (num_features, mlp_size, mlp_size, 2)), "decays": decays}
 

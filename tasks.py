@@ -1,8 +1,8 @@
-"""An environment's name -> the agent that learns there, the environment, and the agent's arguments.
+"""From an environment's name to its agent, the environment, and the agent's arguments.
 
-To add an environment of a known kind, add a row to settings.py. To add a kind, write its file and add a Kind below. To add
-an agent, write a file with what a2c.py and ppo.py have (Args, make_agent, train, steps_per_update, num_updates) and name
-it in a Kind.
+To add an environment of a known kind, add a row to settings.py. To add a kind, write its file and
+add a Kind below. To add an agent, write a file with the names that a2c.py and ppo.py share (Args,
+SCORE, make_agent, train, steps_per_update, num_updates, check) and use it in a Kind.
 """
 
 import dataclasses
@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import a2c
 import brax_env
 import gridworld
+import optimizers
 import ppo
+import runs
 import settings
 
 
@@ -28,12 +30,12 @@ class Kind(NamedTuple):
 
 KINDS = (
     Kind(a2c, lambda: gridworld.NAMES, lambda name, backend: gridworld.make(name)),
-    Kind(ppo, brax_env.names, brax_env.make),  # the last one: asking for names imports Brax
+    Kind(ppo, brax_env.names, brax_env.make),  # last, because names() imports Brax
 )
 
 
 class Learner(NamedTuple):
-    """What an environment is learned with."""
+    """An agent, its arguments and its environment."""
 
     agent: ModuleType  # a2c or ppo
     args: Any  # the agent's Args
@@ -41,7 +43,7 @@ class Learner(NamedTuple):
 
 
 def kind_of(name: str) -> Kind:
-    """Raises ValueError, in one line, for an unknown name."""
+    """The kind of this environment. Raises a one-line ValueError for an unknown name."""
     for kind in KINDS:
         if name in kind.names():
             return kind
@@ -52,15 +54,17 @@ def kind_of(name: str) -> Kind:
 
 
 def agent_settings(name: str) -> dict:
-    """The row of settings.AGENT: the agent's arguments, and its learning rate. Raises ValueError for an unknown name."""
+    """The row of settings.AGENT: the agent's arguments and its learning rate. Raises ValueError for
+    an unknown name."""
     kind_of(name)
     return settings.AGENT.get(name, settings.OTHER)
 
 
 def agent_args(name: str, **given: Any) -> Any:
-    """The agent's Args in this environment; Raises ValueError.
+    """The agent's Args in this environment. Raises a one-line ValueError if they do not fit.
 
-    given: values that replace the settings'; a None does not, nor what is not an argument of this agent.
+    given: values that replace the settings. None, and names that are not in the agent's Args, are
+    ignored.
     """
     agent = kind_of(name).agent
     fields = {field.name for field in dataclasses.fields(agent.Args)}
@@ -72,15 +76,19 @@ def agent_args(name: str, **given: Any) -> Any:
 
 
 def make_env(name: str, agent: ModuleType, backend: str | None = None) -> Any:
-    """The environment. backend: physics, for Brax's tasks. Raises ValueError, in one line, if this agent does not learn there."""
+    """The environment. backend: physics of Brax's tasks. Raises a one-line ValueError if this agent
+    does not learn there."""
     kind = kind_of(name)
     if kind.agent is not agent:
-        raise ValueError(f"--env-name {name}: {kind.agent.__name__}.py learns there, not {agent.__name__}.py")
+        raise ValueError(
+            f"--env-name {name}: {kind.agent.__name__}.py learns there, not {agent.__name__}.py"
+        )
     return kind.make(name, backend)
 
 
 def make_learner(name: str, backend: str | None = None, **given: Any) -> Learner:
-    """The agent, its arguments (given: as above) and the environment. Raises ValueError, in one line."""
+    """The agent, its arguments (given: as in agent_args) and the environment. Raises a one-line
+    ValueError if they do not fit."""
     args = agent_args(name, **given)
     agent = kind_of(name).agent
     return Learner(agent, args, make_env(name, agent, backend))
@@ -90,9 +98,10 @@ def make_learner(name: str, backend: str | None = None, **given: Any) -> Learner
 
 
 def meta_settings(names: tuple[str, ...]) -> dict:
-    """The settings of meta-training on these environments: values for fields of pipeline_train.Args.
+    """The settings of meta-training on these environments, for fields of pipeline_train.Args.
 
-    What is one number for all is the first environment's. Raises ValueError for an unknown name.
+    Settings that all environments share are those of the first. Raises ValueError for an unknown
+    name.
     """
     rows = [settings.META.get(name, settings.META_OTHER) for name in names]
     agents = [agent_settings(name) for name in names]
@@ -110,12 +119,91 @@ def meta_settings(names: tuple[str, ...]) -> dict:
 
 
 def unit_args(name: str, num_envs: int, reward_scale: float) -> Any:
-    """The agent's Args of a unit of meta-training. Raises ValueError, in one line. No environment is made."""
+    """The agent's Args of a unit of meta-training. Raises a one-line ValueError if they do not fit.
+    Makes no environment."""
     given = {"num_envs": num_envs, "reward_scale": reward_scale}
     if kind_of(name).agent is ppo:
         if num_envs % 2:
-            raise ValueError(
-                f"--envs-per-unit must be even for {name} (a minibatch is half of them), got {num_envs}"
-            )
+            wanted = f"even for {name} (a minibatch is half of them)"
+            raise ValueError(f"--envs-per-unit must be {wanted}, got {num_envs}")
         given |= settings.META_PPO | {"batch_size": num_envs // 2}
     return agent_args(name, **given)
+
+
+def all_unit_args(args: Any) -> list:
+    """The agent's Args of the units of each environment. args: pipeline_train.Args"""
+    sizes = zip(args.env_name, args.envs_per_unit, args.reward_scale, strict=True)
+    return [unit_args(*size) for size in sizes]
+
+
+def steps_per_iteration(args: Any) -> int:
+    """Environment steps of a meta-iteration in the first environment, over all its units.
+
+    Each unit makes K rollouts, and with backprop one more for the meta-loss.
+    """
+    agent = kind_of(args.env_name[0]).agent
+    rollouts = args.inner_updates + (args.meta_estimator == "backprop")
+    return args.num_units * rollouts * agent.steps_per_update(all_unit_args(args)[0])
+
+
+PER_ENVIRONMENT = ("learning_rate", "reward_scale", "envs_per_unit")
+RANGES = ("reward_scale_range", "learning_rate_range")
+POSITIVE = (
+    *("num_units", "envs_per_unit", "inner_updates", "reset_interval", "num_iterations"),
+    *("total_steps", "learning_rate", "reward_scale", "meta_learning_rate", "sigma"),
+    *("hidden_size", "readout_layers", "num_devices", "num_processes"),
+    *("save_theta_every", "checkpoint_minutes"),
+)
+
+
+def fill_in(args: Any) -> Any:
+    """pipeline_train.Args with the paper's values for flags that are not set.
+
+    Raises a one-line ValueError for values that do not fit.
+    """
+    if not args.env_name or len(set(args.env_name)) < len(args.env_name):
+        raise ValueError("--env-name must name at least one environment, and each once")
+    if args.total_steps is not None and args.num_iterations is not None:
+        raise ValueError("give --total-steps or --num-iterations, not both")
+    if args.theta:
+        args = dataclasses.replace(args, optimizer=optimizers.kind_in(args.theta))
+    changed = {
+        name for name in optimizers.SETTINGS if getattr(args, name) != getattr(type(args), name)
+    }
+    optimizers.check_settings(args.optimizer, changed, args.theta)
+    paper = meta_settings(args.env_name)
+    unset = {name: value for name, value in paper.items() if getattr(args, name) is None}
+    args = dataclasses.replace(args, **unset)
+    check(args)
+    for name in PER_ENVIRONMENT:
+        if len(getattr(args, name)) == 1:
+            values = getattr(args, name) * len(args.env_name)
+            args = dataclasses.replace(args, **{name: values})
+    steps = steps_per_iteration(args)
+    num_iterations = args.num_iterations or int(args.total_steps) // steps
+    if not num_iterations:
+        total = f"--total-steps {args.total_steps:g}"
+        raise ValueError(f"{total} is less than one iteration ({steps} steps)")
+    total_steps = float(num_iterations * steps)
+    return dataclasses.replace(args, num_iterations=num_iterations, total_steps=total_steps)
+
+
+def check(args: Any) -> None:
+    """Raises a one-line ValueError for invalid values in pipeline_train.Args."""
+    runs.check_positive(args, *POSITIVE)
+    for name in PER_ENVIRONMENT:
+        values, flag = getattr(args, name), name.replace("_", "-")
+        if len(values) not in (1, len(args.env_name)):
+            raise ValueError(f"--{flag} takes 1 value or {len(args.env_name)}, got {len(values)}")
+    for name in RANGES:
+        (low, high), flag = getattr(args, name), name.replace("_", "-")
+        if not 0 < low <= high < float("inf"):
+            wanted = "two numbers above 0, the lower first"
+            raise ValueError(f"--{flag} must be {wanted}, got {low:g} {high:g}")
+    if args.meta_estimator != "backprop" and args.num_units % 2:
+        pairs = f"even with {args.meta_estimator} (antithetic pairs)"
+        raise ValueError(f"--num-units must be {pairs}, got {args.num_units}")
+    if not args.grad_clip > 0:
+        raise ValueError(
+            f"--grad-clip must be above 0, or inf for no clipping, got {args.grad_clip:g}"
+        )

@@ -1,4 +1,4 @@
-"""The command line of a2c.py and ppo.py: read it, train agents with one optimizer, log, keep checkpoints."""
+"""The command line of a2c.py and ppo.py: train agents with one optimizer, log, keep checkpoints."""
 
 import dataclasses
 import sys
@@ -17,22 +17,22 @@ import tasks
 from checkpoints import Checkpoints, resumed_args
 
 
-
 @dataclass(frozen=True)
 class RunArgs:
     # --- Optimizer ---
     optimizer: str = "adam"
-    """adam, adam_linear (falling to 0), rmsprop, sgd, sign_sgd, untrained (Optim4RL before meta-training; untrained:star),
-    pretrained/NAME, or the path of a .npz"""
+    """adam, adam_linear (falling to 0), rmsprop, sgd, sign_sgd, untrained (Optim4RL before
+    meta-training; untrained:star), pretrained/NAME, or the path of a .npz"""
     learning_rate: float = 3e-4
-    """learning rate (the paper's for the environment; for the gridworlds try 3e-2 to 1e-4 in half decades)"""
+    """learning rate (default: the paper's for the environment; on gridworlds try 3e-2 to 1e-4 in
+    half decades)"""
     # --- Run ---
     checkpoint_minutes: float = 5.0
     """minutes between two checkpoints of the whole state"""
     resume: str | None = None
     """continue the run in this folder, with its arguments"""
     runs_dir: str = "runs"
-    """the run's folder is made in here"""
+    """the run's folder is created in this folder"""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,29 @@ class A2CArgs(RunArgs, a2c.Args):
 class PPOArgs(RunArgs, ppo.Args):
     # --- Physics ---
     backend: Literal["spring", "generalized", "positional", "mjx"] = "spring"
-    """of Brax's tasks: spring (the paper's), generalized, positional or mjx"""
+    """physics of Brax's tasks: spring (the paper's), generalized, positional or mjx"""
 
 
 ARGS = {a2c: A2CArgs, ppo: PPOArgs}
 POSITIVE = (
-    *("learning_rate", "total_steps", "num_envs", "num_seeds", "rollout_steps", "reward_scale", "checkpoint_minutes"),
-    *("episode_length", "batch_size", "num_minibatches", "num_epochs", "clip_range", "num_evals", "eval_envs"),
+    *(
+        "learning_rate",
+        "total_steps",
+        "num_envs",
+        "num_seeds",
+        "rollout_steps",
+        "reward_scale",
+        "checkpoint_minutes",
+    ),
+    *(
+        "episode_length",
+        "batch_size",
+        "num_minibatches",
+        "num_epochs",
+        "clip_range",
+        "num_evals",
+        "eval_envs",
+    ),
     *("hidden_size", "policy_layers", "value_layers"),
 )
 NOT_NEGATIVE = ("critic_weight", "entropy_weight", "conv_filters")
@@ -58,11 +74,13 @@ FRACTIONS = ("discount", "td_lambda", "gae_lambda")
 
 
 def check(agent: ModuleType, args) -> None:
-    """Raises ValueError, in one line, for an argument that cannot be."""
+    """Raises a one-line ValueError for an invalid argument."""
     names = {field.name for field in dataclasses.fields(args)}
     runs.check_positive(args, *(name for name in POSITIVE if name in names))
     if not getattr(args, "grad_clip", 1) > 0:
-        raise ValueError(f"--grad-clip must be above 0, or inf for no clipping, got {args.grad_clip:g}")
+        raise ValueError(
+            f"--grad-clip must be above 0, or inf for no clipping, got {args.grad_clip:g}"
+        )
     runs.check_between(args, 0, 1e6, *(name for name in NOT_NEGATIVE if name in names))
     runs.check_between(args, 0, 1, *(name for name in FRACTIONS if name in names))
     agent.check(args)
@@ -71,8 +89,11 @@ def check(agent: ModuleType, args) -> None:
 
 
 def ended_seeds(state) -> set[int]:
-    """The seeds that ended early: PPO's state says so. A2C's does not, and its device need not wait for the answer."""
-    return set(np.flatnonzero(~np.asarray(state.alive)).tolist()) if hasattr(state, "alive") else set()
+    """The seeds that ended early, from PPO's state. A2C's does not have them, so its device is
+    not kept waiting."""
+    return (
+        set(np.flatnonzero(~np.asarray(state.alive)).tolist()) if hasattr(state, "alive") else set()
+    )
 
 
 def main(agent: ModuleType) -> None:
@@ -99,7 +120,10 @@ def main(agent: ModuleType) -> None:
             log.write(number, {"env_steps": env_steps, **means, **by_seed})
             for i in ended_seeds(state) - lost:
                 lost.add(i)
-                log.say(f"seed {args.seed + i} ends by step {env_steps:,}: its numbers are no longer finite")
+                log.say(
+                    f"seed {args.seed + i}: numbers that are not finite by step {env_steps:,}; "
+                    "this seed ends"
+                )
             checkpoints.save_if_due(number, state, log, interrupted())
             return interrupted()
 
@@ -111,7 +135,10 @@ def main(agent: ModuleType) -> None:
     what = f"{last} {'evaluations' if metric == 'eval_return' else 'updates'}"
     print(f"mean return of the last {what}: {jnp.nanmean(final):.4g}", end=" ")
     print(f"(by seed: {', '.join(f'{x:.4g}' for x in final)})")
-    print(f"written: {folder}/config.json, metrics.csv, TensorBoard events (tensorboard --logdir {args.runs_dir})")
+    print(
+        f"written: {folder}/config.json, metrics.csv, TensorBoard events "
+        f"(tensorboard --logdir {args.runs_dir})"
+    )
     if interrupted():
         print(f"to go on: python {agent.__name__}.py --resume {folder}")
     sys.exit(interrupted())

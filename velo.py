@@ -1,15 +1,17 @@
 """VeLO: a learned optimizer with two levels (Metz et al. 2022, arXiv 2211.09760).
 
-For each tensor an LSTM reads its moments, the course of the training loss and the fraction of training done, and writes the
-weights of a small network (a mixture of bases that theta holds) and a step multiplier. The small network reads the features
-of star.py for every parameter of the tensor; with its outputs d and s
+For each tensor an LSTM reads its moments, the course of the training loss and the fraction of
+training done. It outputs the weights of a small network (a mixture of bases in theta) and a step
+multiplier. The small network reads the features of star.py for every parameter of the tensor. With
+its outputs d and s
 
     update = -learning_rate multiplier d exp(0.001 s) sqrt(mean(p^2))
 
-The loss and the fraction are optax's extra arguments: optimizer.update(grads, state, params, value=loss, fraction=done).
+The loss and the fraction are extra arguments of optax: optimizer.update(grads, state, params,
+value=loss, fraction=done).
 
-tools/convert_velo.py makes a theta file of the published weights. They have a learning rate of their own, which
---learning-rate does not change.
+tools/convert_velo.py makes a theta file from the published weights. They have their own learning
+rate, which --learning-rate does not change.
 
 Legend: D decays, F features, M tensors, B bases.
 """
@@ -31,7 +33,7 @@ HIDDEN = 4  # units in each of the small network's two hidden layers
 
 class LossMeans(NamedTuple):
     mean: jax.Array  # [LOSS_MEANS], debiased
-    lowest: jax.Array  # [LOSS_MEANS], the least each has been
+    lowest: jax.Array  # [LOSS_MEANS], the lowest value of each so far
 
 
 class State(NamedTuple):
@@ -45,13 +47,17 @@ class State(NamedTuple):
 
 
 def loss_decays(count: jax.Array, fraction: jax.Array) -> jax.Array:
-    """[LOSS_MEANS], half-lives spread evenly in log from 10 to the number of updates in all, which is count / fraction."""
+    """[LOSS_MEANS], half-lives spaced evenly in log from 10 to the total number of updates,
+    count / fraction."""
     total = jnp.maximum(count / jnp.maximum(fraction, 1e-9), 10.0)
     return jnp.exp(-1 / 10 ** jnp.linspace(1.0, jnp.log10(total), LOSS_MEANS))
 
 
-def update_loss(means: LossMeans, loss: jax.Array, count: jax.Array, fraction: jax.Array) -> LossMeans:
-    """The loss is first clipped to twice the greatest mean. Debiased means need no number of updates in all at the first."""
+def update_loss(
+    means: LossMeans, loss: jax.Array, count: jax.Array, fraction: jax.Array
+) -> LossMeans:
+    """The means with one more loss, which is clipped to twice the greatest mean. The first update
+    needs no total number of updates, because the means are debiased."""
     decays = loss_decays(count, fraction)
     weight = 1 - decays ** (count + 1)
     greatest = jnp.max(means.mean * (1 - decays**count) / weight)
@@ -61,17 +67,20 @@ def update_loss(means: LossMeans, loss: jax.Array, count: jax.Array, fraction: j
 
 
 def loss_features(means: LossMeans, count: jax.Array) -> jax.Array:
-    """Where each mean lies between its lowest and the next longer mean, less 1. count: updates made, this one too.
+    """The position of each mean between its lowest value and the next longer mean, minus 1.
 
-    -> [LOSS_MEANS - 1]
+    count: updates done, with this one. -> [LOSS_MEANS - 1]
     """
     short, lowest, longer = means.mean[:-1], means.lowest[:-1], means.mean[1:]
     height = (short - lowest) / jnp.maximum(longer - lowest, 1e-8)
     return jnp.where(count <= 2, 0.0, jnp.clip(height - 1, -1, 1))
 
 
-def tensor_features(p: jax.Array, moments: Moments, loss: jax.Array, fraction: jax.Array) -> jax.Array:
-    """What the LSTM reads of a tensor; its moments are those before the present gradient. -> [TENSOR_FEATURES]"""
+def tensor_features(
+    p: jax.Array, moments: Moments, loss: jax.Array, fraction: jax.Array
+) -> jax.Array:
+    """The LSTM's input for a tensor; moments: those before the current gradient.
+    -> [TENSOR_FEATURES]"""
     if not p.size:
         return jnp.zeros(TENSOR_FEATURES)
     scale = jax.lax.rsqrt(jnp.maximum(jnp.mean(p * p), 1e-9))
@@ -79,7 +88,8 @@ def tensor_features(p: jax.Array, moments: Moments, loss: jax.Array, fraction: j
     m, rms = scale * moments.m, scale * moments.rms
     mean_m, mean_rms = jnp.mean(m, axes, keepdims=True), jnp.mean(rms, axes)
     var_m = jnp.mean((m - mean_m) ** 2, axes)
-    var_rms = jnp.mean((rms - mean_m) ** 2, axes)  # about m's mean, as the published weights were trained
+    # About the mean of m, as in the training of the published weights.
+    var_rms = jnp.mean((rms - mean_m) ** 2, axes)
 
     def log(x):
         return 0.5 * jnp.clip(jnp.log(1e-8 + jnp.abs(10 * x)), -5, 5)
@@ -93,33 +103,57 @@ def tensor_features(p: jax.Array, moments: Moments, loss: jax.Array, fraction: j
 
 
 def per_tensor(theta: dict, x: jax.Array, state: tuple) -> tuple:
-    """The LSTM, over tensors at once. x: [TENSOR_FEATURES, M] -> mixture [B, M], step multiplier [M], state"""
+    """The LSTM, for all tensors at once. x: [TENSOR_FEATURES, M] -> mixture [B, M], step multiplier
+    [M], state"""
     mixed = jnp.max(jax.nn.relu(readout(theta["mix"], x)), axis=1, keepdims=True)
     h, c = lstm(theta["lstm"], state, readout(theta["input"], x) + mixed)
     return readout(theta["mixture"], h), readout(theta["multiplier"], h)[0], (h, c)
 
 
 def update_tensor(bases: dict, mixture, multiplier, g, p, moments: Moments) -> jax.Array:
-    """The update of one tensor, before the learning rate. bases: layers with a leading axis B; mixture: [B]. -> [*shape]"""
-    # With the 256 bases of the published weights, 100 times the mean; with fewer, weights of the same size.
-    layers = jax.tree.map(lambda base: 6.25 * jnp.tensordot(mixture, base, 1) / len(base) ** 0.5, bases)
+    """The update of one tensor, before the learning rate. bases: layers with a leading axis B;
+    mixture: [B]. -> [*shape]"""
+    # With the 256 published bases this is 100 times the mean; with fewer, weights of the same size.
+    layers = jax.tree.map(
+        lambda base: 6.25 * jnp.tensordot(mixture, base, 1) / len(base) ** 0.5, bases
+    )
     found = features(p, g, moments, eps=0.0)
     found |= {"clipped g": jnp.clip(g, -0.1, 0.1)[None], "g / rms": g * found["rsqrt"]}
     inputs = jnp.concatenate([normalise(found[name]) for name in INPUTS])
     direction, magnitude, _ = star.network(layers, inputs)
-    return -multiplier * direction * jnp.exp(star.EXP_SCALE * magnitude) * jnp.sqrt(jnp.mean(p * p) + 1e-9)
+    return (
+        -multiplier
+        * direction
+        * jnp.exp(star.EXP_SCALE * magnitude)
+        * jnp.sqrt(jnp.mean(p * p) + 1e-9)
+    )
 
 
-# In the order of the published weights, and how many numbers each is.
-INPUTS = {"g": 1, "clipped g": 1, "p": 1, "m": 3, "rms": 1, "adam": 3, "rsqrt": 1, "adafactor g": 3, "g / rms": 1}
+# In the order of the published weights, with the size of each.
+INPUTS = {
+    "g": 1,
+    "clipped g": 1,
+    "p": 1,
+    "m": 3,
+    "rms": 1,
+    "adam": 3,
+    "rsqrt": 1,
+    "adafactor g": 3,
+    "g / rms": 1,
+}
 INPUTS |= {"row": 3, "col": 3, "row rsqrt": 3, "col rsqrt": 3, "adafactor m": 3}
 
 
-def make_velo(lstm_size: int = 128, num_bases: int = 64, step_size: float | None = None) -> LearnedOptimizer:
-    """VeLO; the defaults are a small one, to be meta-trained here. step_size, if given, stands in for any learning rate."""
+def make_velo(
+    lstm_size: int = 128, num_bases: int = 64, step_size: float | None = None
+) -> LearnedOptimizer:
+    """VeLO; by default a small one, for meta-training. step_size, if given, replaces the learning
+    rate."""
 
     def init_theta(key):
-        key_mix, key_input, key_lstm, key_mixture, key_multiplier, key_bases = jax.random.split(key, 6)
+        key_mix, key_input, key_lstm, key_mixture, key_multiplier, key_bases = jax.random.split(
+            key, 6
+        )
         sizes = (sum(INPUTS.values()), HIDDEN, HIDDEN, 3)
         return {
             "mix": init_dense(key_mix, (TENSOR_FEATURES, lstm_size)),
@@ -128,7 +162,9 @@ def make_velo(lstm_size: int = 128, num_bases: int = 64, step_size: float | None
             "start": {"h": jnp.zeros(lstm_size), "c": jnp.zeros(lstm_size)},
             "mixture": init_dense(key_mixture, (lstm_size, num_bases)),
             "multiplier": init_dense(key_multiplier, (lstm_size, 1)),
-            "bases": jax.vmap(lambda key: init_dense(key, sizes))(jax.random.split(key_bases, num_bases)),
+            "bases": jax.vmap(lambda key: init_dense(key, sizes))(
+                jax.random.split(key_bases, num_bases)
+            ),
         }
 
     def init_state(params):
@@ -138,19 +174,30 @@ def make_velo(lstm_size: int = 128, num_bases: int = 64, step_size: float | None
         return State(jax.tree.map(init_moments, params), (h, h), loss, jnp.int32(0))
 
     def update(theta, grads, state, params, learning_rate, *, value, fraction):
-        # What is observed is a constant to the meta-gradient, the loss like the gradient.
-        loss, count = update_loss(state.loss, jax.lax.stop_gradient(value), state.count, fraction), state.count + 1
+        # The loss and the gradients are constants to the meta-gradient.
+        loss, count = (
+            update_loss(state.loss, jax.lax.stop_gradient(value), state.count, fraction),
+            state.count + 1,
+        )
         treedef = jax.tree.structure(grads)
-        gs = [jnp.clip(jax.lax.stop_gradient(g).astype(float), -1000, 1000) for g in jax.tree.leaves(grads)]
+        gs = [
+            jnp.clip(jax.lax.stop_gradient(g).astype(float), -1000, 1000)
+            for g in jax.tree.leaves(grads)
+        ]
         ps = [p.astype(float) for p in jax.tree.leaves(params)]
         before = treedef.flatten_up_to(state.moments)
         decays = {name: jnp.array(initial) for name, initial in star.DECAYS.items()}
         after = [update_moments(moments, g, decays) for moments, g in zip(before, gs, strict=True)]
 
         loss_inputs = loss_features(loss, count)
-        x = jnp.stack([tensor_features(p, m, loss_inputs, fraction) for p, m in zip(ps, before, strict=True)], axis=1)
+        x = jnp.stack(
+            [tensor_features(p, m, loss_inputs, fraction) for p, m in zip(ps, before, strict=True)],
+            axis=1,
+        )
         start = (theta["start"]["h"][:, None], theta["start"]["c"][:, None])
-        hidden = jax.tree.map(lambda start, now: jnp.where(state.count == 0, start, now), start, state.lstm)
+        hidden = jax.tree.map(
+            lambda start, now: jnp.where(state.count == 0, start, now), start, state.lstm
+        )
         mixture, multiplier, hidden = per_tensor(theta, x, hidden)
 
         rate = learning_rate if step_size is None else step_size

@@ -1,8 +1,10 @@
-"""One flag at a time: meta-train each variant on Catch and small_dense_long, test it, and write results/ablations.md.
+"""Ablations, one flag at a time: meta-train each variant on Catch and small_dense_long, test it,
+write results/ablations.md:
 
     python benchmarks/ablations.py
 
-About an hour and a quarter on two cores. A row that is already in runs/ablations is not run again.
+This takes about an hour and a quarter on two cores. Rows that are in runs/ablations are not run
+again.
 """
 
 import re
@@ -13,15 +15,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "ablations"
-MARK = "<!-- The table is written by benchmarks/ablations.py; what stands above this line is not. -->"
+MARK = (
+    "<!-- The table is written by benchmarks/ablations.py; what stands above this line is not. -->"
+)
 
-# 585 iterations and 144 between resets are the paper's for the gridworlds, with 512 units; 64 fit two cores' patience.
+# 585 iterations and a reset interval of 144 are the paper's for the gridworlds. The paper has 512
+# units; 64 keep the run short on two cores.
 TRAIN = {
     "catch": "--env-name catch",
     "small_dense_long": "--env-name small_dense_long --num-units 64 --num-iterations 585",
 }
 TEST = "--num-seeds 10"
-# row: flags of pipeline_train.py; whether its untrained form is a row of its own
+# row: flags of pipeline_train.py; whether there is a row for the untrained form
 VARIANTS = {
     "Optim4RL": ("", True),
     "no pipeline": ("--no-pipeline", False),
@@ -31,7 +36,8 @@ VARIANTS = {
     "L2LGD2": ("--optimizer l2lgd2", True),
     "STAR": ("--optimizer star", True),
     "VeLO": ("--optimizer velo", True),
-    # Steps in proportion to the gradient want a learning rate of plain SGD's; VeLO's published one is 0.001 everywhere.
+    # Updates in proportion to the gradient need a learning rate like SGD's. VeLO's published one is
+    # 0.001 everywhere.
     "LinearOptim, SGD's step": ("--optimizer linear_optim --learning-rate {sgd}", True),
     "L2LGD2, SGD's step": ("--optimizer l2lgd2 --learning-rate {sgd}", True),
     "VeLO, its own step": ("--optimizer velo --learning-rate 1e-3", True),
@@ -43,14 +49,21 @@ VARIANTS = {
 }
 SGD_STEP = {"catch": "1", "small_dense_long": "3"}
 CLASSICAL = {
-    "classical": "--optimizers sign_sgd adam rmsprop --learning-rates 3e-2 1e-2 3e-3 1e-3 3e-4 1e-4",
+    "classical": "--optimizers sign_sgd adam rmsprop "
+    "--learning-rates 3e-2 1e-2 3e-3 1e-3 3e-4 1e-4",
     "sgd": "--optimizers sgd --learning-rates 10 3 1 0.3 0.1",
 }
 
 
 def run(script: str, flags: str, folder: Path) -> Path:
-    """Run a script of the project into `folder`. -> the run's own folder"""
-    command = [sys.executable, str(ROOT / f"{script}.py"), *flags.split(), "--runs-dir", str(folder)]
+    """Run a script of the project, with `folder` as --runs-dir. -> the run's own folder"""
+    command = [
+        sys.executable,
+        str(ROOT / f"{script}.py"),
+        *flags.split(),
+        "--runs-dir",
+        str(folder),
+    ]
     subprocess.run(command, cwd=ROOT, check=True)
     return max(folder.glob(f"*__{script}__*"), key=lambda path: path.stat().st_mtime)
 
@@ -62,7 +75,10 @@ def table_rows(folder: Path) -> list[list[str]]:
 
 
 def variant(env_name: str, name: str) -> list[list[str]]:
-    """Meta-train and test one variant, unless that was done before. -> row, command, learning rate, return, interval"""
+    """Meta-train and test one variant, unless that was done before.
+
+    -> [row, command, learning rate, return, interval] of each optimizer
+    """
     flags, with_untrained = VARIANTS[name]
     folder = RUNS / env_name / re.sub(r"\W+", "_", name)
     train = f"{TRAIN[env_name]} {flags.format(sgd=SGD_STEP[env_name])}".strip()
@@ -70,10 +86,15 @@ def variant(env_name: str, name: str) -> list[list[str]]:
         shutil.rmtree(folder, ignore_errors=True)
         theta = run("pipeline_train", train, folder) / "theta.npz"
         untrained = f" untrained:{theta}" if with_untrained else ""
-        run("evaluate", f"--env-name {env_name} --optimizers {theta}{untrained} {TEST}", folder).rename(folder / "tested")
+        run(
+            "evaluate", f"--env-name {env_name} --optimizers {theta}{untrained} {TEST}", folder
+        ).rename(folder / "tested")
     rows = table_rows(folder / "tested")
     names = (name, f"{name}, untrained")
-    return [[row, f"`{train}`" if row == name else "", *cells[1:4]] for row, cells in zip(names, rows, strict=False)]
+    return [
+        [row, f"`{train}`" if row == name else "", *cells[1:4]]
+        for row, cells in zip(names, rows, strict=False)
+    ]
 
 
 def classical(env_name: str) -> list[list[str]]:
@@ -83,20 +104,33 @@ def classical(env_name: str) -> list[list[str]]:
         folder = RUNS / env_name / name
         if not (folder / "tested").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            run("evaluate", f"--env-name {env_name} {flags} {TEST}", folder).rename(folder / "tested")
+            run("evaluate", f"--env-name {env_name} {flags} {TEST}", folder).rename(
+                folder / "tested"
+            )
         rows += table_rows(folder / "tested")
-    names = {"sign_sgd": "sign descent, swept", "adam": "Adam, swept", "rmsprop": "RMSProp, swept", "sgd": "SGD, swept"}
+    names = {
+        "sign_sgd": "sign descent, swept",
+        "adam": "Adam, swept",
+        "rmsprop": "RMSProp, swept",
+        "sgd": "SGD, swept",
+    }
     return [[names[cells[0]], "", *cells[1:4]] for cells in rows]
 
 
 def write(rows: dict[str, list[list[str]]]) -> None:
-    """The tables, below the mark in results/ablations.md; what is said of them above stays."""
+    """Write the tables below the mark in results/ablations.md; the text above it stays."""
     path = ROOT / "results" / "ablations.md"
     said = path.read_text().split(MARK)[0] if path.exists() else "# Ablations\n\n"
     text = said + MARK + "\n"
-    head = "| variant | learning rate | return | 90 % interval | `python pipeline_train.py` with |\n|---|---|---|---|---|\n"
+    head = (
+        "| variant | learning rate | return | 90 % interval | `python pipeline_train.py` with |\n"
+        "|---|---|---|---|---|\n"
+    )
     for env_name, env_rows in rows.items():
-        lines = [f"| {name} | {rate} | {score} | {interval} | {train} |" for name, train, rate, score, interval in env_rows]
+        lines = [
+            f"| {name} | {rate} | {score} | {interval} | {train} |"
+            for name, train, rate, score, interval in env_rows
+        ]
         text += f"\n## {env_name}\n\n{head}" + "\n".join(lines) + "\n"
     path.write_text(text)
 

@@ -1,14 +1,16 @@
-"""This project's A2C beside the authors' code at the same settings: writes results/authors.md.
+"""This project's A2C and the authors' code at the same settings; writes results/authors.md:
 
-    python benchmarks/authors.py                     # everything; 40 minutes of one core
-    python benchmarks/authors.py --env-name catch    # only these environments; the other rows of the table stay
+    python benchmarks/authors.py                   # all environments; 40 minutes of one core
+    python benchmarks/authors.py --env-name catch  # only these; the other rows of the table stay
 
-The authors' figures are the returns of their released code (jax 0.4.19, one CPU core). Returns are measured as theirs are: the
-mean over the episodes that ended in an update, and of that the mean of the last 20 updates. (a2c.py reports the mean over the
-last episode that ended in each environment, which lags by up to an episode.) Every seed is in results/authors.json.
+The authors' numbers are the returns of their released code (jax 0.4.19, one CPU core). Returns are
+measured as theirs: the mean over the episodes that ended in an update, averaged over the last 20
+updates. (a2c.py reports the mean over the last finished episode of each environment, which lags by
+up to an episode.) Every seed is in results/authors.json.
 
-The authors' network of the big gridworlds reads an observation [planes, height, width], the agent's plane last, as if it were
-[height, width, planes]. The environment "big_dense_long_authors" gives such observations.
+The authors' network for the big gridworlds reads an observation [planes, height, width], the
+agent's plane last, as if it were [height, width, planes]. The environment "big_dense_long_authors"
+has such observations.
 """
 
 import json
@@ -33,13 +35,18 @@ import runs  # noqa: E402
 import tasks  # noqa: E402
 
 FIRST_SEED = 1000
-# On Catch seeds differ by as much as the two codes do.
-NUM_SEEDS = {"catch": 60, "small_dense_long": 10, "big_dense_long_authors": 10, "big_dense_long": 10}
+# On Catch the seeds differ as much as the two codes.
+NUM_SEEDS = {
+    "catch": 60,
+    "small_dense_long": 10,
+    "big_dense_long_authors": 10,
+    "big_dense_long": 10,
+}
 MARK = "<!-- benchmarks/authors.py writes the table below this line, and nothing above it. -->"
 TABLE, DATA = ROOT / "results" / "authors.md", ROOT / "results" / "authors.json"
 
 BIG_RMSPROP = {1e6: (0.79,), 2e6: (1.57,), 3e6: (2.65,), 4e6: (3.99,)}
-# environment, optimizer, learning rate: {environment steps: the authors' returns, one for each seed}
+# environment, optimizer, learning rate: {environment steps: the authors' returns, one per seed}
 AUTHORS = {
     ("catch", "adam", 1e-3): {5e5: (0.972, 0.984, 0.984)},
     ("catch", "rmsprop", 1e-3): {5e5: (0.977, 0.984, 0.981)},
@@ -61,7 +68,7 @@ class Args:
 
 
 class Counted(NamedTuple):
-    """An environment's state, and the sum and the number of the returns of its episodes so far."""
+    """An environment's state, with the sum and the number of its episodes' returns so far."""
 
     env_state: Any
     episode_return: jax.Array
@@ -70,7 +77,8 @@ class Counted(NamedTuple):
 
 
 def counted(env: gridworld.Env, authors_layout: bool) -> gridworld.Env:
-    """The environment, its returns counted; with authors_layout its observations are [planes, height, width], agent last."""
+    """The environment with its returns counted. With authors_layout observations are
+    [planes, height, width], agent last."""
 
     def layout(obs):
         return jnp.moveaxis(jnp.roll(obs, -1, axis=-1), -1, 0) if authors_layout else obs
@@ -82,17 +90,28 @@ def counted(env: gridworld.Env, authors_layout: bool) -> gridworld.Env:
     def step(key, state, action):
         env_state, obs, reward, done = env.step(key, state.env_state, action)
         so_far = state.episode_return + reward
-        state = Counted(env_state, jnp.where(done, 0, so_far), state.total + done * so_far, state.episodes + done)
+        state = Counted(
+            env_state,
+            jnp.where(done, 0, so_far),
+            state.total + done * so_far,
+            state.episodes + done,
+        )
         return state, layout(obs), reward, done
 
     height, width, planes = env.obs_shape
-    return env._replace(reset=reset, step=step, obs_shape=(planes, height, width) if authors_layout else env.obs_shape)
+    return env._replace(
+        reset=reset,
+        step=step,
+        obs_shape=(planes, height, width) if authors_layout else env.obs_shape,
+    )
 
 
 def returns_at(env_name: str, optimizer: str, learning_rate: float, steps: list[float]) -> dict:
-    """-> {environment steps: returns [seeds], each the mean of the 20 updates before}"""
+    """-> {environment steps: returns [seeds], each the mean of the last 20 updates}"""
     size = {"num_seeds": NUM_SEEDS[env_name]}
-    args = tasks.agent_args(env_name.removesuffix("_authors"), total_steps=max(steps), seed=FIRST_SEED, **size)
+    args = tasks.agent_args(
+        env_name.removesuffix("_authors"), total_steps=max(steps), seed=FIRST_SEED, **size
+    )
     env = counted(gridworld.make(env_name.removesuffix("_authors")), env_name.endswith("_authors"))
     totals = [np.zeros((2, args.num_seeds))]  # sum and number of returns, after each update
     with runs.progress(a2c.num_updates(args), f"{env_name}, {optimizer} {learning_rate:g}") as bar:
@@ -104,16 +123,20 @@ def returns_at(env_name: str, optimizer: str, learning_rate: float, steps: list[
 
         a2c.train(args, env, optimizers.make_optimizer(optimizer, learning_rate), on_update)
     sums, counts = np.moveaxis(np.diff(totals, axis=0), 1, 0)  # [updates, seeds]
-    returns = sums / np.where(counts, counts, np.nan)  # an update in which no episode ended has none
+    returns = sums / np.where(counts, counts, np.nan)  # NaN if no episode ended in the update
     ends = {at: int(at) // a2c.steps_per_update(args) for at in steps}
-    return {f"{at:g}": [round(float(x), 4) for x in np.nanmean(returns[n - 20 : n], axis=0)] for at, n in ends.items()}
+    return {
+        f"{at:g}": [round(float(x), 4) for x in np.nanmean(returns[n - 20 : n], axis=0)]
+        for at, n in ends.items()
+    }
 
 
 def table(ours: dict) -> str:
-    """A markdown table. ours: {"environment optimizer learning rate": {environment steps: returns [seeds]}}"""
+    """A markdown table. ours: {"environment optimizer learning rate":
+    {environment steps: returns [seeds]}}"""
     rows = [
-        "| environment | optimizer | learning rate | steps | authors' code (seeds) | here (seeds) | 90 % interval "
-        "| lowest, highest seed | here / authors' |",
+        "| environment | optimizer | learning rate | steps | authors' code (seeds) | here (seeds) "
+        "| 90 % interval | lowest, highest seed | here / authors' |",
         "|---" * 9 + "|",
     ]
     for (env_name, optimizer, rate), authors in AUTHORS.items():
@@ -129,7 +152,10 @@ def table(ours: dict) -> str:
                 f"{np.mean(theirs):.3g} ({len(theirs)})",
             ]
             cells += [f"{here.mean():.3g} ({len(here)})"]
-            cells += ["{:.3g} to {:.3g}".format(*report.bootstrap_interval(here)), f"{here.min():.3g}, {here.max():.3g}"]
+            cells += [
+                "{:.3g} to {:.3g}".format(*report.bootstrap_interval(here)),
+                f"{here.min():.3g}, {here.max():.3g}",
+            ]
             cells += [f"{here.mean() / np.mean(theirs):.2f}"]
             rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
@@ -140,7 +166,9 @@ def main() -> None:
     ours = json.loads(DATA.read_text()) if DATA.exists() else {}
     for (env_name, optimizer, rate), authors in AUTHORS.items():
         if env_name in args.env_name:
-            ours[f"{env_name} {optimizer} {rate:g}"] = returns_at(env_name, optimizer, rate, list(authors))
+            ours[f"{env_name} {optimizer} {rate:g}"] = returns_at(
+                env_name, optimizer, rate, list(authors)
+            )
             report.write_text(DATA, json.dumps(ours, indent=1))
     text = TABLE.read_text().split(MARK)[0] if TABLE.exists() else ""
     report.write_text(TABLE, f"{text}{MARK}\n\n{table(ours)}")

@@ -1,8 +1,8 @@
-"""The baseline: Optim4RL's meta-gradient the usual way, for bench.py to compare with.
+"""The baseline of bench.py: Optim4RL's meta-gradient in the usual form.
 
-The optimizer's state is [P, H], one row a coordinate, and jax.grad goes through a scan over the inner updates, rollouts and
-all, for all units side by side on one device. The agent, the environments and theta are this project's own, so the ratio is
-that of the meta-gradient's form alone.
+The optimizer's state is [P, H], one row per coordinate. jax.grad differentiates a scan over the
+inner updates, with their rollouts, for all units in parallel on one device. Agent, environments and
+theta are this project's, so the ratio measures only the form of the meta-gradient.
 """
 
 import jax
@@ -23,7 +23,7 @@ def lstm(weights, state, x):
 
 
 def optim4rl(theta, learning_rate):
-    """LSTM cell, raw inputs, one dense layer as read-out; the same numbers as optim4rl.py's."""
+    """LSTM cell, raw inputs, one dense layer as read-out; the same numbers as in optim4rl.py."""
 
     def init(params):
         zeros = jnp.zeros((ravel_pytree(params)[0].size, theta["rnn1"]["w_h"].shape[1]))
@@ -33,14 +33,20 @@ def optim4rl(theta, learning_rate):
         flat, unravel = ravel_pytree(grads)
         g = jnp.clip(jax.lax.stop_gradient(flat), -1.0, 1.0)
         state = lstm(theta["rnn1"], state[0], g), lstm(theta["rnn2"], state[1], jnp.square(g))
-        o1, o2 = (state[i][0] @ theta[f"readout{i + 1}"]["0"]["w"][0] + theta[f"readout{i + 1}"]["0"]["b"] for i in (0, 1))
-        return unravel(-learning_rate * jnp.sign(g) * jnp.exp(o1) / jnp.sqrt(jnp.exp(o2) + EPS)), state
+        o1, o2 = (
+            state[i][0] @ theta[f"readout{i + 1}"]["0"]["w"][0] + theta[f"readout{i + 1}"]["0"]["b"]
+            for i in (0, 1)
+        )
+        return unravel(
+            -learning_rate * jnp.sign(g) * jnp.exp(o1) / jnp.sqrt(jnp.exp(o2) + EPS)
+        ), state
 
     return optax.GradientTransformation(init, update)
 
 
 def meta_gradient(theta, keys, units, agent, learning_rate, inner_updates, checkpoint=False):
-    """-> mean meta-gradient of all units, units. checkpoint: keep only the states between updates, recompute the rest."""
+    """-> mean meta-gradient of all units, units. checkpoint: keep the states between updates,
+    recompute the rest."""
 
     def meta_loss(theta, key, unit):
         optimizer = optim4rl(theta, learning_rate)
@@ -50,7 +56,9 @@ def meta_gradient(theta, keys, units, agent, learning_rate, inner_updates, check
         def inner_update(unit, key):
             return agent.learn(key, unit, optimizer)[0], None
 
-        unit, _ = jax.lax.scan(jax.checkpoint(inner_update) if checkpoint else inner_update, unit, keys)
+        unit, _ = jax.lax.scan(
+            jax.checkpoint(inner_update) if checkpoint else inner_update, unit, keys
+        )
         return agent.loss(key_meta, unit)
 
     def mean_loss(theta):

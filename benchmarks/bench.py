@@ -1,12 +1,13 @@
-"""Time and memory of everything that matters, side by side with the usual way:
+"""Time and memory of the project's main parts, compared with the usual way:
 
-    python benchmarks/bench.py            # under ten minutes on 2 cores
-    python benchmarks/bench.py --quick    # under two
-    python benchmarks/bench.py --growth   # only the figure: time and memory against units and inner updates
-    python benchmarks/bench.py --ppo      # only PPO beside Brax's, which needs jax 0.9.2
+    python benchmarks/bench.py           # under ten minutes on 2 cores
+    python benchmarks/bench.py --quick   # under two
+    python benchmarks/bench.py --growth  # only the figure: units and inner updates
+    python benchmarks/bench.py --ppo     # only PPO, compared with Brax's, which needs jax 0.9.2
 
-Each measurement runs in a process of its own, on the cores it names, so that its peak memory is its own and compiling one
-does not disturb another. Times are the minimum of several repeats. Prints a markdown table, writes benchmarks/bench.json.
+Each measurement runs in its own process, on the cores it names: peak memory is its own, and
+compiling does not disturb other measurements. Times are the minimum of several repeats. Prints a
+markdown table and writes benchmarks/bench.json.
 """
 
 import json
@@ -30,24 +31,27 @@ class Args:
     quick: bool = False
     """fewer and smaller measurements"""
     growth: bool = False
-    """draw benchmarks/growth.png instead"""
+    """instead: draw benchmarks/growth.png, time and memory against units and inner updates"""
     ppo: bool = False
-    """measure PPO on Brax instead"""
+    """instead: measure PPO on Brax"""
     worker: str = ""
-    """used by the script itself: the measurement to make, as JSON"""
+    """for the script itself: the measurement to make, as JSON"""
 
 
 # --- In the worker ---
 
 
 def seconds(f, *args, repeats=5, donate=()):
-    """Minimum time of one call of f, compiled, after one call that does not count."""
+    """Minimum time of one call of f, compiled, after a first call that does not count."""
     import jax
 
     f = jax.jit(f, donate_argnums=donate)
     times = []
     for _ in range(repeats + 1):
-        fresh = [jax.block_until_ready(jax.tree.map(lambda x: x + 0, a)) if i in donate else a for i, a in enumerate(args)]
+        fresh = [
+            jax.block_until_ready(jax.tree.map(lambda x: x + 0, a)) if i in donate else a
+            for i, a in enumerate(args)
+        ]
         began = time.perf_counter()
         out = jax.block_until_ready(f(*fresh))
         times.append(time.perf_counter() - began)
@@ -56,7 +60,7 @@ def seconds(f, *args, repeats=5, donate=()):
 
 
 def measure_machine():
-    """The core's rate of matrix products, and of copying what no cache holds."""
+    """A core's rates of matrix products and of copying an array too large for the cache."""
     import jax.numpy as jnp
 
     a, x = jnp.ones((2048, 2048)), jnp.ones(2**27)
@@ -67,7 +71,8 @@ def measure_machine():
 
 
 def measure_env(name, form="scatter uint8", num_envs=512, num_steps=20):
-    """Environment steps per second under random actions, observations kept, as a rollout keeps them."""
+    """Environment steps per second under random actions; observations are kept, as in a
+    rollout."""
     import jax
     import jax.numpy as jnp
 
@@ -79,10 +84,18 @@ def measure_env(name, form="scatter uint8", num_envs=512, num_steps=20):
     if form == "compare uint8":
 
         def compare(state, grid):
-            height, width, cells = grid.rows + 2, grid.cols + 2, jnp.append(state.agent, state.objects)
+            height, width, cells = (
+                grid.rows + 2,
+                grid.cols + 2,
+                jnp.append(state.agent, state.objects),
+            )
             padded = (cells // grid.cols + 1) * width + cells % grid.cols + 1
             seen = jnp.where(jnp.append(True, state.present), padded, -1)
-            return (jnp.arange(height * width)[:, None] == seen).astype(jnp.uint8).reshape(height, width, -1)
+            return (
+                (jnp.arange(height * width)[:, None] == seen)
+                .astype(jnp.uint8)
+                .reshape(height, width, -1)
+            )
 
         gridworld.grid_observe = compare
     env = gridworld.make(name)
@@ -97,14 +110,21 @@ def measure_env(name, form="scatter uint8", num_envs=512, num_steps=20):
         return jax.lax.scan(step, state, jax.random.split(key, num_steps))
 
     state, _ = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), num_envs))
-    return {"steps_per_s": num_envs * num_steps / seconds(run, jax.random.key(1), state, repeats=20)}
+    return {
+        "steps_per_s": num_envs * num_steps / seconds(run, jax.random.key(1), state, repeats=20)
+    }
 
 
 def a2c_flops(env, size):
-    """Floating-point operations of A2C per environment step: act, and forward and backward for the loss (T + 1 of T steps)."""
+    """Floating-point operations of A2C per environment step: acting, and the loss forward and
+    backward (T + 1 of T steps)."""
     height, width, planes = env.obs_shape
     conv = 2 * height * width * 4 * planes * size.conv_filters
-    rest = 2 * size.hidden_size * (height * width * (size.conv_filters or planes) + env.num_actions + 1)
+    rest = (
+        2
+        * size.hidden_size
+        * (height * width * (size.conv_filters or planes) + env.num_actions + 1)
+    )
     return (conv + rest) * (1 + 21 / 20) + 21 / 20 * (conv + 2 * rest)
 
 
@@ -119,7 +139,9 @@ def measure_a2c(name):
     env, args = gridworld.make(name), tasks.agent_args(name)
     agent, optimizer = a2c.make_agent(env, args), optimizers.make_optimizer("adam", 1e-3)
     state = jax.jit(lambda key: agent.init(key, optimizer))(jax.random.key(0))
-    rate = agent.num_steps / seconds(lambda key, state: agent.learn(key, state, optimizer)[0], jax.random.key(1), state)
+    rate = agent.num_steps / seconds(
+        lambda key, state: agent.learn(key, state, optimizer)[0], jax.random.key(1), state
+    )
     return {"steps_per_s": rate, "gflops": rate * a2c_flops(env, args) / 1e9}
 
 
@@ -130,9 +152,15 @@ def measure_meta(name, units, way, devices=1, inner_updates=4, repeats=3):
 
     import pipeline_train
     import runs
+    import tasks
 
-    flags = {"env_name": (name,), "num_units": units, "inner_updates": inner_updates, "num_devices": devices}
-    args = pipeline_train.fill_in(pipeline_train.Args(pipeline=False, num_iterations=1, **flags))
+    flags = {
+        "env_name": (name,),
+        "num_units": units,
+        "inner_updates": inner_updates,
+        "num_devices": devices,
+    }
+    args = tasks.fill_in(pipeline_train.Args(pipeline=False, num_iterations=1, **flags))
     mesh = runs.choose_devices(args.num_units, args.num_devices)
     (task,), learned, _ = pipeline_train.set_up(args)
     key = jax.random.key(0)
@@ -146,8 +174,14 @@ def measure_meta(name, units, way, devices=1, inner_updates=4, repeats=3):
         state = jax.jit(jax.vmap(lambda key: task.agent.init(key, optimizer)))(keys)
 
         def step(key, units):
-            flags = {"agent": task.agent, "learning_rate": task.learning_rate, "inner_updates": inner_updates}
-            gradient, units = baseline_meta_gradient.meta_gradient(theta, keys, units, checkpoint="checkpoint" in way, **flags)
+            flags = {
+                "agent": task.agent,
+                "learning_rate": task.learning_rate,
+                "inner_updates": inner_updates,
+            }
+            gradient, units = baseline_meta_gradient.meta_gradient(
+                theta, keys, units, checkpoint="checkpoint" in way, **flags
+            )
             return units, gradient
 
         step = jax.jit(step, donate_argnums=1)
@@ -158,7 +192,13 @@ def measure_meta(name, units, way, devices=1, inner_updates=4, repeats=3):
         began = time.perf_counter()
         state, out = jax.block_until_ready(step(key, state))
         times.append(time.perf_counter() - began)
-    num_params = sum(x.size for x in jax.tree.leaves(state.units[0].agent.params if way == "ours" else state.params)) // units
+    num_params = (
+        sum(
+            x.size
+            for x in jax.tree.leaves(state.units[0].agent.params if way == "ours" else state.params)
+        )
+        // units
+    )
     return {"seconds": min(times[1:]), "compile_s": compiled, "params": num_params}
 
 
@@ -170,22 +210,39 @@ def measure_optimizer(name, num_params):
     import optimizers
 
     half = num_params // 2
-    params = {"a": jnp.ones((half // 8, 8)), "b": jnp.ones(num_params - half // 8 * 8 - 1), "c": jnp.float32(1.0)}
+    params = {
+        "a": jnp.ones((half // 8, 8)),
+        "b": jnp.ones(num_params - half // 8 * 8 - 1),
+        "c": jnp.float32(1.0),
+    }
     grads = jax.tree.map(lambda x: 0.01 * x, params)
     optimizer = optimizers.make_optimizer(name, 1e-3)
     state = jax.jit(optimizer.init)(params)
-    return {"seconds": seconds(lambda state, grads: optimizer.update(grads, state), state, grads, donate=(0,), repeats=3)}
+    return {
+        "seconds": seconds(
+            lambda state, grads: optimizer.update(grads, state),
+            state,
+            grads,
+            donate=(0,),
+            repeats=3,
+        )
+    }
 
 
-# PPO's settings here, ours and Brax's: the double pendulum's are the paper's but for fewer minibatches.
+# The settings of both PPOs. Those of the double pendulum are the paper's, with fewer minibatches.
 PPO = {
-    "inverted_double_pendulum": {"num_envs": 2048, "batch_size": 1024, "num_minibatches": 8, "num_epochs": 4},
+    "inverted_double_pendulum": {
+        "num_envs": 2048,
+        "batch_size": 1024,
+        "num_minibatches": 8,
+        "num_epochs": 4,
+    },
     "ant": {"num_envs": 256, "batch_size": 256, "num_minibatches": 8, "num_epochs": 4},
 }
 
 
 def measure_ppo(name):
-    """The whole of an update: acting and learning."""
+    """A whole update: acting and learning."""
     import jax
     import optax
 
@@ -199,11 +256,14 @@ def measure_ppo(name):
     def learn(key, state):
         return agent.learn(key, state, optimizer)[0]
 
-    return {"steps_per_s": agent.num_steps / seconds(learn, jax.random.key(1), state, donate=(1,), repeats=6)}
+    return {
+        "steps_per_s": agent.num_steps
+        / seconds(learn, jax.random.key(1), state, donate=(1,), repeats=6)
+    }
 
 
 def measure_brax_stepping(name):
-    """Brax's environments alone, with the wrappers that its PPO uses, under random actions."""
+    """Brax's environments alone, with the wrappers of its PPO, under random actions."""
     import brax.envs
     import jax
 
@@ -230,23 +290,37 @@ def measure_brax_ppo(name):
     setting, rates = PPO[name], []
     update = setting["batch_size"] * setting["num_minibatches"] * 5
     flags = {key: setting[key] for key in ("num_envs", "batch_size", "num_minibatches")}
-    flags |= {"num_updates_per_batch": setting["num_epochs"], "num_eval_envs": 2, "num_evals": 5, "num_timesteps": 4 * update}
-    flags |= {"unroll_length": 5, "episode_length": 1000, "normalize_observations": True, "learning_rate": 3e-4}
+    flags |= {
+        "num_updates_per_batch": setting["num_epochs"],
+        "num_eval_envs": 2,
+        "num_evals": 5,
+        "num_timesteps": 4 * update,
+    }
+    flags |= {
+        "unroll_length": 5,
+        "episode_length": 1000,
+        "normalize_observations": True,
+        "learning_rate": 3e-4,
+    }
     env = brax.envs.get_environment(name, backend="spring")
-    train.train(env, progress_fn=lambda _, metrics: rates.append(metrics.get("training/sps", 0)), **flags)
+    train.train(
+        env, progress_fn=lambda _, metrics: rates.append(metrics.get("training/sps", 0)), **flags
+    )
     return {"steps_per_s": float(max(rates))}
 
 
 def work(task: dict) -> None:
     result = globals()[f"measure_{task['measure']}"](**task["flags"])
-    print(json.dumps(result | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
+    print(
+        json.dumps(result | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6})
+    )
 
 
 # --- In the parent ---
 
 
 def measure(kind: str, cores: int = 1, **flags) -> dict:
-    """Run a worker on `cores` cores. -> its figures, or {} if it died, as one that needs more memory than there is does."""
+    """Run a worker on `cores` cores. -> its numbers, or {} if it died, e.g. for lack of memory."""
     task = json.dumps({"measure": kind, "flags": flags})
     pinned = sorted(os.sched_getaffinity(0))[:cores]
     done = subprocess.run(
@@ -267,13 +341,26 @@ def table_of_everything(quick: bool) -> tuple[list[tuple], dict]:
     rows.append(("matrix product, one core", f"{machine['gflops']:.0f} GFLOP/s", ""))
     rows.append(("copy, one core", f"{machine['copy_gbs']:.1f} GB/s read and written", ""))
     for name in ("big_dense_long",) if quick else ("big_dense_long", "small_dense_long"):
-        forms = ["scatter uint8"] if quick else ["scatter uint8", "compare uint8", "scatter float32"]
+        forms = (
+            ["scatter uint8"] if quick else ["scatter uint8", "compare uint8", "scatter float32"]
+        )
         rates = {form: measure("env", name=name, form=form)["steps_per_s"] for form in forms}
         others = ", ".join(f"{form} {rate:,.0f}" for form, rate in list(rates.items())[1:])
-        rows.append((f"stepping {name}, 512 envs, one core", f"{rates['scatter uint8']:,.0f} steps/s", others))
+        rows.append(
+            (
+                f"stepping {name}, 512 envs, one core",
+                f"{rates['scatter uint8']:,.0f} steps/s",
+                others,
+            )
+        )
         result = raw[f"a2c {name}"] = measure("a2c", name=name)
-        share = f"{result['gflops']:.0f} GFLOP/s useful, {100 * result['gflops'] / machine['gflops']:.0f} % of the matrix rate"
-        rows.append((f"A2C {name}, 512 envs, one core", f"{result['steps_per_s']:,.0f} steps/s", share))
+        share = (
+            f"{result['gflops']:.0f} GFLOP/s useful, "
+            f"{100 * result['gflops'] / machine['gflops']:.0f} % of the matrix rate"
+        )
+        rows.append(
+            (f"A2C {name}, 512 envs, one core", f"{result['steps_per_s']:,.0f} steps/s", share)
+        )
         raw[f"env {name}"] = rates
     rows += meta_rows(quick, raw)
     for num_params in (40_000,) if quick else (40_000, 1_000_000, 20_000_000):
@@ -283,32 +370,51 @@ def table_of_everything(quick: bool) -> tuple[list[tuple], dict]:
 
 def meta_rows(quick: bool, raw: dict) -> list[tuple]:
     name, rows = "big_dense_long", []
-    # The usual way does not fit in 24 GiB with 64 units; there it stands in its better form.
+    # With 64 units the usual way does not fit in 24 GiB; there its checkpointed form is measured.
     for units, way in ((16, "usual"),) if quick else ((32, "usual"), (64, "usual, checkpoint")):
         for cores in (2,) if quick else (1, 2):
             ours = measure("meta", cores=cores, name=name, units=units, way="ours", devices=cores)
             raw[f"meta {units} ours {cores}"] = ours
-            text = f"{ours['seconds']:.2f} s, {ours['peak_gb']:.2f} GB, compiled in {ours['compile_s']:.1f} s"
-            theirs = raw[f"meta {units} {way} {cores}"] = measure("meta", cores=cores, name=name, units=units, way=way)
+            text = (
+                f"{ours['seconds']:.2f} s, {ours['peak_gb']:.2f} GB, "
+                f"compiled in {ours['compile_s']:.1f} s"
+            )
+            theirs = raw[f"meta {units} {way} {cores}"] = measure(
+                "meta", cores=cores, name=name, units=units, way=way
+            )
             beside = f"{way}: more memory than there is"
             if theirs:
                 ratio = theirs["seconds"] / ours["seconds"]
-                beside = f"{way}: {theirs['seconds']:.2f} s, {theirs['peak_gb']:.2f} GB, **{ratio:.1f} times**"
+                beside = (
+                    f"{way}: {theirs['seconds']:.2f} s, {theirs['peak_gb']:.2f} GB, "
+                    f"**{ratio:.1f} times**"
+                )
             rows.append((f"meta-iteration {name}, {units} units, {cores} core(s)", text, beside))
-    few, many = (measure("meta", name=name, units=units, way="ours", repeats=1) for units in (8, 40))
+    few, many = (
+        measure("meta", name=name, units=units, way="ours", repeats=1) for units in (8, 40)
+    )
     per = (many["peak_gb"] - few["peak_gb"]) * 1e9 / 32 / few["params"]
-    rows.append(("memory per unit and agent parameter", f"{per:.0f} bytes", "the LSTM states alone: 128"))
+    rows.append(
+        ("memory per unit and agent parameter", f"{per:.0f} bytes", "the LSTM states alone: 128")
+    )
     return rows
 
 
 def optimizer_row(num_params: int, machine: dict, raw: dict) -> tuple:
-    """Optim4RL's update beside Adam's, and against the least that moving its bytes and doing its operations could take."""
-    ours, adam = (measure("optimizer", name=name, num_params=num_params)["seconds"] for name in ("untrained", "adam"))
+    """Optim4RL's update compared with Adam's, and with the minimum time for its memory traffic and
+    its operations."""
+    ours, adam = (
+        measure("optimizer", name=name, num_params=num_params)["seconds"]
+        for name in ("untrained", "adam")
+    )
     raw[f"optimizer {num_params}"] = {"optim4rl": ours, "adam": adam}
     ns = [1e9 * s / num_params for s in (ours, adam)]
     bytes_moved, flops = 2 * 128 + 2 * 4, 2 * (2 * 32 * 10 + 2 * 8)
     least = f"{bytes_moved} B at the copy rate {bytes_moved / machine['copy_gbs']:.0f} ns"
-    least += f", {flops} operations of its products at the matrix rate {flops / machine['gflops']:.0f} ns, and 80 tanh"
+    least += (
+        f", {flops} operations of its products at the matrix rate "
+        f"{flops / machine['gflops']:.0f} ns, and 80 tanh"
+    )
     return (
         f"Optim4RL update, {num_params:,} parameters, one core",
         f"{ns[0]:.1f} ns a parameter",
@@ -321,14 +427,27 @@ def ppo_rows() -> list[tuple]:
     for name in PPO:
         for cores in (1, 2):
             kinds = ("ppo", "brax_stepping", "brax_ppo")
-            ours, stepping, theirs = (measure(kind, cores=cores, name=name).get("steps_per_s", float("nan")) for kind in kinds)
-            beside = f"Brax's PPO {theirs:,.0f}, **{ours / theirs:.1f} times**; Brax's stepping alone {stepping:,.0f}"
-            rows.append((f"PPO {name}, {PPO[name]['num_envs']} envs, {cores} core(s)", f"{ours:,.0f} steps/s", beside))
+            ours, stepping, theirs = (
+                measure(kind, cores=cores, name=name).get("steps_per_s", float("nan"))
+                for kind in kinds
+            )
+            beside = (
+                f"Brax's PPO {theirs:,.0f}, **{ours / theirs:.1f} times**; "
+                f"Brax's stepping alone {stepping:,.0f}"
+            )
+            rows.append(
+                (
+                    f"PPO {name}, {PPO[name]['num_envs']} envs, {cores} core(s)",
+                    f"{ours:,.0f} steps/s",
+                    beside,
+                )
+            )
     return rows
 
 
 def growth() -> None:
-    """Time and memory of a meta-iteration against units, for several inner updates; small_dense_long, all cores."""
+    """Time and memory of a meta-iteration against units, for several inner updates, on
+    small_dense_long with all cores."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -338,17 +457,30 @@ def growth() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.5), layout="constrained")
     raw = {}
     for inner_updates, marker in ((4, "o"), (16, "s"), (64, "^")):
-        flags = {"name": "small_dense_long", "way": "ours", "devices": cores, "inner_updates": inner_updates, "repeats": 1}
+        flags = {
+            "name": "small_dense_long",
+            "way": "ours",
+            "devices": cores,
+            "inner_updates": inner_updates,
+            "repeats": 1,
+        }
         results = [measure("meta", cores=cores, units=n, **flags) for n in units]
         raw[inner_updates] = dict(zip(units, results, strict=True))
         for axis, figures in zip(axes, ("seconds", "peak_gb"), strict=True):
-            axis.plot(units, [result[figures] for result in results], marker=marker, label=f"K = {inner_updates}")
+            axis.plot(
+                units,
+                [result[figures] for result in results],
+                marker=marker,
+                label=f"K = {inner_updates}",
+            )
     axes[0].set(xlabel="units", ylabel="seconds per meta-iteration", xscale="log", yscale="log")
     axes[1].set(xlabel="units", ylabel="peak memory of the process (GB)", ylim=(0, None))
     for axis in axes:
         axis.grid(alpha=0.3, which="both")
         axis.legend(title="inner updates", fontsize="small")
-    figure.suptitle("small_dense_long, 2 cores" if cores == 2 else f"small_dense_long, {cores} cores")
+    figure.suptitle(
+        "small_dense_long, 2 cores" if cores == 2 else f"small_dense_long, {cores} cores"
+    )
     figure.savefig(HERE / "growth.png", dpi=120)
     (HERE / "growth.json").write_text(json.dumps(raw, indent=1) + "\n")
 
@@ -369,7 +501,10 @@ def main() -> None:
     else:
         rows, raw = table_of_everything(args.quick)
         print_table(rows)
-        raw["python"], raw["cpu"] = platform.python_version(), platform.processor() or platform.machine()
+        raw["python"], raw["cpu"] = (
+            platform.python_version(),
+            platform.processor() or platform.machine(),
+        )
         (HERE / "bench.json").write_text(json.dumps(raw, indent=1) + "\n")
 
 

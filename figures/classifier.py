@@ -1,7 +1,9 @@
-"""Supervised learning, to compare with: a small convolutional classifier of digits, with any optimizer.
+"""Supervised learning, for comparison: a small convolutional classifier of digits, with any
+optimizer.
 
-Its network is the big gridworlds' (a convolution of 16 2x2 filters, 32 hidden units), its data MNIST from the usual IDX files,
-or the 8x8 digits that scikit-learn brings. Used by gradient_distributions.py.
+The network is that of the big gridworlds (a convolution of 16 2x2 filters, 32 hidden units). The
+data is MNIST from the usual IDX files, or the 8x8 digits of scikit-learn. gradient_distributions.py
+uses it.
 
 Legend: B images of a minibatch.
 """
@@ -21,7 +23,10 @@ import optax
 from a2c import conv2x2
 from runs import write_whole
 
-MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
+MIRRORS = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
 FILES = {  # name: MD5 of the .gz
     "train-images-idx3-ubyte": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
     "train-labels-idx1-ubyte": "d53e105ee54ea40749a09fcbcd1e9432",
@@ -33,7 +38,8 @@ NUM_CLASSES = 10
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """An array of bytes from an IDX file, gzipped or not. Raises ValueError, in one line, for anything else."""
+    """The array of bytes in an IDX file, gzipped or not. Raises a one-line ValueError for anything
+    else."""
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         zeros, kind, dimensions = struct.unpack(">HBB", data[:4])
@@ -46,7 +52,8 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def download(name: str, folder: Path) -> Path:
-    """Fetch a file of MNIST's from the first mirror that has it whole. Raises ValueError, in one line, if none has."""
+    """Fetch a file of MNIST from the first mirror that has it intact. Raises a one-line ValueError
+    if none has."""
     folder.mkdir(parents=True, exist_ok=True)
     reasons = []
     for mirror in MIRRORS:
@@ -61,24 +68,30 @@ def download(name: str, folder: Path) -> Path:
             return folder / f"{name}.gz"
         reasons.append(f"{mirror}: another checksum")
     raise ValueError(
-        f"{name} is not in {folder} and cannot be downloaded ({'; '.join(reasons)}); put it there, or --task digits"
+        f"{name} is not in {folder} and cannot be downloaded ({'; '.join(reasons)}); "
+        "put it there, or use --task digits"
     )
 
 
 def load_mnist(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """-> images [N, 28, 28, 1] from 0 to 1, labels [N], from the files in `folder`, downloaded if not there."""
+    """-> images [N, 28, 28, 1] from 0 to 1, labels [N]. Files that are not in `folder` are
+    downloaded."""
     arrays = []
     for name in FILES:
         found = [path for path in (folder / name, folder / f"{name}.gz") if path.exists()]
         arrays.append(read_idx(found[0] if found else download(name, folder)))
     images, labels = arrays
     if images.ndim != 3 or labels.shape != images.shape[:1]:
-        raise ValueError(f"{folder}: images of shape {images.shape} and labels of shape {labels.shape} do not go together")
+        raise ValueError(
+            f"{folder}: images of shape {images.shape} and labels of shape {labels.shape} "
+            "do not go together"
+        )
     return images[..., None] / np.float32(255), labels.astype(np.int32)
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """-> images [1797, 8, 8, 1] from 0 to 1, labels [1797], of scikit-learn's. Raises ValueError if it is not installed."""
+    """-> images [1797, 8, 8, 1] from 0 to 1, labels [1797], from scikit-learn. Raises ValueError if
+    it is not installed."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -93,10 +106,17 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 def init_network(key: jax.Array, image_shape: tuple, filters: int = 16, hidden: int = 32) -> dict:
     """LeCun normal weights and zero biases."""
     height, width, planes = image_shape
-    sizes = {"conv": (4 * planes, filters), "dense": (height * width * filters, hidden), "output": (hidden, NUM_CLASSES)}
+    sizes = {
+        "conv": (4 * planes, filters),
+        "dense": (height * width * filters, hidden),
+        "output": (hidden, NUM_CLASSES),
+    }
     lecun = jax.nn.initializers.lecun_normal()
     keys = jax.random.split(key, len(sizes))
-    return {name: {"w": lecun(k, size), "b": jnp.zeros(size[1])} for k, (name, size) in zip(keys, sizes.items(), strict=True)}
+    return {
+        name: {"w": lecun(k, size), "b": jnp.zeros(size[1])}
+        for k, (name, size) in zip(keys, sizes.items(), strict=True)
+    }
 
 
 def logits(params: dict, images: jax.Array) -> jax.Array:
@@ -123,7 +143,10 @@ def train(
     num_epochs: int,
     on_update: Callable,
 ):
-    """Minibatches in a new order each epoch. on_update(number, loss) after each, ends training by True. -> params, opt_state"""
+    """Train on minibatches, in a new order each epoch. -> params, opt_state
+
+    on_update(number, loss) is called after each update; training ends if it returns True.
+    """
     key_params, key_order = jax.random.split(key)
     params = init_network(key_params, images.shape[1:])
     opt_state = optimizer.init(params)
@@ -134,7 +157,9 @@ def train(
     def update(params, opt_state, batch, fraction):
         loss, grads = jax.value_and_grad(mean_loss)(params, images[batch], labels[batch])
         extra_args = {"value": loss, "fraction": fraction}
-        updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, opt_state, params, **extra_args)
+        updates, opt_state = optax.with_extra_args_support(optimizer).update(
+            grads, opt_state, params, **extra_args
+        )
         return optax.apply_updates(params, updates), opt_state, loss
 
     number = 0

@@ -1,14 +1,16 @@
-"""How large are gradients, and the updates made of them, at the beginning, in the middle and at the end of training?
+r"""Distributions of gradients and updates at the beginning, in the middle and at the end of
+training:
 
-    python figures/gradient_distributions.py --task a2c --env-name big_dense_long --optimizer rmsprop --learning-rate 3e-3
+    python figures/gradient_distributions.py --task a2c --env-name big_dense_long \
+        --optimizer rmsprop --learning-rate 3e-3
     python figures/gradient_distributions.py --task mnist
     python figures/gradient_distributions.py --task digits
 
-Histograms of log10(|g| + 1e-8) over all coordinates (Figures 1 and 5 of Lan et al. 2024), in all and layer by layer, of the
-first, the middle and the last tenth of the updates. They are counted inside the jitted update, in the optimizer's state:
-no gradient is kept.
+Draws histograms of log10(|g| + 1e-8) over all coordinates and for each layer (Figures 1 and 5 of
+Lan et al. 2024), for the first, the middle and the last tenth of the updates. The optimizer's state
+counts them inside the jitted update: no gradient is kept.
 
-Legend: L layers, and all of them together as the last; P parameters of a layer.
+Legend: L layers, in L + 1 the last is all of them; P parameters of a layer.
 """
 
 import dataclasses
@@ -39,18 +41,21 @@ import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend tha
 
 STAGES = ("beginning", "middle", "end")
 KINDS = ("gradient", "update")
-SMALLEST, LARGEST, PER_DECADE = -8, 4, 10  # the bins, in log10; what is outside is in the first or the last
+# The bins, in log10; values outside are in the first or the last.
+SMALLEST, LARGEST, PER_DECADE = -8, 4, 10
 NUM_BINS = (LARGEST - SMALLEST) * PER_DECADE
 
 
 @dataclass(frozen=True)
 class Args:
     task: Literal["a2c", "mnist", "digits"] = "a2c"
-    """reinforcement learning on a gridworld, or supervised learning on MNIST or scikit-learn's 8x8 digits"""
+    """reinforcement learning on a gridworld, or supervised learning on MNIST or scikit-learn's 8x8
+    digits"""
     env_name: str = "big_dense_long"
     """a2c: one of the eight gridworlds, or catch"""
     optimizer: str = "rmsprop"
-    """as in a2c.py: adam, rmsprop, sgd, sign_sgd, untrained, pretrained/NAME, or the path of a .npz"""
+    """as in a2c.py: adam, rmsprop, sgd, sign_sgd, untrained, pretrained/NAME, or the path of a
+    .npz"""
     learning_rate: float | None = None
     """learning rate (paper: a2c 3e-3, mnist 3e-4)"""
     total_steps: float | None = None
@@ -58,13 +63,13 @@ class Args:
     num_epochs: int = 10
     """mnist, digits: passes over the images"""
     batch_size: int = 128
-    """mnist, digits: images of a minibatch"""
+    """mnist, digits: images per minibatch"""
     data_dir: str = "~/.cache/mnist"
-    """mnist: where the IDX files are, or are downloaded to"""
+    """mnist: folder of the IDX files, which are downloaded there if missing"""
     seed: int = 0
     """the same seed gives the same counts"""
     runs_dir: str = "runs"
-    """the run's folder is made in here"""
+    """the run's folder is created in this folder"""
 
 
 # --- Counting ---
@@ -84,13 +89,18 @@ def histogram(x: jax.Array) -> jax.Array:
 
 
 def histograms(tree: dict) -> jax.Array:
-    """Of each layer, and of all. tree: {layer: ...} -> [L + 1, bins]"""
-    layers = jnp.stack([sum(histogram(leaf.ravel()) for leaf in jax.tree.leaves(layer)) for layer in tree.values()])
+    """Histograms of each layer and of all. tree: {layer: ...} -> [L + 1, bins]"""
+    layers = jnp.stack(
+        [sum(histogram(leaf.ravel()) for leaf in jax.tree.leaves(layer)) for layer in tree.values()]
+    )
     return jnp.concatenate([layers, jnp.sum(layers, axis=0, keepdims=True)])
 
 
-def counting(optimizer: optax.GradientTransformation, total: int) -> optax.GradientTransformationExtraArgs:
-    """The same optimizer; its state counts what it is given and what it makes. total: updates in all."""
+def counting(
+    optimizer: optax.GradientTransformation, total: int
+) -> optax.GradientTransformationExtraArgs:
+    """The same optimizer, with counts of gradients and updates in its state. total: number of
+    updates"""
     optimizer = optax.with_extra_args_support(optimizer)
     tenth = max(1, total // 10)
     starts = jnp.array([0, (total - tenth) // 2, total - tenth])
@@ -103,7 +113,9 @@ def counting(optimizer: optax.GradientTransformation, total: int) -> optax.Gradi
         updates, inner = optimizer.update(grads, state.state, params, **extra_args)
         now = (starts <= state.number) & (state.number < starts + tenth)
         seen = jnp.stack([histograms(grads), histograms(updates)])
-        return updates, Counted(inner, state.number + 1, state.counts + now[:, None, None, None] * seen)
+        return updates, Counted(
+            inner, state.number + 1, state.counts + now[:, None, None, None] * seen
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -111,7 +123,9 @@ def counting(optimizer: optax.GradientTransformation, total: int) -> optax.Gradi
 # --- The tasks ---
 
 
-def count_a2c(args: Args, optimizer: optax.GradientTransformation, on_update: Callable) -> tuple[list[str], np.ndarray]:
+def count_a2c(
+    args: Args, optimizer: optax.GradientTransformation, on_update: Callable
+) -> tuple[list[str], np.ndarray]:
     """-> names of the layers, counts [stages, kinds, L + 1, bins]"""
     agent_args = a2c_args(args)
     last = []
@@ -120,15 +134,24 @@ def count_a2c(args: Args, optimizer: optax.GradientTransformation, on_update: Ca
         last[:] = [state.agents.opt_state.counts, list(state.agents.params)]
         return on_update(number, metrics["return"].mean())
 
-    a2c.train(agent_args, gridworld.make(args.env_name), counting(optimizer, a2c.num_updates(agent_args)), keep)
+    a2c.train(
+        agent_args,
+        gridworld.make(args.env_name),
+        counting(optimizer, a2c.num_updates(agent_args)),
+        keep,
+    )
     return last[1], np.asarray(last[0][0])
 
 
-def count_classifier(args: Args, data: tuple, optimizer: optax.GradientTransformation, on_update: Callable):
+def count_classifier(
+    args: Args, data: tuple, optimizer: optax.GradientTransformation, on_update: Callable
+):
     """-> names of the layers, counts [stages, kinds, L + 1, bins]"""
     total = classifier.num_updates(len(data[0]), args.batch_size, args.num_epochs)
     shared = (args.batch_size, args.num_epochs, on_update)
-    params, opt_state = classifier.train(jax.random.key(args.seed), *data, counting(optimizer, total), *shared)
+    params, opt_state = classifier.train(
+        jax.random.key(args.seed), *data, counting(optimizer, total), *shared
+    )
     return list(params), np.asarray(opt_state.counts)
 
 
@@ -136,7 +159,7 @@ def a2c_args(args: Args) -> a2c.Args:
     return tasks.agent_args(args.env_name, total_steps=args.total_steps, seed=args.seed)
 
 
-# --- What comes out ---
+# --- Output ---
 
 
 def bin_edges() -> np.ndarray:
@@ -144,7 +167,7 @@ def bin_edges() -> np.ndarray:
 
 
 def csv_rows(layers: list[str], counts: np.ndarray) -> list[tuple]:
-    """stage, kind, layer, lower edge of the bin, count; bins with nothing in them are left out."""
+    """stage, kind, layer, lower edge of the bin, count; empty bins are left out"""
     names = [*layers, "all"]
     edges = bin_edges()
     return [
@@ -154,13 +177,15 @@ def csv_rows(layers: list[str], counts: np.ndarray) -> list[tuple]:
 
 
 def draw(path: Path, layers: list[str], counts: np.ndarray, title: str) -> None:
-    """Densities: rows gradients and updates, columns all coordinates and each layer; a line for each stage. The zeros, in the
-    first bin, are given in the titles instead."""
+    """Draw densities: rows are gradients and updates, columns all coordinates and each layer, lines
+    stages. The titles give the share of zeros, the first bin, which is not drawn."""
     names = [*layers, "all"]
     order = [len(layers), *range(len(layers))]
     middles = bin_edges()[:-1] + 0.5 / PER_DECADE
     size = (2.4 * len(order), 4.2)
-    figure, grid = plt.subplots(len(KINDS), len(order), figsize=size, layout="constrained", sharex="row", squeeze=False)
+    figure, grid = plt.subplots(
+        len(KINDS), len(order), figsize=size, layout="constrained", sharex="row", squeeze=False
+    )
     for k, kind in enumerate(KINDS):
         for axes, i in zip(grid[k], order, strict=True):
             for stage, style, shade, count in zip(
@@ -170,9 +195,13 @@ def draw(path: Path, layers: list[str], counts: np.ndarray, title: str) -> None:
                 axes.plot(middles[1:], density[1:], style, color=shade, linewidth=1.4, label=stage)
             seen = middles[counts[:, k].sum(axis=(0, 1)) > 0]
             zeros = ", ".join(
-                f"{100 * share:.0f} %" for share in counts[:, k, i, 0] / np.maximum(1, counts[:, k, i].sum(axis=1))
+                f"{100 * share:.0f} %"
+                for share in counts[:, k, i, 0] / np.maximum(1, counts[:, k, i].sum(axis=1))
             )
-            axes.set(xlim=(seen.min() - 0.3, seen.max() + 0.3), title=f"{kind}s, {names[i]}\n(zero: {zeros})")
+            axes.set(
+                xlim=(seen.min() - 0.3, seen.max() + 0.3),
+                title=f"{kind}s, {names[i]}\n(zero: {zeros})",
+            )
             axes.title.set_size("medium")
             axes.grid(alpha=0.3)
         grid[k, 0].set_ylabel("density")
@@ -188,17 +217,28 @@ def draw(path: Path, layers: list[str], counts: np.ndarray, title: str) -> None:
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
-        args = dataclasses.replace(args, learning_rate=args.learning_rate or (3e-3 if args.task == "a2c" else 3e-4))
+        args = dataclasses.replace(
+            args, learning_rate=args.learning_rate or (3e-3 if args.task == "a2c" else 3e-4)
+        )
         runs.check_positive(args, "learning_rate", "total_steps", "num_epochs", "batch_size")
         optimizer = optimizers.make_optimizer(args.optimizer, args.learning_rate)
         if args.task == "a2c":
             gridworld.make(args.env_name)
             total, name, data = a2c.num_updates(a2c_args(args)), args.env_name, None
         else:
-            data = classifier.load_mnist(Path(args.data_dir).expanduser()) if args.task == "mnist" else classifier.load_digits()
-            total, name = classifier.num_updates(len(data[0]), args.batch_size, args.num_epochs), args.task
+            data = (
+                classifier.load_mnist(Path(args.data_dir).expanduser())
+                if args.task == "mnist"
+                else classifier.load_digits()
+            )
+            total, name = (
+                classifier.num_updates(len(data[0]), args.batch_size, args.num_epochs),
+                args.task,
+            )
         if not total:
-            raise ValueError("there is not one update: more --total-steps, or a smaller --batch-size")
+            raise ValueError(
+                "there is not one update: more --total-steps, or a smaller --batch-size"
+            )
         folder = runs.make_folder(args.runs_dir, name, "gradient_distributions", args.seed, args)
 
     with runs.interruptible() as interrupted:
@@ -211,11 +251,20 @@ def main() -> None:
                 return interrupted()
 
             count = (
-                count_a2c(args, optimizer, on_update) if data is None else count_classifier(args, data, optimizer, on_update)
+                count_a2c(args, optimizer, on_update)
+                if data is None
+                else count_classifier(args, data, optimizer, on_update)
             )
-        title = f"{name}, {args.optimizer} {args.learning_rate:g}: first, middle and last tenth of {total} updates"
+        title = (
+            f"{name}, {args.optimizer} {args.learning_rate:g}: "
+            f"first, middle and last tenth of {total} updates"
+        )
         draw(folder / "distributions.png", *count, title)
-        report.write_csv(folder / "distributions.csv", ("stage", "of", "layer", "log10_from", "count"), csv_rows(*count))
+        report.write_csv(
+            folder / "distributions.csv",
+            ("stage", "of", "layer", "log10_from", "count"),
+            csv_rows(*count),
+        )
     print(f"written: {folder}/distributions.png, distributions.csv (counts by bin), config.json")
     sys.exit(interrupted())
 

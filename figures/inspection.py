@@ -1,10 +1,10 @@
-"""What has an optimizer learned, if more than a learning rate?
+"""Inspection: has an optimizer learned more than a learning rate?
 
     python figures/inspection.py pretrained/momentum4rl
 
-draws it beside Adam, RMSProp and sign descent: the size of its updates, in learning rates, against the gradient's magnitude and
-over time, for gradients that are always the same, that alternate in sign, and that are a tenth signal and the rest noise.
-Each magnitude is a coordinate of one vector of parameters.
+Draws the size of its updates, in learning rates, with those of Adam, RMSProp and sign descent:
+against the gradient's magnitude, and over time. The gradients are constant, alternating in sign, or
+a tenth signal and the rest noise. Each magnitude is a coordinate of one vector of parameters.
 """
 
 import sys
@@ -41,7 +41,7 @@ class Args:
     optimizer: tyro.conf.Positional[str]
     """pretrained/NAME or the path of a .npz"""
     runs_dir: str = "runs"
-    """the run's folder is made in here"""
+    """the run's folder is created in this folder"""
 
 
 def sequences() -> dict[str, np.ndarray]:
@@ -49,29 +49,41 @@ def sequences() -> dict[str, np.ndarray]:
     signs = np.where(np.arange(NUM_STEPS) % 2, -1.0, 1.0)[:, None]
     noise = np.random.default_rng(0).normal(size=(NUM_STEPS, 1))
     steady = np.ones((NUM_STEPS, 1))
-    wholes = {"always the same": steady, "alternating": signs, "a tenth signal, the rest noise": 0.1 * steady + 0.9 * noise}
+    wholes = {
+        "always the same": steady,
+        "alternating": signs,
+        "a tenth signal, the rest noise": 0.1 * steady + 0.9 * noise,
+    }
     return {name: (whole * MAGNITUDES).astype(np.float32) for name, whole in wholes.items()}
 
 
 def steps_made(name: str, grads: np.ndarray) -> np.ndarray:
-    """How far the optimizer moves down the gradient's usual sign, in learning rates. grads: [steps, magnitudes] -> alike"""
+    """The optimizer's movement against the gradient's usual sign, in learning rates. grads:
+    [steps, magnitudes] -> the same shape"""
     optimizer = optax.with_extra_args_support(optimizers.make_optimizer(name, STEP_SIZE))
     params = jnp.zeros(grads.shape[1])
 
     def step(state, g):
-        updates, state = optimizer.update(g, state, params, value=jnp.float32(0), fraction=jnp.float32(0))
+        updates, state = optimizer.update(
+            g, state, params, value=jnp.float32(0), fraction=jnp.float32(0)
+        )
         return state, -updates / STEP_SIZE
 
-    return np.asarray(jax.jit(lambda state: jax.lax.scan(step, state, grads)[1])(optimizer.init(params)))
+    return np.asarray(
+        jax.jit(lambda state: jax.lax.scan(step, state, grads)[1])(optimizer.init(params))
+    )
 
 
 def inspect(path: str, out: Path) -> list[tuple]:
-    """Draw <out>/inspection.png. -> rows (optimizer, gradients, magnitude, step, step made) of what is drawn"""
+    """Draw <out>/inspection.png. -> rows (optimizer, gradients, magnitude, at, update) of the
+    figure"""
     untrained = f"untrained:{path}"
     looks = {path: ("C0", "-"), untrained: ("C1", "-")} | LOOKS
     labels = {path: "trained", untrained: "untrained"} | {name: name for name in CLASSICAL}
     made = sequences()
-    figure, grid = plt.subplots(2, len(made), figsize=(9.6, 5.4), layout="constrained", sharey="row")
+    figure, grid = plt.subplots(
+        2, len(made), figsize=(9.6, 5.4), layout="constrained", sharey="row"
+    )
     rows = []
     for column, (title, grads) in enumerate(made.items()):
         for name, (color, style) in looks.items():
@@ -81,7 +93,8 @@ def inspect(path: str, out: Path) -> list[tuple]:
             over_time = np.convolve(np.abs(steps[:, SHOWN]), np.full(WINDOW, 1 / WINDOW), "valid")
             grid[1, column].plot(np.arange(WINDOW, NUM_STEPS + 1), over_time, style, color=color)
             rows += [
-                (labels[name], title, f"{m:.3g}", "mean of last 50", f"{x:.4g}") for m, x in zip(MAGNITUDES, size, strict=True)
+                (labels[name], title, f"{m:.3g}", "mean of last 50", f"{x:.4g}")
+                for m, x in zip(MAGNITUDES, size, strict=True)
             ]
         grid[0, column].set(xscale="log", yscale="log", title=title, xlabel="gradient's magnitude")
         grid[1, column].set(xlabel=f"updates (at magnitude 1e-3, mean of {WINDOW})", yscale="log")
@@ -89,8 +102,12 @@ def inspect(path: str, out: Path) -> list[tuple]:
             axes.grid(alpha=0.3)
     grid[0, 0].set_ylabel("size of an update / learning rate")
     grid[1, 0].set_ylabel("size of an update / learning rate")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(looks))
-    runs.write_whole(out / "inspection.png", lambda file: figure.savefig(file, format="png", dpi=120))
+    figure.legend(
+        *grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(looks)
+    )
+    runs.write_whole(
+        out / "inspection.png", lambda file: figure.savefig(file, format="png", dpi=120)
+    )
     plt.close(figure)
     return rows
 

@@ -1,10 +1,12 @@
-"""Pipeline training, seen (Figure 2a of Lan et al. 2024): how old every unit is at every meta-iteration, and how large its
-agent's gradients are, with the pipeline and without.
+r"""Figure of pipeline training (Figure 2a of Lan et al. 2024): the age of every unit and the size
+of its agent's gradients at every meta-iteration, with and without the pipeline:
 
-    python figures/pipeline_figure.py --env-name small_dense_long --num-units 32 --num-iterations 150 --reset-interval 48
+    python figures/pipeline_figure.py --env-name small_dense_long --num-units 32 \
+        --num-iterations 150 --reset-interval 48
 
-Flags are those of pipeline_train.py, and so are the two runs. Without the pipeline all units are of one age, and what
-the optimizer is trained on drifts as they learn; with it every age is there at once, from the first lifetime on.
+Flags and runs are those of pipeline_train.py. Without the pipeline all units have the same age, and
+the optimizer's training data drifts as they learn. With it all ages are present at once, from the
+end of the first lifetime.
 
 Legend: N units, T iterations.
 """
@@ -24,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pipeline_train  # noqa: E402, once the project is on the path
 import report  # noqa: E402
 import runs  # noqa: E402
+import tasks  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
@@ -32,17 +35,20 @@ TITLES = {True: "with the pipeline", False: "without"}
 
 
 class Seen(NamedTuple):
-    """What there was to see of a run."""
+    """The ages and gradient sizes of a run."""
 
-    ages: list  # T of [N], meta-iterations since the unit started
-    sizes: list  # T of [N], log10 of the mean |g| of its agent
+    ages: list  # T of [N], meta-iterations since the reset of the unit
+    sizes: list  # T of [N], log10 of the mean |g| of the agent
 
 
 def gradient_sizes(key: jax.Array, agents, agent) -> jax.Array:
-    """log10(mean |g| + 1e-8) of the loss of each agent on a fresh rollout. agents: states [N, ...] -> [N]"""
+    """log10(mean |g| + 1e-8) of each agent's loss on a fresh rollout. agents: states [N, ...]
+    -> [N]"""
 
     def size(key, state):
-        grads = jax.grad(lambda params: agent.loss(key, state._replace(params=params))[0])(state.params)
+        grads = jax.grad(lambda params: agent.loss(key, state._replace(params=params))[0])(
+            state.params
+        )
         leaves = jax.tree.leaves(grads)
         mean = sum(jnp.sum(jnp.abs(leaf)) for leaf in leaves) / sum(leaf.size for leaf in leaves)
         return jnp.log10(mean + 1e-8)
@@ -51,10 +57,14 @@ def gradient_sizes(key: jax.Array, agents, agent) -> jax.Array:
 
 
 def watch(args: pipeline_train.Args, mesh, interrupted) -> Seen:
-    """Meta-train, and look at the units after every iteration."""
-    tasks, learned, _ = pipeline_train.set_up(args)
+    """Meta-train, and record the units after every iteration."""
+    all_tasks, learned, _ = pipeline_train.set_up(args)
     seen, key = Seen([], []), jax.random.key(args.seed)
-    measure = jax.jit(lambda number, agents: gradient_sizes(jax.random.fold_in(key, number), agents, tasks[0].agent))
+    measure = jax.jit(
+        lambda number, agents: gradient_sizes(
+            jax.random.fold_in(key, number), agents, all_tasks[0].agent
+        )
+    )
     with runs.progress(args.num_iterations, TITLES[args.pipeline]) as bar:
 
         def on_iteration(iteration, state, row):
@@ -63,27 +73,49 @@ def watch(args: pipeline_train.Args, mesh, interrupted) -> Seen:
             bar.update()
             return interrupted()
 
-        pipeline_train.meta_train(args, tasks, learned, mesh, on_iteration)
+        pipeline_train.meta_train(args, all_tasks, learned, mesh, on_iteration)
     return seen
 
 
 def draw(path: Path, all_seen: dict, title: str) -> None:
-    """A row for each run: units against iterations, coloured by age; the gradients' sizes over the units beside it."""
-    figure, grid = plt.subplots(len(all_seen), 2, figsize=(8.4, 2.5 * len(all_seen) + 0.4), layout="constrained", squeeze=False)
+    """Draw a row for each run: left units against iterations, coloured by age; right the gradient
+    sizes of the units."""
+    figure, grid = plt.subplots(
+        len(all_seen),
+        2,
+        figsize=(8.4, 2.5 * len(all_seen) + 0.4),
+        layout="constrained",
+        squeeze=False,
+    )
     sizes = {pipeline: np.array(seen.sizes) for pipeline, seen in all_seen.items()}  # [T, N]
     oldest = max(np.max(seen.ages) for seen in all_seen.values())
-    limits = (min(np.min(x) for x in sizes.values()) - 0.1, max(np.max(x) for x in sizes.values()) + 0.1)
+    limits = (
+        min(np.min(x) for x in sizes.values()) - 0.1,
+        max(np.max(x) for x in sizes.values()) + 0.1,
+    )
     for (left, right), (pipeline, seen) in zip(grid, all_seen.items(), strict=True):
         ages = np.array(seen.ages).T
-        image = left.imshow(ages, aspect="auto", cmap="viridis", vmin=0, vmax=oldest, interpolation="nearest")
-        left.set(title=f"{TITLES[pipeline]}: age of each unit", xlabel="meta-iteration", ylabel="unit")
+        image = left.imshow(
+            ages, aspect="auto", cmap="viridis", vmin=0, vmax=oldest, interpolation="nearest"
+        )
+        left.set(
+            title=f"{TITLES[pipeline]}: age of each unit", xlabel="meta-iteration", ylabel="unit"
+        )
         figure.colorbar(image, ax=left, label="iterations since its start")
         numbers = np.arange(len(sizes[pipeline]))
         for inner, shade in ((90, "0.85"), (50, "0.6")):
             edges = np.percentile(sizes[pipeline], (50 - inner / 2, 50 + inner / 2), axis=1)
-            right.fill_between(numbers, *edges, color=shade, linewidth=0, label=f"{inner} % of the units")
-        right.plot(numbers, np.median(sizes[pipeline], axis=1), color="0.0", linewidth=1, label="median")
-        right.set(title=f"{TITLES[pipeline]}: size of gradients", xlabel="meta-iteration", ylabel="log10 of mean |g|")
+            right.fill_between(
+                numbers, *edges, color=shade, linewidth=0, label=f"{inner} % of the units"
+            )
+        right.plot(
+            numbers, np.median(sizes[pipeline], axis=1), color="0.0", linewidth=1, label="median"
+        )
+        right.set(
+            title=f"{TITLES[pipeline]}: size of gradients",
+            xlabel="meta-iteration",
+            ylabel="log10 of mean |g|",
+        )
         right.set(xlim=(0, len(numbers) - 1), ylim=limits)
         right.grid(alpha=0.3)
     figure.suptitle(title, fontsize="medium")
@@ -107,17 +139,27 @@ def main() -> None:
     args = runs.parse(pipeline_train.Args, __doc__)
     with runs.bad_input():
         if args.resume or args.num_processes > 1 or len(args.env_name) > 1:
-            raise ValueError("this figure takes one environment and one process, and cannot be resumed: no --resume")
-        args = pipeline_train.fill_in(args)
+            raise ValueError(
+                "this figure takes one environment and one process, and cannot be resumed: "
+                "no --resume"
+            )
+        args = tasks.fill_in(args)
         mesh = runs.choose_devices(args.num_units, args.num_devices)
         pipeline_train.set_up(args)
-        folder = runs.make_folder(args.runs_dir, args.env_name[0], "pipeline_figure", args.seed, args)
+        folder = runs.make_folder(
+            args.runs_dir, args.env_name[0], "pipeline_figure", args.seed, args
+        )
     all_seen = {}
     with runs.interruptible() as interrupted:
         for pipeline in (True, False):
             if not interrupted():
-                all_seen[pipeline] = watch(dataclasses.replace(args, pipeline=pipeline), mesh, interrupted)
-        title = f"{args.env_name[0]}: {args.num_units} units, a lifetime is {args.reset_interval} meta-iterations"
+                all_seen[pipeline] = watch(
+                    dataclasses.replace(args, pipeline=pipeline), mesh, interrupted
+                )
+        title = (
+            f"{args.env_name[0]}: {args.num_units} units, "
+            f"a lifetime is {args.reset_interval} meta-iterations"
+        )
         draw(folder / "pipeline.png", all_seen, title)
         columns = ("pipeline", "iteration", "unit", "age", "log10_mean_gradient")
         report.write_csv(folder / "pipeline.csv", columns, csv_rows(all_seen))

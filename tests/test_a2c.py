@@ -1,5 +1,7 @@
 """A2C against naive loops, a case worked out by hand, and probe environments."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 import a2c
 import gridworld
 import optimizers
+import tasks
 from a2c import Args, Batch, td_lambda_errors
 
 
@@ -62,6 +65,18 @@ def test_conv2x2_is_a_same_convolution():
     x, w = jax.random.normal(key_x, (3, 6, 5, 4)), jax.random.normal(key_w, (2, 2, 4, 7))
     expected = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     np.testing.assert_allclose(a2c.conv2x2({"w": w.reshape(16, 7), "b": jnp.zeros(7)}, x), expected, atol=1e-5)
+
+
+def test_initial_weights_have_the_scale_of_their_fan_in_and_biases_are_zero():
+    """Within four standard errors of a standard deviation, sd / sqrt(2 n)."""
+    for filters, fan_ins in ((32, {"conv": 4 * 8, "dense": 5 * 4 * 32}), (0, {"dense": 5 * 4 * 8})):
+        params = a2c.init_network(jax.random.key(0), (5, 4, 8), 16, filters, 1024)
+        fan_ins |= {"actor": 1024, "critic": 1024}
+        assert params.keys() == fan_ins.keys()
+        for name, fan_in in fan_ins.items():
+            w, b = np.asarray(params[name]["w"]), params[name]["b"]
+            assert len(w) == fan_in and b.shape == w.shape[1:] and not b.any()
+            np.testing.assert_allclose(w.std(), fan_in**-0.5, rtol=4 / (2 * w.size) ** 0.5)
 
 
 def counting_env(length=3):
@@ -129,10 +144,10 @@ def test_optimizers_get_the_loss_and_the_fraction_of_training_done():
     np.testing.assert_allclose([value for _, value in sorted(recorded)], history["loss"][0], rtol=1e-6)
 
 
-def run(**changes):
-    args = Args(**{"env_name": "catch", "learning_rate": 1e-3, "num_envs": 64, "total_steps": 5e4, **changes})
-    optimizer = optimizers.make_optimizer(args.optimizer, args.learning_rate)
-    return a2c.train(args, gridworld.make(args.env_name), optimizer, lambda *_: None)
+def run(env_name="catch", optimizer="adam", learning_rate=1e-3, total_steps=5e4, **given):
+    args = tasks.agent_args(env_name, total_steps=total_steps, **given)
+    optimizer = optimizers.make_optimizer(optimizer, learning_rate)
+    return a2c.train(args, gridworld.make(env_name), optimizer, lambda *_: None)
 
 
 def test_same_seed_same_result_and_seeds_do_not_depend_on_each_other():
@@ -148,6 +163,22 @@ def test_one_trace_for_all_updates(monkeypatch):
     chex.clear_trace_counter()
     monkeypatch.setattr(a2c, "a2c_loss", chex.assert_max_traces(a2c.a2c_loss, n=1))
     run(total_steps=1e4)
+
+
+def test_on_an_accelerator_training_is_that_of_the_cpu(monkeypatch):
+    """The branches for an accelerator, run here: all seeds and all environments at once."""
+    args = Args(env_name="catch", num_envs=32, num_seeds=2, rollout_steps=10, total_steps=2 * 320)
+
+    def train():
+        agents = []
+        keep = lambda number, metrics, state: agents.append(state.agents)  # noqa: E731
+        history = a2c.train(args, gridworld.make("catch"), optax.sgd(0.1), keep)
+        return history, agents[-1]._replace(opt_state=())
+
+    here = train()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    close = partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+    jax.tree.map(close, train(), here)
 
 
 def test_learns_catch():

@@ -98,7 +98,7 @@ BAD = [
     ("a2c", "--resume nosuch", "not a run's folder"),
     ("a2c", "--resume a_file", "not a run's folder"),
     ("a2c", "--resume a_folder", "not a run's folder"),
-    ("a2c", "--env-name ant", "catch"),
+    ("a2c", "--env-name ant", "ppo.py learns there"),
     ("a2c", "--optimizer untrained:nosuch", "nosuch"),
     ("a2c", "--optimizer pretrained/nosuch", "nosuch"),
     ("a2c", "--optimizer ", "optimizer"),

@@ -12,7 +12,8 @@ import pytest
 from a2c import Agent
 from meta_gradient import Unit, nres, pes
 from optim4rl import LearnedOptimizer
-from pipeline_train import Args, Schedule, Task, fill_in, new_unit, schedule, train_group
+from pipeline_train import Args, Schedule, Task, new_unit, schedule, train_group
+from tasks import fill_in
 
 # An agent is a point x that moves by theta at every update and is paid minus half its squared distance from `goal`; after T
 # updates from 0 it is at T theta, so the mean pay of a life of T updates is -1/2 mean_t (t theta - goal)^2. `chance` is added

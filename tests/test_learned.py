@@ -1,5 +1,5 @@
-"""One table of tests for every learned optimizer, and each against its equations. (Tests of one of optim4rl, momentum4rl and
-velo are in files of their own.)"""
+"""One table of tests for every learned optimizer; LinearOptim and L2LGD2 against their equations,
+and the shipped weights. (optim4rl, momentum4rl, star and velo have files of their own.)"""
 
 import functools
 from pathlib import Path
@@ -245,54 +245,3 @@ def test_shipped_momentum4rl_is_ahead_of_tuned_adam_where_it_was_trained():
         return np.array([returns[54:74].mean(), returns[-20:].mean()])  # at a quarter of the 292 updates, and at the end
 
     assert (scores("pretrained/momentum4rl", 6e-2) > 1.05 * scores("adam", 3e-2)).all()
-
-
-# --- STAR ---
-
-
-@pytest.mark.parametrize("shape", [(4, 3), (3, 4), (5,), (2, 6, 3), (3, 3), ()])
-def test_adafactor_is_optaxs(shape):
-    """optax's decay at its step t is 1 - t^-0.8; ours is given the same."""
-    reference = optax.scale_by_factored_rms(min_dim_size_to_factor=1, decay_rate=0.8, epsilon=1e-30)
-    param = jnp.zeros(shape)
-    state, moments = reference.init(param), star.init_moments(param)
-    for t in range(1, 6):
-        g = jax.random.normal(jax.random.key(t), shape) + 0.1
-        decays = {name: jnp.full(len(initial), 1 - t**-0.8) for name, initial in star.DECAYS.items()}
-        expected, state = reference.update(g, state, param)
-        moments = star.update_moments(moments, g, decays)
-        np.testing.assert_allclose(g * star.adafactor_scales(moments, shape)[1], expected, rtol=1e-4)
-
-
-def test_star_is_the_nominal_term_where_the_network_is_silent_and_more_where_not():
-    learned, theta = make("star")
-    last = {"w": jnp.zeros((2, 4)), "b": jnp.zeros(2)}
-    p, grads = {"w": jnp.ones((2, 3))}, [np.random.default_rng(t).normal(size=(2, 3)) for t in range(4)]
-    decays, m, v = np.array([0.9, 0.99, 0.999])[:, None, None], 0.0, 0.0
-    for bias, expected in (([0.0, 5.0], 0.0), ([2.0, 300.0], -0.1 * 2.0 * np.exp(0.3))):
-        silent = theta | {"network": theta["network"] | {"2": last | {"b": jnp.array(bias)}}}
-        optimizer = to_optax(learned, silent, 0.1)
-        state, m, v = optimizer.init(p), 0.0, 0.0
-        for g in grads:
-            updates, state = optimizer.update({"w": jnp.asarray(g, jnp.float32)}, state, p)
-            m, v = decays * m + (1 - decays) * g, 0.999 * v + 0.001 * g * g
-            nominal = -1e-3 * np.mean(m / np.sqrt(v + 1e-6), axis=0)
-            np.testing.assert_allclose(updates["w"], nominal + expected, rtol=1e-4, atol=1e-7)
-
-
-def test_stars_decays_move_with_theta():
-    _, theta = make("star")
-    np.testing.assert_allclose(star.decays_of(theta)["momentum"], [0.9, 0.99, 0.999], rtol=1e-6)
-    moved = star.decays_of(theta | {"decays": theta["decays"] | {"momentum": jnp.full(3, np.log(2) / 10)}})
-    np.testing.assert_allclose(moved["momentum"], [0.8, 0.98, 0.998], rtol=1e-5)
-
-
-def test_stars_features_do_not_depend_on_the_gradients_scale():
-    learned, theta = make("star")
-    theta = theta | {"network": jax.tree.map(lambda x: x, theta["network"])}
-    g, p = jax.random.normal(jax.random.key(1), (8, 4)), jnp.zeros((8, 4))
-    moments = star.update_moments(star.init_moments(p), g, {n: jnp.array(d) for n, d in star.DECAYS.items()})
-    found = star.features(p, g, moments)
-    for name in ("g", "m", "adafactor g"):
-        mean_square = np.mean(np.square(star.normalise(100 * found[name])), axis=(1, 2))
-        np.testing.assert_allclose(mean_square, 1.0, rtol=1e-2)

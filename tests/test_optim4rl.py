@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import optim4rl
 import optimizers
+from meta_gradient import streamed_replay_gradient
 from optim4rl import BLOCK, load_theta, make_optim4rl, save_theta, to_optax
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,10 @@ def make_theta(cell="lstm", inputs="raw", layers=(), hidden=3, seed=0):
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     leaves = [leaf + 0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(treedef, leaves)
+
+
+def pick(tree, i):
+    return jax.tree.map(lambda x: x[i], tree)
 
 
 # --- The equations, a scalar at a time ---
@@ -176,7 +181,6 @@ def test_vmap_is_a_loop(theta_batched):
         first, state = optimizer.update(grads[0], state)
         return first, optimizer.update(grads[1], state)
 
-    pick = lambda tree, i: jax.tree.map(lambda x: x[i], tree)  # noqa: E731
     theta_axis, theta = (0, thetas) if theta_batched else (None, pick(thetas, 0))
     got = jax.jit(jax.vmap(two_steps, (theta_axis, 1)))(theta, grads)
     for i in range(3):
@@ -239,6 +243,75 @@ def test_no_second_trace():
     for _ in range(3):
         _, state = update(jnp.ones(3), state)
     assert len(count) == 1
+
+
+# --- The branches for an accelerator, run on the CPU ---
+
+
+def on_both(monkeypatch, compute):
+    """What `compute`, which traces anew, gives here and where jax says that it runs on a GPU."""
+    here = compute()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    return here, compute()
+
+
+def assert_close(one, other):
+    """To 1e-6 of the largest number in each array."""
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * np.abs(b).max())
+
+
+def two_steps(theta, grads):
+    """Two updates by an optimizer made afresh, and the state after them. grads: [2, ...]"""
+    optimizer = to_optax(make_optim4rl(hidden_size=3), theta, 0.1)
+    first, state = optimizer.update(pick(grads, 0), optimizer.init(pick(grads, 0)))
+    return first, *optimizer.update(pick(grads, 1), state)
+
+
+def two_steps_of_one(theta, grads):
+    return two_steps(theta, pick(grads, 0))
+
+
+def derivative(theta, grads):
+    def size(theta):
+        return optax.tree.norm(two_steps_of_one(theta, grads)[:2], squared=True)
+
+    return jax.grad(size)(theta)
+
+
+VMAP = jax.vmap(two_steps, (None, 0))
+UPDATES = {"one": two_steps_of_one, "vmap": VMAP, "derivative": derivative}
+
+
+@pytest.mark.parametrize("how", UPDATES)
+def test_an_accelerators_update_is_the_cpus_with_all_blocks_at_once(how, monkeypatch):
+    theta, draw, key = make_theta(), jax.random.normal, jax.random.key
+    grads = {"w": draw(key(1), (3, 2, BLOCK, 2)), "b": draw(key(2), (3, 2, 5))}
+
+    def compute():
+        traced = jax.jit(lambda *args: UPDATES[how](*args)).trace(theta, grads)
+        return traced.lower().compile()(theta, grads), "scan" in str(traced.jaxpr)
+
+    (here, loops_here), (there, loops_there) = on_both(monkeypatch, compute)
+    assert_close(there, here)
+    assert loops_here and not loops_there
+
+
+@pytest.mark.parametrize("num_updates", [3, 5])  # few and many are replayed differently
+def test_an_accelerators_streamed_replay_is_the_cpus(num_updates, monkeypatch):
+    draw, key = jax.random.normal, jax.random.key
+    with jax.enable_x64(True):  # the sum over blocks is rounded less
+        learned, theta = make_optim4rl(hidden_size=3), optax.tree.cast(make_theta(), float)
+        grads = {"w": draw(key(1), (2, num_updates, BLOCK)), "b": draw(key(2), (2, num_updates, 5))}
+        cotangent = {"w": draw(key(3), (2, BLOCK)), "b": draw(key(4), (2, 5))}
+        state = jax.tree.map(lambda x: x + 0.05, jax.vmap(learned.init_state)(cotangent))
+
+        def compute():
+            replay = jax.jit(lambda *args: streamed_replay_gradient(learned.rule, *args))
+            return replay(theta, state, grads, cotangent, jnp.array([0.1, 0.3]))
+
+        here, there = on_both(monkeypatch, compute)
+    assert_close(there, here)
 
 
 # --- Files ---
@@ -317,24 +390,42 @@ def test_unfit_files_are_refused_in_one_line(saved, how, monkeypatch):
     assert not Path("executed").exists()
 
 
-def test_a_failed_save_leaves_the_old_file(saved):
-    path, theta, config = saved
-    with pytest.raises(TypeError):
-        save_theta(path, theta, "optim4rl", config, {"unwritable": object()})
-    load_theta(path)
+@pytest.mark.parametrize("fails", ["header", "rename"])
+def test_a_failed_save_leaves_the_old_file(saved, fails, monkeypatch):
+    path, _, config = saved
+    old = path.read_bytes()
+    if fails == "rename":
+        monkeypatch.setattr(os, "replace", lambda *_: os.stat("no such file"))
+    trained = {"unwritable": object()} if fails == "header" else {}
+    with pytest.raises(TypeError if fails == "header" else FileNotFoundError):
+        save_theta(path, make_theta(seed=9), "optim4rl", config, trained)
+    assert path.read_bytes() == old
     assert os.listdir(path.parent) == ["theta.npz"]
 
 
 # --- By name, and alone ---
 
 
-@pytest.mark.parametrize("name", ["adam", "rmsprop", "sgd", "sign_sgd"])
-def test_classical_optimizers_are_those_of_optax(name):
-    grads = {"w": jnp.array([0.5, -2.0, 0.0])}
-    ours, theirs = optimizers.make_optimizer(name, 0.1), getattr(optax, name)(0.1)
-    np.testing.assert_array_equal(
-        ours.update(grads, ours.init(grads))[0]["w"], theirs.update(grads, theirs.init(grads))[0]["w"]
-    )
+CLASSICAL = {
+    "adam": optax.adam(0.1, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0),
+    "adam_linear": optax.adam(0.1, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0),
+    "rmsprop": optax.rmsprop(0.1, 0.9, 1e-8, 0.0, eps_in_sqrt=True, centered=False, momentum=None),
+    "sgd": optax.sgd(0.1, momentum=None),
+    "sign_sgd": optax.sign_sgd(0.1),
+}
+
+
+@pytest.mark.parametrize("name", CLASSICAL)
+def test_classical_optimizers_are_those_of_optax_with_these_arguments(name):
+    ours, theirs = optimizers.make_optimizer(name, 0.1), CLASSICAL[name]
+    ours, params = optax.with_extra_args_support(ours), jnp.ones(4)
+    state, expected_state = ours.init(params), theirs.init(params)
+    for t in range(4):
+        g = jax.random.normal(jax.random.key(t), (4,)) * jnp.array([1.0, 100.0, 1e-7, 0.0])
+        updates, state = ours.update(g, state, params, fraction=t / 4)
+        expected, expected_state = theirs.update(g, expected_state, params)
+        left = 1 - t / 4 if name == "adam_linear" else 1
+        np.testing.assert_allclose(updates, left * expected, rtol=1e-6)
 
 
 def test_unknown_optimizer():
@@ -400,7 +491,7 @@ assert history["reward"].shape == (1, 3) and history["reward"][0, -1] > 0.55
 """,
     ),
     "ppo": (
-        ["ppo"],
+        ["ppo", "networks"],
         """
 import jax, jax.numpy as jnp, optax, ppo
 

@@ -24,8 +24,6 @@ from pipeline_train import (
     Args,
     Schedule,
     Task,
-    all_unit_args,
-    fill_in,
     jit_meta_step,
     keep_if_finite,
     new_unit,
@@ -35,6 +33,7 @@ from pipeline_train import (
     set_up,
     train_group,
 )
+from tasks import fill_in
 
 KINDS = [(cell, inputs) for cell in ("lstm", "gru") for inputs in ("raw", "log")]
 
@@ -454,7 +453,7 @@ def test_the_papers_settings_are_the_defaults():
         assert (agent.rollout_steps, agent.discount, agent.td_lambda) == (20, 0.995, 0.95)
         assert (agent.critic_weight, agent.entropy_weight) == (0.5, 0.01)
     ant = fill_in(Args(env_name=("ant",)))
-    (unit,) = all_unit_args(ant)
+    (unit,) = tasks.all_unit_args(ant)
     assert ant.reset_interval in (32, 64, 128, 256, 512) and 1e-5 <= ant.meta_learning_rate <= 1e-3
     assert ant.num_units * unit.num_envs == 2048 and unit.num_minibatches * unit.batch_size == 4 * unit.num_envs
     assert (unit.rollout_steps, unit.num_epochs, unit.value_layers) == (5, 4, (64,) * 5)

@@ -322,7 +322,11 @@ def test_bootstrap_interval_is_near_the_normal_one():
     half_width = 1.645 * samples.std(axis=0) / 20
     np.testing.assert_allclose(low, samples.mean(axis=0) - half_width, atol=0.02)
     np.testing.assert_allclose(high, samples.mean(axis=0) + half_width, atol=0.02)
-    assert report.bootstrap_interval(samples[:1])[0] is not None
+
+
+def test_bootstrap_interval_of_one_seed_is_the_seed_itself():
+    curve = np.array([[1.0, -2.0, 3.5]])
+    np.testing.assert_array_equal(report.bootstrap_interval(curve), [[1.0, -2.0, 3.5]] * 2)
 
 
 def test_steps_to_reach():

@@ -1,8 +1,8 @@
-"""VeLO's published weights (Metz et al. 2022), once downloaded, as a file that every script here takes:
+"""Convert VeLO's published weights (Metz et al. 2022) to a theta file for all scripts:
 
     python tools/convert_velo.py PATH_OF_PUBLISHED_WEIGHTS velo.npz
 
-The weights are in no package registry.
+Download the weights first; they are in no package registry.
 """
 
 import sys
@@ -23,9 +23,10 @@ PUBLISHED = {"lstm_size": 512, "num_bases": 256, "step_size": 1e-3}
 
 
 def load_published(path: str) -> dict:
-    """theta of make_velo(**PUBLISHED) from the published file (flax's msgpack of Haiku's parameters).
+    """The theta of make_velo(**PUBLISHED) from the published file (Haiku's parameters in flax's
+    msgpack).
 
-    Raises ValueError, in one line, for anything else.
+    Raises a one-line ValueError for anything else.
     """
     import flax.serialization
 
@@ -38,13 +39,16 @@ def load_published(path: str) -> dict:
         raise ValueError(f"{path}: no such file") from None
     except Exception as error:  # whatever a foreign file makes the parser raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not VeLO's published weights ({type(error).__name__}: {reason})") from None
+        raise ValueError(
+            f"{path}: not VeLO's published weights ({type(error).__name__}: {reason})"
+        ) from None
 
 
 def convert(stored: dict) -> dict:
-    """Haiku's parameters as theta. Weights there are [inputs, outputs]; its LSTM adds 1 to the forget gate's input.
+    """Haiku's parameters as theta. Haiku's weights are [inputs, outputs], and its LSTM adds 1 to
+    the input of the forget gate.
 
-    Its first layer ("linear") is computed and then not used, so theta has no place for it.
+    The published network does not use the output of its first layer ("linear"): theta omits it.
     """
     rnn = stored["rnn_params"]
 
@@ -53,8 +57,11 @@ def convert(stored: dict) -> dict:
 
     gates = dense(rnn["rnn/linear"])["0"]
     size = len(gates["b"]) // 4
-    i, u, f, o = (slice(k * size, (k + 1) * size) for k in range(4))  # its order; here it is i, f, u, o
-    w, b = (jnp.concatenate([x[i], x[f], x[u], x[o]]) for x in (gates["w"], gates["b"].at[f].add(1)))
+    # Haiku's order of the gates; here it is i, f, u, o.
+    i, u, f, o = (slice(k * size, (k + 1) * size) for k in range(4))
+    w, b = (
+        jnp.concatenate([x[i], x[f], x[u], x[o]]) for x in (gates["w"], gates["b"].at[f].add(1))
+    )
     bases = stored["ff_mod_stack"]["~"]
     first = jnp.concatenate([jnp.asarray(bases[f"w0__{k}"]) for k in range(len(INPUTS))], axis=1)
     weights = (first, bases["w1"], bases["w2"])
@@ -63,11 +70,15 @@ def convert(stored: dict) -> dict:
         "mix": dense(rnn["linear_1"]),
         "input": dense(rnn["linear_2"]),
         "lstm": {"w_x": w[:, :-size], "w_h": w[:, -size:], "b": b},
-        "start": {name: jnp.asarray(start[long]).reshape(-1) for name, long in (("h", "hidden"), ("c", "cell"))},
+        "start": {
+            name: jnp.asarray(start[long]).reshape(-1)
+            for name, long in (("h", "hidden"), ("c", "cell"))
+        },
         "mixture": dense(rnn["rnn_to_controls"]),
         "multiplier": dense(rnn["step_size"]),
         "bases": {
-            str(k): {"w": jnp.swapaxes(jnp.asarray(w), 1, 2), "b": jnp.asarray(bases[f"b{k}"])} for k, w in enumerate(weights)
+            str(k): {"w": jnp.swapaxes(jnp.asarray(w), 1, 2), "b": jnp.asarray(bases[f"b{k}"])}
+            for k, w in enumerate(weights)
         },
     }
 
@@ -86,7 +97,10 @@ def main() -> None:
         theta = load_published(args.published)
         optimizers.check_theta(args.published, make_velo(**PUBLISHED), theta)
         save_theta(args.out, theta, "velo", PUBLISHED, {"published": args.published})
-    print(f"written: {args.out}; next: python evaluate.py --env-name catch --optimizers {args.out} adam")
+    print(
+        f"written: {args.out}; "
+        f"next: python evaluate.py --env-name catch --optimizers {args.out} adam"
+    )
 
 
 if __name__ == "__main__":
