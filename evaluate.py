@@ -26,10 +26,10 @@ import numpy as np
 
 import a2c
 import optimizers
-import report
 import runs
 import settings
 import tasks
+from figures import report
 from optim4rl import load_theta
 
 SHORTER = "fewer --num-seeds or --total-steps shorten it; Ctrl-C keeps the optimizers that are done"

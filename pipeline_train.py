@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -406,6 +407,20 @@ def meta_train(
     return state
 
 
+def summarise(args: Args, folder: Path, state: MetaState, interrupted: int) -> None:
+    """Print the files written and the next command; exit with code 1 after too many bad updates."""
+    theta_path = folder / "theta.npz"
+    if state.bad_updates == MOST_BAD_UPDATES:
+        message = f"{MOST_BAD_UPDATES} meta-gradients in a row were not finite"
+        runs.fail(f"{message}; the last good theta is in {theta_path}", code=1)
+    print(f"written: {theta_path}, and metrics.csv, config.json and TensorBoard events beside it")
+    if interrupted and args.num_processes == 1:
+        print(f"to go on: python pipeline_train.py --resume {folder}")
+    others = "untrained sign_sgd adam rmsprop"
+    env_name = args.env_name[0]
+    print(f"next: python evaluate.py --env-name {env_name} --optimizers {theta_path} {others}")
+
+
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
@@ -454,20 +469,7 @@ def main() -> None:
 
             state = meta_train(args, all_tasks, learned, mesh, on_iteration, checkpoints)
         save(state)
-    theta_path = folder / "theta.npz"
-    if state.bad_updates == MOST_BAD_UPDATES:
-        runs.fail(
-            f"{MOST_BAD_UPDATES} meta-gradients in a row were not finite; "
-            f"the last good theta is in {theta_path}",
-            code=1,
-        )
-    print(f"written: {theta_path}, and metrics.csv, config.json and TensorBoard events beside it")
-    if interrupted() and checkpoints:
-        print(f"to go on: python pipeline_train.py --resume {folder}")
-    print(
-        f"next: python evaluate.py --env-name {args.env_name[0]} "
-        f"--optimizers {theta_path} untrained sign_sgd adam rmsprop"
-    )
+    summarise(args, folder, state, interrupted())
     sys.exit(interrupted())
 
 

@@ -144,28 +144,31 @@ INPUTS = {
 INPUTS |= {"row": 3, "col": 3, "row rsqrt": 3, "col rsqrt": 3, "adafactor m": 3}
 
 
+def init_theta(key: jax.Array, lstm_size: int, num_bases: int) -> dict:
+    keys = jax.random.split(key, 6)
+    key_mix, key_input, key_lstm, key_mixture, key_multiplier, key_bases = keys
+    sizes = (sum(INPUTS.values()), HIDDEN, HIDDEN, 3)
+    return {
+        "mix": init_dense(key_mix, (TENSOR_FEATURES, lstm_size)),
+        "input": init_dense(key_input, (TENSOR_FEATURES, lstm_size)),
+        "lstm": init_rnn(key_lstm, "lstm", lstm_size, lstm_size),
+        "start": {"h": jnp.zeros(lstm_size), "c": jnp.zeros(lstm_size)},
+        "mixture": init_dense(key_mixture, (lstm_size, num_bases)),
+        "multiplier": init_dense(key_multiplier, (lstm_size, 1)),
+        "bases": jax.vmap(lambda key: init_dense(key, sizes))(
+            jax.random.split(key_bases, num_bases)
+        ),
+    }
+
+
 def make_velo(
     lstm_size: int = 128, num_bases: int = 64, step_size: float | None = None
 ) -> LearnedOptimizer:
     """VeLO; by default a small one, for meta-training. step_size, if given, replaces the learning
     rate."""
 
-    def init_theta(key):
-        key_mix, key_input, key_lstm, key_mixture, key_multiplier, key_bases = jax.random.split(
-            key, 6
-        )
-        sizes = (sum(INPUTS.values()), HIDDEN, HIDDEN, 3)
-        return {
-            "mix": init_dense(key_mix, (TENSOR_FEATURES, lstm_size)),
-            "input": init_dense(key_input, (TENSOR_FEATURES, lstm_size)),
-            "lstm": init_rnn(key_lstm, "lstm", lstm_size, lstm_size),
-            "start": {"h": jnp.zeros(lstm_size), "c": jnp.zeros(lstm_size)},
-            "mixture": init_dense(key_mixture, (lstm_size, num_bases)),
-            "multiplier": init_dense(key_multiplier, (lstm_size, 1)),
-            "bases": jax.vmap(lambda key: init_dense(key, sizes))(
-                jax.random.split(key_bases, num_bases)
-            ),
-        }
+    def new_theta(key):
+        return init_theta(key, lstm_size, num_bases)
 
     def init_state(params):
         num_tensors = len(jax.tree.leaves(params))
@@ -173,12 +176,11 @@ def make_velo(
         loss = LossMeans(jnp.zeros(LOSS_MEANS), jnp.full(LOSS_MEANS, 1e12))
         return State(jax.tree.map(init_moments, params), (h, h), loss, jnp.int32(0))
 
-    def update(theta, grads, state, params, learning_rate, *, value, fraction):
+    def update(theta, grads, state, params, learning_rate, *, value, fraction, **extra_args):
+        del extra_args
         # The loss and the gradients are constants to the meta-gradient.
-        loss, count = (
-            update_loss(state.loss, jax.lax.stop_gradient(value), state.count, fraction),
-            state.count + 1,
-        )
+        loss = update_loss(state.loss, jax.lax.stop_gradient(value), state.count, fraction)
+        count = state.count + 1
         treedef = jax.tree.structure(grads)
         gs = [
             jnp.clip(jax.lax.stop_gradient(g).astype(float), -1000, 1000)
@@ -206,4 +208,4 @@ def make_velo(
         updates = [u.astype(p.dtype) for u, p in zip(updates, jax.tree.leaves(params), strict=True)]
         return treedef.unflatten(updates), State(treedef.unflatten(after), hidden, loss, count)
 
-    return LearnedOptimizer(init_theta, init_state, update, None)
+    return LearnedOptimizer(new_theta, init_state, update, None)

@@ -32,9 +32,9 @@ import a2c  # noqa: E402, once the project is on the path
 import classifier  # noqa: E402
 import gridworld  # noqa: E402
 import optimizers  # noqa: E402
-import report  # noqa: E402
 import runs  # noqa: E402
 import tasks  # noqa: E402
+from figures import report  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen

@@ -24,9 +24,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pipeline_train  # noqa: E402, once the project is on the path
-import report  # noqa: E402
 import runs  # noqa: E402
 import tasks  # noqa: E402
+from figures import report  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen

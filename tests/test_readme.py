@@ -32,7 +32,7 @@ def commands():
 
 def test_the_readme_has_commands_of_every_script():
     scripts = {command[0] for command in commands()}
-    assert {"pipeline_train.py", "a2c.py", "ppo.py", "evaluate.py", "report.py"} <= scripts
+    assert {"pipeline_train.py", "a2c.py", "ppo.py", "evaluate.py", "figures/report.py"} <= scripts
     assert len(commands()) > 15
 
 

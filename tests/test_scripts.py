@@ -16,7 +16,7 @@ import pytest
 
 import evaluate
 import gridworld
-import report
+from figures import report
 from optim4rl import load_theta
 
 ROOT = Path(__file__).parent.parent

@@ -1,7 +1,7 @@
 """Tables and figures of evaluations: scores with intervals, learning curves. evaluate.py makes them
 for its results; to join several evaluations:
 
-    python report.py runs/FOLDER runs/ANOTHER --out results/gridworlds
+    python figures/report.py runs/FOLDER runs/ANOTHER --out results/gridworlds
 
 This writes a table for each environment, a table of scores relative to Adam's, and a figure with a
 panel for each environment. Seeds of the same optimizer at the same learning rate are merged, so ten
@@ -21,8 +21,10 @@ import numpy as np
 import scipy.stats
 import tyro
 
-import runs
-import tasks
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import runs  # noqa: E402, once the project is on the path
+import tasks  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
