@@ -1,8 +1,7 @@
 """Four CPU devices, so that one process can test the spreading of units over 1, 2 and 4 of them.
 
-What runs in this process is compiled without LLVM's optimizations: most of the tests' time is compiling. The scripts that
-tests start are compiled as a user's are.
-"""
+What runs in this process is compiled without LLVM's optimizations: most of the tests' time is
+compiling. The scripts that tests start are compiled as a user's are."""
 
 import os
 

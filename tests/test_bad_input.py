@@ -1,5 +1,5 @@
-"""What a user may get wrong, by hand or in a file: one line that says what and what would be right, exit code 2, and nothing
-written."""
+"""What a user may get wrong, by hand or in a file: one line that says what and what would be right,
+exit code 2, and nothing written."""
 
 import importlib
 import io
@@ -137,7 +137,11 @@ BAD = [
     ("pipeline_train", "--reward-scale-range 1", "reward-scale-range"),
     ("pipeline_train", "--learning-rate-range 1 inf", "--learning-rate-range"),
     ("pipeline_train", "--total-steps inf", "--total-steps"),
-    ("pipeline_train", "--optimizer momentum4rl --inputs log", "--inputs is not a setting of momentum4rl"),
+    (
+        "pipeline_train",
+        "--optimizer momentum4rl --inputs log",
+        "--inputs is not a setting of momentum4rl",
+    ),
     ("pipeline_train", "--theta pretrained/nosuch", "nosuch"),
     ("pipeline_train", "--theta truncated.npz", "truncated.npz"),
     ("pipeline_train", "--theta pretrained/momentum4rl --hidden-size 4", "leave it out"),
@@ -215,8 +219,8 @@ def good(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, good):
-    """A folder with every kind of bad file. What is imported late is imported here, Brax and what it compiles for its first
-    environment: that does not count as time to refuse."""
+    """A folder with every kind of bad file. What is imported late is imported here, Brax and what
+    it compiles for its first environment: that does not count as time to refuse."""
     brax_env.make("inverted_pendulum", "spring")
     folder = tmp_path_factory.mktemp("files")
     with pytest.MonkeyPatch.context() as patch:
@@ -233,16 +237,23 @@ def make_files(good):
     Path("broken.npz").write_bytes(Path("other.npz").read_bytes()[:100])
     Path("truncated.npz").write_bytes(whole[: len(whole) // 2])
     middle = whole.index(arrays["rnn1/w_x"].tobytes()) + 1
-    Path("flipped.npz").write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    Path("flipped.npz").write_bytes(
+        whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    )
     Path("empty.npz").write_bytes(b"")
     Path("text.npz").write_text("a theta, but in words")
-    with zipfile.ZipFile("bomb.npz", "w", zipfile.ZIP_DEFLATED) as bomb, bomb.open("w.npy", "w", force_zip64=True) as member:
+    with (
+        zipfile.ZipFile("bomb.npz", "w", zipfile.ZIP_DEFLATED) as bomb,
+        bomb.open("w.npy", "w", force_zip64=True) as member,
+    ):
         member.write(b"0" * 2**29)
     np.savez("pickled.npz", header=np.array([{"a": print}], dtype=object))
     np.savez("foreign.npz", w=np.zeros(3))
     with_header("newer.npz", header | {"format": 99}, **arrays)
     with_header("shapes.npz", header, **arrays | {"rnn1/w_x": np.zeros((4, 2), np.float32)})
-    with_header("fewer.npz", header, **{name: array for name, array in arrays.items() if "rnn2" not in name})
+    with_header(
+        "fewer.npz", header, **{name: array for name, array in arrays.items() if "rnn2" not in name}
+    )
     with_header("strings.npz", header, **arrays | {"rnn1/w_x": np.full((4, 1), "x")})
     with_header("nan.npz", header, **arrays | {"rnn1/w_x": np.full((4, 1), np.nan, np.float32)})
     with_header("config.npz", header | {"config": {"cell": "nosuch"}}, **arrays)
@@ -276,7 +287,14 @@ def test_bad_input_is_one_line_and_exit_2(script, flags, hint, files, monkeypatc
 @pytest.mark.parametrize("name", FILES)
 def test_a_bad_theta_file_is_one_line_and_exit_2(name, files, monkeypatch, capsys):
     run_in_vain("a2c", ["--optimizer", name], FILES[name], files, monkeypatch, capsys)
-    run_in_vain("evaluate", ["--optimizers", "adam", f"untrained:{name}"], FILES[name], files, monkeypatch, capsys)
+    run_in_vain(
+        "evaluate",
+        ["--optimizers", "adam", f"untrained:{name}"],
+        FILES[name],
+        files,
+        monkeypatch,
+        capsys,
+    )
 
 
 def test_ten_thousand_mutated_files_are_refused_in_one_line_or_hold_what_was_saved(good, tmp_path):
@@ -338,8 +356,14 @@ def test_a_disk_that_is_full_is_one_line_and_no_half_file(tmp_path, limit, code)
     command = [sys.executable, str(ROOT / "pipeline_train.py"), *flags]
     limits = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
     environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limits, env=environment)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limits, env=environment
+    )
     assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     assert "error: " in done.stderr.strip().splitlines()[-1] and "File too large" in done.stderr
     left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
-    assert (not left) if code == 2 else ("theta.npz" not in left and not any("tmp" in name for name in left))
+    assert (
+        (not left)
+        if code == 2
+        else ("theta.npz" not in left and not any("tmp" in name for name in left))
+    )

@@ -1,4 +1,5 @@
-"""A run that is killed and resumed ends where it would have ended; damage and other arguments are seen."""
+"""A run that is killed and resumed ends where it would have ended; damage and other arguments are
+seen."""
 
 import json
 import random
@@ -15,12 +16,17 @@ import pytest
 from runs import rows_before
 
 ROOT = Path(__file__).parent.parent
-RUN = "--env-name catch --num-units 4 --inner-updates 2 --num-iterations 400 --checkpoint-minutes 0.005 --save-theta-every 7"
+RUN = (
+    "--env-name catch --num-units 4 --inner-updates 2 --num-iterations 400"
+    " --checkpoint-minutes 0.005 --save-theta-every 7"
+)
 
 
 def start(cwd, *flags, script="pipeline_train"):
     command = [sys.executable, str(ROOT / f"{script}.py"), *flags]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(cwd, *flags, script="pipeline_train"):
@@ -59,8 +65,11 @@ def assert_same_run(folder, uninterrupted):
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_and_resumed_it_ends_the_same_bit_for_bit(tmp_path, uninterrupted, kills):
-    """Some kills fall before the first checkpoint: then it starts again. The last start is left alone."""
+def test_killed_at_random_moments_and_resumed_it_ends_the_same_bit_for_bit(
+    tmp_path, uninterrupted, kills
+):
+    """Some kills fall before the first checkpoint: then it starts again. The last start is left
+    alone."""
     moments, out = random.Random(kills), ""
     for number in range(kills + 1):
         folders = [path for path in tmp_path.glob("runs/*") if whole_checkpoints(path)]
@@ -77,8 +86,9 @@ def test_killed_at_random_moments_and_resumed_it_ends_the_same_bit_for_bit(tmp_p
 
 AGENTS = {
     "a2c": "--env-name catch --num-envs 4 --num-seeds 2 --total-steps 80000 --optimizer rmsprop",
-    "ppo": "--env-name inverted_pendulum --num-envs 4 --batch-size 4 --num-minibatches 2 --policy-layers 8 --value-layers 8"
-    " --eval-envs 2 --episode-length 20 --num-evals 3 --num-epochs 1 --total-steps 12000 --num-seeds 2",
+    "ppo": "--env-name inverted_pendulum --num-envs 4 --batch-size 4 --num-minibatches 2"
+    " --policy-layers 8 --value-layers 8 --eval-envs 2 --episode-length 20 --num-evals 3"
+    " --num-epochs 1 --total-steps 12000 --num-seeds 2",
 }
 
 
@@ -90,7 +100,10 @@ def test_an_agents_run_goes_on_with_its_optimizers_state_bit_for_bit(tmp_path, s
     whole = only_folder(tmp_path / "runs")
     process = start(tmp_path, *flags, "--runs-dir", "killed", script=script)
     deadline = time.monotonic() + 120
-    while not any(whole_checkpoints(path) for path in tmp_path.glob("killed/*")) and time.monotonic() < deadline:
+    while (
+        not any(whole_checkpoints(path) for path in tmp_path.glob("killed/*"))
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.communicate(timeout=60) and process.returncode == -signal.SIGKILL
@@ -108,12 +121,18 @@ def stopped(tmp_path):
     """A run that Ctrl-C ended after its second checkpoint."""
     process = start(tmp_path, *RUN.split())
     deadline = time.monotonic() + 120
-    while sum(len(whole_checkpoints(path)) for path in tmp_path.glob("runs/*")) < 2 and time.monotonic() < deadline:
+    while (
+        sum(len(whole_checkpoints(path)) for path in tmp_path.glob("runs/*")) < 2
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     folder = only_folder(tmp_path / "runs")
-    assert process.returncode == 130 and f"to go on: python pipeline_train.py --resume runs/{folder.name}" in out
+    assert (
+        process.returncode == 130
+        and f"to go on: python pipeline_train.py --resume runs/{folder.name}" in out
+    )
     assert len(whole_checkpoints(folder)) == 2
     return folder
 
@@ -156,15 +175,26 @@ def test_rows_that_will_be_made_again_are_left_out(tmp_path):
 
 def resident_megabytes(process):
     text = (Path("/proc") / str(process.pid) / "status").read_text()
-    return next(int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("VmRSS"))
+    return next(
+        int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("VmRSS")
+    )
 
 
 @pytest.mark.slow
 def test_two_thousand_iterations_take_no_more_memory_and_no_more_files(tmp_path):
     """After warm-up memory is flat within 2 %, and only the log grows."""
-    flags = "--env-name catch --num-units 8 --inner-updates 2 --num-iterations 2000 --checkpoint-minutes 60"
-    command = [sys.executable, str(ROOT / "pipeline_train.py"), *flags.split(), "--save-theta-every", "50"]
-    with open(tmp_path / "log", "wb") as log:  # a pipe that nobody reads would fill up, and stop the run
+    flags = "--env-name catch --num-units 8 --inner-updates 2 --num-iterations 2000"
+    flags += " --checkpoint-minutes 60"
+    command = [
+        sys.executable,
+        str(ROOT / "pipeline_train.py"),
+        *flags.split(),
+        "--save-theta-every",
+        "50",
+    ]
+    with open(
+        tmp_path / "log", "wb"
+    ) as log:  # a pipe that nobody reads would fill up, and stop the run
         process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
     seen, sizes = [], []
     while process.poll() is None:
@@ -177,5 +207,7 @@ def test_two_thousand_iterations_take_no_more_memory_and_no_more_files(tmp_path)
     assert process.returncode == 0, (tmp_path / "log").read_text()
     assert len(seen) > 10 and max(seen) < 1.02 * min(seen)
     grown = {name for name, size in sizes[-1].items() if size != sizes[0].get(name)}
-    assert all(name in ("metrics.csv", "theta.npz") or name.startswith("events") for name in grown), grown
+    assert all(
+        name in ("metrics.csv", "theta.npz") or name.startswith("events") for name in grown
+    ), grown
     assert abs(sizes[-1]["theta.npz"] - sizes[0]["theta.npz"]) < 20  # a digit more in its header

@@ -1,4 +1,5 @@
-"""Persistent and noise-reuse evolution strategies: on a problem whose gradient is known, and against plain ones."""
+"""Persistent and noise-reuse evolution strategies: on a problem whose gradient is known, and
+against plain ones."""
 
 import functools
 from typing import NamedTuple
@@ -15,9 +16,10 @@ from optim4rl import LearnedOptimizer
 from pipeline_train import Args, Schedule, Task, new_unit, schedule, train_group
 from tasks import fill_in
 
-# An agent is a point x that moves by theta at every update and is paid minus half its squared distance from `goal`; after T
-# updates from 0 it is at T theta, so the mean pay of a life of T updates is -1/2 mean_t (t theta - goal)^2. `chance` is added
-# to its pay, and is another wherever x is.
+# An agent is a point x that moves by theta at every update and is paid minus half its squared
+# distance from `goal`; after T updates from 0 it is at T theta, so the mean pay of a life of T
+# updates is -1/2 mean_t (t theta - goal)^2. `chance` is added to its pay, and is another wherever x
+# is.
 GOAL = jnp.array([1.0, -2.0])
 SIGMA = 0.05
 
@@ -47,7 +49,10 @@ def make_point(chance=0.0):
 MOVE = LearnedOptimizer(
     init_theta=lambda key: {"step": jnp.zeros(2)},
     init_state=lambda params: (),
-    update=lambda theta, grads, state, params, learning_rate, **extra: (learning_rate * theta["step"], state),
+    update=lambda theta, grads, state, params, learning_rate, **extra: (
+        learning_rate * theta["step"],
+        state,
+    ),
     rule=None,
 )
 
@@ -59,16 +64,25 @@ def life_gradient(theta, length):
 
 
 def estimate(estimator, num_pairs, num_windows, inner_updates, chance=0.0):
-    """What pes or nres estimates at one theta, from each pair in each window of a life. -> [pairs, windows, 2], noise, theta"""
+    """What pes or nres estimates at one theta, from each pair in each window of a life. -> [pairs,
+    windows, 2], noise, theta"""
     theta = {"step": jnp.array([0.1, -0.05])}
-    options = {"agent": make_point(chance), "learned": MOVE, "inner_updates": inner_updates, "lifetime": 9, "sigma": SIGMA}
+    options = {
+        "agent": make_point(chance),
+        "learned": MOVE,
+        "inner_updates": inner_updates,
+        "lifetime": 9,
+        "sigma": SIGMA,
+    }
     twice = functools.partial(jnp.repeat, repeats=2, axis=1)  # [pairs, 1, ...] -> [pairs, 2, ...]
     agent = State(jnp.zeros((num_pairs, 2, 2)), (), jnp.ones((num_pairs, 2)))
     noise = jnp.zeros((num_pairs, 2)) if estimator is pes else life_noise(num_pairs)
     units = Unit(agent, jnp.ones((num_pairs, 2)), {"step": twice(noise[:, None])})
 
     def of_pair(keys, units, age):
-        return estimator(theta, Schedule(None, jnp.full(2, age), jnp.array([1.0, -1.0]), keys), units, **options)[:2]
+        return estimator(
+            theta, Schedule(None, jnp.full(2, age), jnp.array([1.0, -1.0]), keys), units, **options
+        )[:2]
 
     of_pairs, found = jax.jit(jax.vmap(of_pair, (0, 0, None))), []
     for window in range(num_windows):
@@ -86,7 +100,9 @@ def life_noise(num_pairs):
 def window_noise(window, num_pairs):
     """What pes draws for its pairs."""
     keys = jax.vmap(jax.random.split)(jax.random.split(jax.random.key(window), num_pairs))[:, 0]
-    return jax.vmap(lambda key: optax.tree.random_like(key, {"step": jnp.zeros(2)}, jax.random.normal)["step"])(keys)
+    return jax.vmap(
+        lambda key: optax.tree.random_like(key, {"step": jnp.zeros(2)}, jax.random.normal)["step"]
+    )(keys)
 
 
 @pytest.mark.parametrize("estimator", [pes, nres])
@@ -122,7 +138,8 @@ def test_the_perturbations_of_pes_add_up_and_those_of_nres_stay():
 
 
 def test_what_chance_does_matters_less_to_nres():
-    """By the number of windows that a life has had, if chance is nearly all: in mean (1 + 2 + .. + 8) / 8 times."""
+    """By the number of windows that a life has had, if chance is nearly all: in mean (1 + 2 + .. +
+    8) / 8 times."""
 
     def spread(estimator, chance):
         return estimate(estimator, 4000, 8, 1, chance)[0].mean(axis=1).var(axis=0)
@@ -133,7 +150,15 @@ def test_what_chance_does_matters_less_to_nres():
 
 
 def test_pairs_share_keys_and_slots():
-    args = fill_in(Args(env_name=("catch",), meta_estimator="pes", num_units=6, reset_interval=5, num_iterations=9))
+    args = fill_in(
+        Args(
+            env_name=("catch",),
+            meta_estimator="pes",
+            num_units=6,
+            reset_interval=5,
+            num_iterations=9,
+        )
+    )
     for t in range(7):
         plan = schedule(jax.random.key(1), jnp.int32(t), args)
         for field in (plan.due, plan.age, jax.random.key_data(plan.key)):
@@ -143,9 +168,18 @@ def test_pairs_share_keys_and_slots():
 
 
 def lives(estimator, num_iterations=7):
-    """The units' noise after each iteration of pipeline training, and what was planned. -> [T, N, 2], Schedule [T, ...]"""
+    """The units' noise after each iteration of pipeline training, and what was planned. -> [T, N,
+    2], Schedule [T, ...]"""
     names = {pes: "pes", nres: "nres"}
-    args = fill_in(Args(env_name=("catch",), meta_estimator=names[estimator], num_units=6, reset_interval=5, num_iterations=9))
+    args = fill_in(
+        Args(
+            env_name=("catch",),
+            meta_estimator=names[estimator],
+            num_units=6,
+            reset_interval=5,
+            num_iterations=9,
+        )
+    )
     theta, task = {"step": jnp.ones(2)}, Task(make_point(), 0.3)
     start = jax.vmap(functools.partial(new_unit, theta=theta, task=task, learned=MOVE, args=args))
 
@@ -155,7 +189,9 @@ def lives(estimator, num_iterations=7):
         return units, (units.noise["step"], plan.due)
 
     units = start(schedule(jax.random.key(0), 0, args).key)
-    return jax.jit(lambda units: jax.lax.scan(iteration, units, jnp.arange(num_iterations)))(units)[1]
+    return jax.jit(lambda units: jax.lax.scan(iteration, units, jnp.arange(num_iterations)))(units)[
+        1
+    ]
 
 
 def test_in_a_life_nres_keeps_its_noise_and_the_next_has_another():

@@ -1,4 +1,5 @@
-"""Counts against numpy's histogram of gradients that are kept; IDX files; the script from the command line to its files."""
+"""Counts against numpy's histogram of gradients that are kept; IDX files; the script from the
+command line to its files."""
 
 import csv
 import gzip
@@ -26,14 +27,17 @@ def numpy_histogram(x):
 
 
 def test_histogram_is_numpys():
-    x = jax.random.normal(jax.random.key(0), (5000,)) * jnp.exp(4 * jax.random.normal(jax.random.key(1), (5000,)))
+    x = jax.random.normal(jax.random.key(0), (5000,)) * jnp.exp(
+        4 * jax.random.normal(jax.random.key(1), (5000,))
+    )
     x = x.at[:7].set(jnp.array([0.0, 1e-12, 1e9, -1e9, jnp.inf, 1.05, -1.05e-3]))
     ours, theirs = np.asarray(histogram(x)), numpy_histogram(x)
     assert ours.sum() == 5000 and np.abs(ours - theirs).sum() <= 4  # float32 at an edge
 
 
 def test_counting_sees_the_first_the_middle_and_the_last_tenth():
-    """40 updates: 4 of each stage, from the 1st, the 19th and the 37th. The updates are the optimizer's own."""
+    """40 updates: 4 of each stage, from the 1st, the 19th and the 37th. The updates are the
+    optimizer's own."""
     params = {"one": {"w": jnp.ones((3, 4)), "b": jnp.zeros(4)}, "two": {"w": jnp.ones(5)}}
     optimizer, counted = optax.adam(0.1), counting(optax.adam(0.1), 40)
     state, counted_state = optimizer.init(params), counted.init(params)
@@ -41,13 +45,20 @@ def test_counting_sees_the_first_the_middle_and_the_last_tenth():
     update = jax.jit(counted.update)
     for number in range(40):
         keys = iter(jax.random.split(jax.random.key(number), 3))
-        grads = jax.tree.map(lambda x, keys=keys: 0.01 * jax.random.normal(next(keys), x.shape), params)
+        grads = jax.tree.map(
+            lambda x, keys=keys: 0.01 * jax.random.normal(next(keys), x.shape), params
+        )
         updates, state = optimizer.update(grads, state)
         ours, counted_state = update(grads, counted_state)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, updates)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, updates
+        )
         stages = [s for s, start in enumerate((0, 18, 36)) if start <= number < start + 4]
         for k, tree in enumerate((grads, ours)):
-            layers = [numpy_histogram(np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree[name])])) for name in tree]
+            layers = [
+                numpy_histogram(np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree[name])]))
+                for name in tree
+            ]
             for s in stages:
                 expected[s, k] += np.array([*layers, sum(layers)])
     counts = np.asarray(counted_state.counts)
@@ -78,7 +89,9 @@ def test_idx_files_are_read_whole(mnist):
     np.testing.assert_array_equal(read_labels, labels)
 
 
-@pytest.mark.parametrize("data", [b"", b"\0\0\10\3\0\0", b"\0\0\15\1\0\0\0\1a", b"\0\0\10\1\0\0\0\7abc", b"<html>"])
+@pytest.mark.parametrize(
+    "data", [b"", b"\0\0\10\3\0\0", b"\0\0\15\1\0\0\0\1a", b"\0\0\10\1\0\0\0\7abc", b"<html>"]
+)
 def test_what_is_no_idx_file_is_one_line(tmp_path, data):
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(ValueError, match="not an IDX file") as error:
@@ -89,7 +102,9 @@ def test_what_is_no_idx_file_is_one_line(tmp_path, data):
 def test_a_download_must_have_its_checksum(tmp_path, monkeypatch):
     (tmp_path / "mirror").mkdir()
     (tmp_path / "mirror" / "train-labels-idx1-ubyte.gz").write_bytes(b"something else")
-    monkeypatch.setattr(classifier, "MIRRORS", (f"file://{tmp_path}/nosuch/", f"file://{tmp_path}/mirror/"))
+    monkeypatch.setattr(
+        classifier, "MIRRORS", (f"file://{tmp_path}/nosuch/", f"file://{tmp_path}/mirror/")
+    )
     with pytest.raises(ValueError, match="another checksum"):
         classifier.download("train-labels-idx1-ubyte", tmp_path / "data")
     assert not list((tmp_path / "data").iterdir())
@@ -106,32 +121,57 @@ def check_files(cwd, num_coordinates, tenth):
         rows = list(csv.DictReader(file))
     for stage in STAGES:
         for kind in KINDS:
-            counts = [int(row["count"]) for row in rows if (row["stage"], row["of"], row["layer"]) == (stage, kind, "all")]
+            counts = [
+                int(row["count"])
+                for row in rows
+                if (row["stage"], row["of"], row["layer"]) == (stage, kind, "all")
+            ]
             assert sum(counts) == tenth * num_coordinates
     assert (folder / "distributions.png").read_bytes()[1:4] == b"PNG"
 
 
 def test_mnist_to_its_files(mnist):
     folder = mnist[0]
-    done = run_script(folder, "--task", "mnist", "--data-dir", str(folder), "--batch-size", "20", "--num-epochs", "3")
+    done = run_script(
+        folder,
+        "--task",
+        "mnist",
+        "--data-dir",
+        str(folder),
+        "--batch-size",
+        "20",
+        "--num-epochs",
+        "3",
+    )
     assert done.returncode == 0, done.stderr
     check_files(folder, 4 * 16 + 16 + 30 * 16 * 32 + 32 + 320 + 10, 3)
 
 
 def test_a2c_to_its_files(tmp_path):
-    flags = "--task a2c --env-name small_dense_short --total-steps 204800 --optimizer adam --learning-rate 1e-2"
+    flags = "--task a2c --env-name small_dense_short --total-steps 204800"
+    flags += " --optimizer adam --learning-rate 1e-2"
     done = run_script(tmp_path, *flags.split())
     assert done.returncode == 0, done.stderr
     check_files(tmp_path, 6 * 8 * 3 * 32 + 32 + 32 * 9 + 9 + 32 + 1, 2)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("sklearn") is not None, reason="scikit-learn is installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("sklearn") is not None, reason="scikit-learn is installed"
+)
 def test_digits_without_scikit_learn_is_one_line(tmp_path):
     done = run_script(tmp_path, "--task", "digits")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "pip install scikit-learn" in done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "pip install scikit-learn" in done.stderr
+    )
 
 
 def test_the_classifier_learns(mnist):
     images, labels = classifier.load_mnist(mnist[0])
-    params, _ = classifier.train(jax.random.key(0), images, labels, optax.adam(3e-3), 20, 30, lambda *_: False)
-    assert np.mean(np.argmax(classifier.logits(params, jnp.asarray(images)), axis=1) == labels) > 0.95
+    params, _ = classifier.train(
+        jax.random.key(0), images, labels, optax.adam(3e-3), 20, 30, lambda *_: False
+    )
+    assert (
+        np.mean(np.argmax(classifier.logits(params, jnp.asarray(images)), axis=1) == labels) > 0.95
+    )

@@ -1,4 +1,5 @@
-"""Gridworlds against hand-set states and counted frequencies; Catch against all its action sequences."""
+"""Gridworlds against hand-set states and counted frequencies; Catch against all its action
+sequences."""
 
 import itertools
 
@@ -16,7 +17,9 @@ MOVES = [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (
 
 def make_state(agent, objects, present=None, time=0):
     present = [True] * len(objects) if present is None else present
-    return GridState(jnp.int32(agent), jnp.array(objects, jnp.int32), jnp.array(present), jnp.int32(time))
+    return GridState(
+        jnp.int32(agent), jnp.array(objects, jnp.int32), jnp.array(present), jnp.int32(time)
+    )
 
 
 def steps(grid, state, action, num_keys, seed=0):
@@ -28,7 +31,11 @@ def steps(grid, state, action, num_keys, seed=0):
 @pytest.mark.parametrize("agent", range(12))
 def test_moves_and_walls_from_every_cell(agent):
     grid = Grid(3, 4, 1, 0.0, 50)
-    others = [cell for cell in range(12) if abs(cell // 4 - agent // 4) > 1 or abs(cell % 4 - agent % 4) > 1][:2]
+    others = [
+        cell
+        for cell in range(12)
+        if abs(cell // 4 - agent // 4) > 1 or abs(cell % 4 - agent % 4) > 1
+    ][:2]
     absent = make_state(agent, others or [11 - agent, agent], [False, False])
     for action, (d_row, d_col) in enumerate(MOVES):
         row, col = agent // 4 + d_row, agent % 4 + d_col
@@ -44,7 +51,9 @@ def test_good_object_is_collected_once_and_never_ends_the_episode():
     np.testing.assert_array_equal(state.present[0], [False, True])
     assert np.all(state.objects[:, 1] == 20)
     assert not np.any(obs[..., 1])  # its plane is empty
-    state, _, reward, _ = grid_step(jax.random.key(0), make_state(6, [6, 20], [False, True]), 0, grid)
+    state, _, reward, _ = grid_step(
+        jax.random.key(0), make_state(6, [6, 20], [False, True]), 0, grid
+    )
     assert float(reward) == 0.0
 
 
@@ -61,11 +70,14 @@ def test_respawn_probability_also_in_the_step_of_collection(probability):
     grid = Grid(6, 4, 1, probability, 500)
     for state in (make_state(5, [6, 20]), make_state(6, [6, 20], [False, True])):
         after = steps(grid, state, 4 if state.present[0] else 0, 20_000)[0]
-        assert scipy.stats.binomtest(int(after.present[:, 0].sum()), 20_000, probability).pvalue > 1e-3
+        assert (
+            scipy.stats.binomtest(int(after.present[:, 0].sum()), 20_000, probability).pvalue > 1e-3
+        )
 
 
 def test_objects_respawn_at_any_cell_independently():
-    """Also in the agent's cell, and in another object's: the cells of two are uniform over all pairs."""
+    """Also in the agent's cell, and in another object's: the cells of two are uniform over all
+    pairs."""
     grid = Grid(3, 4, 1, 1.0, 500)
     after = steps(grid, make_state(5, [0, 11], [False, True]), 0, 20_000)[0]
     assert np.all(after.present) and np.all(after.objects[:, 1] == 11)
@@ -76,7 +88,9 @@ def test_objects_respawn_at_any_cell_independently():
 
 
 @pytest.mark.parametrize("action, collected", [(0, True), (4, False)])
-def test_an_object_that_respawns_on_the_agent_is_collected_by_a_later_step_that_ends_there(action, collected):
+def test_an_object_that_respawns_on_the_agent_is_collected_by_a_later_step_that_ends_there(
+    action, collected
+):
     grid = Grid(3, 4, 1, 1.0, 500)
     state, obs, reward, _ = steps(grid, make_state(5, [0, 11], [False, True]), 0, 200)
     assert np.all(reward == 0.0)  # not in the step in which it lands there
@@ -116,13 +130,18 @@ def test_start_cells_are_distinct_and_uniform(name):
     cells = np.concatenate([state.agent[:, None], state.objects], axis=1)
     assert all(len(set(row)) == len(row) for row in cells.tolist())
     for i in range(cells.shape[1]):
-        assert scipy.stats.chisquare(np.bincount(cells[:, i], minlength=grid.rows * grid.cols)).pvalue > 1e-4
+        assert (
+            scipy.stats.chisquare(np.bincount(cells[:, i], minlength=grid.rows * grid.cols)).pvalue
+            > 1e-4
+        )
 
 
 @pytest.mark.parametrize("name", list(gridworld.GRIDS))
 def test_horizon_ends_the_episode_and_resets_it(name):
     grid, env = gridworld.GRIDS[name], gridworld.make(name)
-    last = make_state(0, range(1, 1 + 2 * grid.num_each), [False] * 2 * grid.num_each, grid.horizon - 1)
+    last = make_state(
+        0, range(1, 1 + 2 * grid.num_each), [False] * 2 * grid.num_each, grid.horizon - 1
+    )
     state, _, _, done = env.step(jax.random.key(0), last._replace(time=last.time - 1), 0)
     assert not done and int(state.time) == grid.horizon - 1
     state, obs, reward, done = env.step(jax.random.key(0), last, 0)
@@ -133,7 +152,8 @@ def test_horizon_ends_the_episode_and_resets_it(name):
 
 # --- Whole episodes under a fixed policy, against the paper's rules written as plain Python ---
 
-# reward, probability that the episode ends when it is collected; interior size, respawn, horizon: the paper's appendix
+# reward, probability that the episode ends when it is collected; interior size, respawn, horizon:
+# the paper's appendix
 GOOD, BAD = (1.0, 0.0), (-1.0, 0.5)
 PAPER = {
     "small_sparse_short": (3, 8, [GOOD, BAD], 0.05, 50),
@@ -154,7 +174,9 @@ class NaiveGrid:
         self.rows, self.cols, self.kinds, self.respawn, self.horizon = PAPER[name]
         self.rng, self.steps = rng, 0
         cells = [(row, col) for row in range(self.rows) for col in range(self.cols)]
-        self.agent, *self.objects = (cells[i] for i in rng.permutation(len(cells))[: 1 + len(self.kinds)])
+        self.agent, *self.objects = (
+            cells[i] for i in rng.permutation(len(cells))[: 1 + len(self.kinds)]
+        )
 
     def step(self, action):
         row, col = self.agent[0] + MOVES[action][0], self.agent[1] + MOVES[action][1]
@@ -167,18 +189,24 @@ class NaiveGrid:
                 done = done or self.rng.random() < end_probability
                 self.objects[i] = None
             if self.objects[i] is None and self.rng.random() < self.respawn:
-                self.objects[i] = (int(self.rng.integers(self.rows)), int(self.rng.integers(self.cols)))
+                self.objects[i] = (
+                    int(self.rng.integers(self.rows)),
+                    int(self.rng.integers(self.cols)),
+                )
         self.steps += 1
         return total, done or self.steps == self.horizon
 
 
 def distances(targets, walls):
-    """Moves from every cell to the nearest target, not through walls; inf where there is no way. [B, rows, cols]"""
+    """Moves from every cell to the nearest target, not through walls; inf where there is no way.
+    [B, rows, cols]"""
     distance = np.where(targets & ~walls, 0.0, np.inf)
     while True:
         padded = np.pad(distance, ((0, 0), (1, 1), (1, 1)), constant_values=np.inf)
         rows, cols = distance.shape[1:]
-        near = np.min([padded[:, 1 + r : 1 + r + rows, 1 + c : 1 + c + cols] for r, c in MOVES], axis=0)
+        near = np.min(
+            [padded[:, 1 + r : 1 + r + rows, 1 + c : 1 + c + cols] for r, c in MOVES], axis=0
+        )
         nearer = np.where(walls, np.inf, np.minimum(distance, near + 1))
         if np.array_equal(nearer, distance):
             return distance
@@ -186,7 +214,8 @@ def distances(targets, walls):
 
 
 def nearest_good(agent, good, bad):
-    """Go to the nearest good object, around the bad ones if there is a way; stay if there is none to go to.
+    """Go to the nearest good object, around the bad ones if there is a way; stay if there is none
+    to go to.
 
     agent, good, bad: where they are, [B, rows, cols] bool -> actions [B]
     """
@@ -209,7 +238,11 @@ def play_naive(name, num_episodes):
     rng = np.random.default_rng(0)
     envs = [NaiveGrid(name, rng) for _ in range(num_episodes)]
     shape, num_good = (num_episodes, *PAPER[name][:2]), len(PAPER[name][2]) // 2
-    returns, lengths, over = np.zeros(num_episodes), np.zeros(num_episodes), np.zeros(num_episodes, bool)
+    returns, lengths, over = (
+        np.zeros(num_episodes),
+        np.zeros(num_episodes),
+        np.zeros(num_episodes, bool),
+    )
     while not over.all():
         agent, good, bad = (np.zeros(shape, bool) for _ in range(3))
         for i, env in enumerate(envs):
@@ -230,10 +263,16 @@ def play(name, num_episodes):
     key_reset, key_steps = jax.random.split(jax.random.key(0))
     state, obs = jax.vmap(env.reset)(jax.random.split(key_reset, num_episodes))
     step = jax.jit(jax.vmap(env.step))
-    returns, lengths, over = np.zeros(num_episodes), np.zeros(num_episodes), np.zeros(num_episodes, bool)
+    returns, lengths, over = (
+        np.zeros(num_episodes),
+        np.zeros(num_episodes),
+        np.zeros(num_episodes, bool),
+    )
     while not over.all():
         agent, *objects = np.moveaxis(np.asarray(obs, bool)[:, 1:-1, 1:-1], -1, 0)
-        actions = nearest_good(agent, np.any(objects[:num_good], axis=0), np.any(objects[num_good:], axis=0))
+        actions = nearest_good(
+            agent, np.any(objects[:num_good], axis=0), np.any(objects[num_good:], axis=0)
+        )
         keys = jax.random.split(jax.random.fold_in(key_steps, int(lengths.max())), num_episodes)
         state, obs, reward, done = step(keys, state, actions)
         returns, lengths = returns + np.where(over, 0, reward), lengths + ~over
@@ -264,7 +303,9 @@ def test_shapes_and_dtypes_are_fixed(name):
     after, obs_after, reward, done = env.step(jax.random.key(1), state, jnp.int32(0))
     assert obs.shape == obs_after.shape == env.obs_shape and obs.dtype == obs_after.dtype
     assert reward.shape == done.shape == () and reward.dtype == jnp.float32 and done.dtype == bool
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), after
+    )
 
 
 @pytest.mark.parametrize("column", range(5))

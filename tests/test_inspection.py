@@ -8,7 +8,8 @@ from inspection import MAGNITUDES, SHOWN, sequences, steps_made
 
 
 def test_steps_of_adam_and_sign_descent_are_those_of_their_equations():
-    """The same gradient: one learning rate. Alternating: Adam's momentum settles at (1 - .9) / (1 + .9) of it."""
+    """The same gradient: one learning rate. Alternating: Adam's momentum settles at (1 - .9) / (1 +
+    .9) of it."""
     made = sequences()
     large = MAGNITUDES > 1e-5  # where 1e-8 in the root does not count
     np.testing.assert_allclose(steps_made("adam", made["always the same"])[:, large], 1, rtol=2e-3)
@@ -23,5 +24,7 @@ def test_inspect_to_its_files(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["inspection.py", "pretrained/momentum4rl"])
     inspection.main()
     (folder,) = (tmp_path / "runs").iterdir()
-    assert (folder / "inspection.png").read_bytes()[1:4] == b"PNG" and str(folder.name) in capsys.readouterr().out
+    assert (folder / "inspection.png").read_bytes()[1:4] == b"PNG" and str(
+        folder.name
+    ) in capsys.readouterr().out
     assert (folder / "inspection.csv").read_text().count("\n") == 1 + 5 * 3 * len(MAGNITUDES)

@@ -1,4 +1,5 @@
-"""momentum4rl against optax's Adam, its docstring's equations in numpy, and what its cells must be able to tell apart."""
+"""momentum4rl against optax's Adam, its docstring's equations in numpy, and what its cells must be
+able to tell apart."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,9 @@ def set_readout(theta, biases):
     return theta | {"readout": {"0": {"w": jnp.zeros_like(layer["w"]), "b": jnp.array(biases)}}}
 
 
-@pytest.mark.parametrize("o1, o2, fraction", [(0.0, -jnp.inf, 0.0), (-jnp.inf, 1.5, 0.25), (0.4, 0.7, 0.5)])
+@pytest.mark.parametrize(
+    "o1, o2, fraction", [(0.0, -jnp.inf, 0.0), (-jnp.inf, 1.5, 0.25), (0.4, 0.7, 0.5)]
+)
 def test_momentum4rl_is_rmsprop_and_adam_in_the_proportions_of_its_read_out(o1, o2, fraction):
     learned, theta = make()
     optimizer = to_optax(learned, set_readout(theta, [o1 / READOUT_GAIN, o2 / READOUT_GAIN]), 0.1)
@@ -54,7 +57,8 @@ def test_momentum4rl_takes_smaller_steps_in_all_layers_of_a_wide_network(widest,
 
 
 def test_momentum4rls_read_out_sees_the_inputs_of_its_docstring():
-    """A read-out that hands on one input at a time, exp(o1) = exp(x_i), shows what that is; against numpy's word by word."""
+    """A read-out that hands on one input at a time, exp(o1) = exp(x_i), shows what that is; against
+    numpy's word by word."""
     learned, theta = make()
     silent = set_readout(theta, [0.0, -jnp.inf])["readout"]["0"]
     rng, fraction, steps = np.random.default_rng(0), 0.25, 4
@@ -62,7 +66,9 @@ def test_momentum4rls_read_out_sees_the_inputs_of_its_docstring():
     grads = jax.tree.map(np.float32, grads)
 
     def last_updates(i):
-        hand_on = silent | {"w": silent["w"].at[0, 8 + i].set(1 / READOUT_GAIN)}  # the cell's 8 come first
+        hand_on = silent | {
+            "w": silent["w"].at[0, 8 + i].set(1 / READOUT_GAIN)
+        }  # the cell's 8 come first
         optimizer = to_optax(learned, theta | {"readout": {"0": hand_on}}, 0.1)
         state = optimizer.init(grads[0])
         for grad in grads:
@@ -72,17 +78,27 @@ def test_momentum4rls_read_out_sees_the_inputs_of_its_docstring():
     updates = jax.jit(jax.vmap(last_updates))(jnp.arange(10))
     for name, n in (("w", 512), ("b", 1)):
         g, t = [grad[name].astype(float) for grad in grads], steps
-        mean = {b: sum((1 - b) * b ** (t - 1 - i) * g[i] for i in range(t)) / (1 - b**t) for b in (0.5, 0.9, 0.99)}
-        root = np.sqrt(sum(0.01 * 0.99 ** (t - 1 - i) * g[i] ** 2 for i in range(t)) / (1 - 0.99**t)) + 1e-8
+        mean = {
+            b: sum((1 - b) * b ** (t - 1 - i) * g[i] for i in range(t)) / (1 - b**t)
+            for b in (0.5, 0.9, 0.99)
+        }
+        root = (
+            np.sqrt(sum(0.01 * 0.99 ** (t - 1 - i) * g[i] ** 2 for i in range(t)) / (1 - 0.99**t))
+            + 1e-8
+        )
         x = [np.abs(g[-1]) / root, *[np.sign(g[-1]) * m / root for m in mean.values()]]
         x += [0.1 * np.log(np.abs(g[-1]) + 1e-8), 0.1 * np.log(root)]
-        x += [np.full_like(root, value) for value in (0.1 * np.log(t), 0.1 * np.log(n), 0.1 * np.log(512 / 128), fraction)]
+        x += [
+            np.full_like(root, value)
+            for value in (0.1 * np.log(t), 0.1 * np.log(n), 0.1 * np.log(512 / 128), fraction)
+        ]
         expected = -0.1 * (1 - fraction) * 0.5 * g[-1] / root * np.exp(x)
         np.testing.assert_allclose(updates[name], expected, rtol=1e-4)
 
 
 def test_momentum4rls_cells_see_magnitude_and_consistency():
-    """Sequences that Optim4RL's raw inputs cannot tell apart lead to different states: small, large, alternating."""
+    """Sequences that Optim4RL's raw inputs cannot tell apart lead to different states: small,
+    large, alternating."""
     learned, theta = make()
     optimizer, states = to_optax(learned, theta, 0.1), []
     for scale, flip in ((1e-5, 1), (1e-2, 1), (1e-2, -1)):
@@ -95,11 +111,15 @@ def test_momentum4rls_cells_see_magnitude_and_consistency():
 
 
 def test_the_shipped_weights_are_an_optax_drop_in():
-    """It counts its updates: in a chain, told nothing, its steps are those of the agents' optimizer told the fraction, and 0
-    once training was to be over."""
+    """It counts its updates: in a chain, told nothing, its steps are those of the agents' optimizer
+    told the fraction, and 0 once training was to be over."""
     theta, header = load_theta(optimizers.theta_path("pretrained/momentum4rl"))
-    dropped_in = optax.chain(optax.clip_by_global_norm(1.0), momentum4rl(theta, 6e-2, num_steps=5, **header["config"]))
-    told = optax.chain(optax.clip_by_global_norm(1.0), optimizers.make_optimizer("pretrained/momentum4rl", 6e-2))
+    dropped_in = optax.chain(
+        optax.clip_by_global_norm(1.0), momentum4rl(theta, 6e-2, num_steps=5, **header["config"])
+    )
+    told = optax.chain(
+        optax.clip_by_global_norm(1.0), optimizers.make_optimizer("pretrained/momentum4rl", 6e-2)
+    )
     params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
     state, told_state = dropped_in.init(params), told.init(params)
     update = jax.jit(dropped_in.update)
@@ -107,7 +127,9 @@ def test_the_shipped_weights_are_an_optax_drop_in():
         grads = optax.tree.random_like(jax.random.key(t), params)
         updates, state = update(grads, state, params)
         expected, told_state = told.update(grads, told_state, params, fraction=min(t / 5, 1.0))
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-9), updates, expected)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-9), updates, expected
+        )
         assert (np.abs(updates["w"]).max() > 0) == (t < 5)
 
 

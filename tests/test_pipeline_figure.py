@@ -1,4 +1,5 @@
-"""Ages against a unit-by-unit simulation, sizes of gradients against each agent's own, the script to its files."""
+"""Ages against a unit-by-unit simulation, sizes of gradients against each agent's own, the script
+to its files."""
 
 import csv
 
@@ -21,7 +22,11 @@ def test_sizes_are_those_of_each_agents_own_gradient():
     stacked = jax.tree.map(lambda *xs: jax.numpy.stack(xs), *states)
     keys = jax.random.split(jax.random.key(9), 3)
     ours = pipeline_figure.gradient_sizes(jax.random.key(9), stacked, agent)
-    gradient = jax.jit(lambda key, state: jax.grad(lambda p: agent.loss(key, state._replace(params=p))[0])(state.params))
+    gradient = jax.jit(
+        lambda key, state: jax.grad(lambda p: agent.loss(key, state._replace(params=p))[0])(
+            state.params
+        )
+    )
     for key, state, size in zip(keys, states, ours, strict=True):
         flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient(key, state))])
         np.testing.assert_allclose(size, np.log10(np.abs(flat).mean() + 1e-8), rtol=1e-4)
@@ -30,14 +35,18 @@ def test_sizes_are_those_of_each_agents_own_gradient():
 def test_the_figure_to_its_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # conftest.py has made four devices
-    flags = "--env-name catch --num-units 4 --num-iterations 7 --inner-updates 2 --reset-interval 3 --num-devices 4"
+    flags = "--env-name catch --num-units 4 --num-iterations 7 --inner-updates 2"
+    flags += " --reset-interval 3 --num-devices 4"
     monkeypatch.setattr("sys.argv", ["pipeline_figure.py", *flags.split()])
     monkeypatch.setattr("sys.exit", lambda code: code)
     pipeline_figure.main()
     (folder,) = (tmp_path / "runs").iterdir()
     assert (folder / "pipeline.png").read_bytes()[1:4] == b"PNG"
     with open(folder / "pipeline.csv") as file:
-        rows = {(row["pipeline"], int(row["iteration"]), int(row["unit"])): row for row in csv.DictReader(file)}
+        rows = {
+            (row["pipeline"], int(row["iteration"]), int(row["unit"])): row
+            for row in csv.DictReader(file)
+        }
     assert len(rows) == 2 * 7 * 4
     for unit, slot in enumerate(reset_slots(4, 3)):
         age = -1

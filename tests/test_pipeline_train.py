@@ -1,4 +1,4 @@
-"""Meta-gradients against jax.grad through everything and finite differences; resets, devices, determinism."""
+"""Pipeline training: resets, devices, determinism."""
 
 import dataclasses
 import functools
@@ -11,19 +11,11 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-import a2c
-import gridworld
-import optimizers
 import pipeline_train
-import ppo
 import runs
-import tasks
-from meta_gradient import Unit, inner_loop, replay_gradient, streamed_replay_gradient
-from optim4rl import BLOCK, make_optim4rl, save_theta, to_optax
+from meta_gradient import inner_loop
+from optim4rl import make_optim4rl, save_theta, to_optax
 from pipeline_train import (
-    Args,
-    Schedule,
-    Task,
     jit_meta_step,
     keep_if_finite,
     new_unit,
@@ -33,183 +25,15 @@ from pipeline_train import (
     set_up,
     train_group,
 )
-from tasks import fill_in
-
-KINDS = [(cell, inputs) for cell in ("lstm", "gru") for inputs in ("raw", "log")]
-
-
-def make_task(envs_per_unit=1, env_name="small_dense_short", **changes):
-    args = a2c.Args(env_name=env_name, num_envs=envs_per_unit, rollout_steps=5, reward_scale=100.0, **changes)
-    return Task(a2c.make_agent(gridworld.make(env_name), args), 0.01)
-
-
-def make_ppo_task():
-    """PPO on a point that is to be held at the origin; 2 gradient steps in each of 2 epochs of an update."""
-
-    def reset(key):
-        position = jax.random.uniform(key, (2,), minval=-1)
-        return position, position
-
-    def step(position, action):
-        position = position + 0.1 * action
-        return position, position, -jnp.sum(position**2), jnp.any(jnp.abs(position) > 1.5)
-
-    sizes = {"rollout_steps": 3, "batch_size": 4, "num_minibatches": 2, "num_epochs": 2, "episode_length": 7}
-    args = ppo.Args(num_envs=4, discount=0.9, entropy_weight=0.01, reward_scale=1.0, **sizes)
-    args = dataclasses.replace(args, policy_layers=(16,), value_layers=(32, 16))
-    return Task(ppo.make_agent(ppo.Env(reset, step, 2, 2), args), 0.01)
-
-
-def make_regression_task():
-    """A linear model of noisy data, which compiles soon."""
-
-    def init(key, optimizer):
-        params = {"w": 0.1 * jax.random.normal(key, (30, 40)), "b": jnp.zeros(40)}
-        return a2c.AgentState(params, optimizer.init(params), (), jnp.ones(()))
-
-    def loss(key, state):
-        x = jax.random.normal(key, (3, 30))
-        y = jnp.sin(jnp.cumsum(x, axis=1))[:, :1]
-        return jnp.mean((x @ state.params["w"] + state.params["b"] - y) ** 2), state
-
-    def learn(key, state, optimizer, progress=(0.0, 1.0)):
-        value, grads = jax.value_and_grad(lambda params: loss(key, state._replace(params=params))[0])(state.params)
-        extra_args = {"value": value, "fraction": jnp.float32(progress[0])}
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra_args)
-        state = state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
-        return state, jax.tree.map(lambda x: x[None], (grads, extra_args)), {"return": -value}
-
-    return Task(a2c.Agent(init, learn, loss, 3), 0.01)
-
-
-TASKS = {"regression": make_regression_task, "a2c": lambda: make_task(4), "ppo": make_ppo_task}
-
-
-def make_units(task, learned, num_units, seed=0, shift=0.1):
-    """Units whose optimizer states are not all zero, and a theta with every part at work."""
-
-    @jax.jit  # one program, not hundreds of small ones to compile
-    def make():
-        theta = jax.tree.map(lambda x: x + shift, learned.init_theta(jax.random.key(seed)))
-        optimizer = to_optax(learned, theta, task.learning_rate)
-        agents = jax.vmap(task.agent.init, (0, None))(jax.random.split(jax.random.key(seed + 1), num_units), optimizer)
-        learn = jax.vmap(lambda key, agent: task.agent.learn(key, agent, optimizer)[0])
-        agents = learn(jax.random.split(jax.random.key(seed + 2), num_units), agents)
-        return theta, Unit(agents, jnp.full(num_units, task.learning_rate), ())
-
-    return make()
-
-
-@jax.jit
-def relative(a, b):
-    return optax.tree.norm(optax.tree.sub(a, b)) / optax.tree.norm(b)
-
-
-def planned(num_units, age=0, seed=7):
-    """A schedule in which no unit is reset."""
-    keys, ages = jax.random.split(jax.random.key(seed), num_units), jnp.full(num_units, age)
-    return Schedule(jnp.zeros(num_units, bool), ages, jnp.ones(num_units), keys)
-
-
-def group_of(task, learned, **changes):
-    """train_group, jitted, of this task and optimizer."""
-    args = small_args(**{"reset_interval": 9, **changes})
-    return jax.jit(functools.partial(train_group, task=task, learned=learned, args=args))
-
-
-@jax.jit
-def pick(tree, i):
-    return jax.tree.map(lambda x: x[i], tree)
-
-
-# --- The meta-gradient ---
-
-
-LEARNED = {
-    "optim4rl": make_optim4rl,
-    "momentum4rl": optimizers.make_momentum4rl,
-    "linear_optim": optimizers.make_linear_optim,
-    "l2lgd2": optimizers.make_l2lgd2,
-    "star": optimizers.make_star,
-    "velo": lambda: optimizers.make_velo(lstm_size=8, num_bases=4),
-}
-CASES = [("optim4rl", "a2c"), ("optim4rl", "ppo"), *((kind, "regression") for kind in LEARNED)]
-
-
-@pytest.mark.parametrize("kind, agent", CASES)
-def test_meta_gradient_is_jax_grad_through_everything(kind, agent):
-    num_units, inner_updates = 2, 3
-    task, learned = TASKS[agent](), LEARNED[kind]()
-    theta, units = make_units(task, learned, num_units, shift=0.01 if kind == "velo" else 0.1)
-    plan = planned(num_units, age=2)
-    num_params = sum(x.size for x in jax.tree.leaves(pick(units.agent.params, 0)))
-    assert num_params > BLOCK and num_params % BLOCK
-
-    def meta_loss(theta, key, agent):
-        """Rollouts and all: nothing is recorded, nothing replayed."""
-        optimizer = to_optax(learned, theta, task.learning_rate)
-
-        def learn(agent, key_and_number):
-            key, number = key_and_number
-            return task.agent.learn(key, agent, optimizer, ((6 + number) / 27, (7 + number) / 27))[0], None
-
-        key_inner, key_meta = jax.random.split(jax.random.split(key)[1])
-        numbered = (jax.random.split(key_inner, inner_updates), jnp.arange(inner_updates))
-        return task.agent.loss(key_meta, jax.lax.scan(learn, agent, numbered)[0])[0]
-
-    through_everything = jax.jit(jax.value_and_grad(meta_loss))
-    each = [through_everything(theta, plan.key[i], pick(units.agent, i)) for i in range(num_units)]
-    loss, expected = jax.tree.map(lambda *xs: sum(xs), *each)
-    gradient, _, metrics = group_of(task, learned, inner_updates=inner_updates)(theta, plan, units)
-    assert relative(gradient, expected) < 1e-5
-    gradient.pop("start", None)  # VeLO's, read at the first update only, which was before
-    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
-    np.testing.assert_allclose(jnp.sum(metrics["meta_loss"]), loss, rtol=1e-5)
-
-
-@pytest.mark.parametrize("cell, inputs", KINDS)
-def test_unstreamed_replay_gives_the_same(cell, inputs):
-    task, learned = make_regression_task(), make_optim4rl(cell, inputs)
-    theta, units = make_units(task, learned, 2)
-    streamed = group_of(task, learned, inner_updates=3)(theta, planned(2), units)[0]
-    unstreamed = group_of(task, learned._replace(rule=None), inner_updates=3)(theta, planned(2), units)[0]
-    assert relative(streamed, unstreamed) < 1e-5
-
-
-@pytest.mark.parametrize("cell, inputs", KINDS)
-def test_meta_gradient_against_finite_differences_in_float64(cell, inputs):
-    """The loss on a fixed batch after replaying recorded gradients, with theta moved a little both ways."""
-    with jax.enable_x64(True):
-        learned = make_optim4rl(cell, inputs, hidden_size=4)
-        theta = jax.tree.map(lambda x: x.astype(float) + 0.1, learned.init_theta(jax.random.key(0)))
-        params = {"w": jnp.linspace(-1.0, 1.0, 6), "b": jnp.float64(0.5)}
-        grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), (5, *p.shape), float), params)
-        start = (params, jax.tree.map(lambda x: x + 0.05, learned.init_state(params)))
-
-        def loss_of(params):
-            return jnp.sum(jnp.sin(3 * params["w"]) * params["b"]) + params["b"] ** 3
-
-        @jax.jit
-        def replayed(theta):
-            params, state = start
-            for k in range(5):
-                updates, state = learned.update(theta, pick(grads, k), state, params, 0.1)
-                params = optax.apply_updates(params, updates)
-            return params
-
-        cotangent = jax.grad(loss_of)(replayed(theta))
-        one_unit = jax.tree.map(lambda x: x[None], (start[1], grads, cotangent))
-        streamed = streamed_replay_gradient(learned.rule, theta, *one_unit, jnp.array([0.1]))
-        unstreamed = replay_gradient(learned, theta, start, grads, {}, cotangent, 0.1)
-        loss = jax.jit(lambda theta: loss_of(replayed(theta)))
-        for seed in range(5):
-            leaves, treedef = jax.tree.flatten(theta)
-            noise = [jax.random.normal(jax.random.key(seed), leaf.shape, float) for leaf in leaves]
-            direction = jax.tree.unflatten(treedef, noise)
-            forth, back = (loss(optax.tree.add_scale(theta, step, direction)) for step in (1e-5, -1e-5))
-            for gradient in (streamed, unstreamed):
-                np.testing.assert_allclose(optax.tree.vdot(gradient, direction), (forth - back) / 2e-5, rtol=1e-6)
-
+from units import (
+    group_of,
+    make_task,
+    make_units,
+    pick,
+    planned,
+    relative,
+    small_args,
+)
 
 # --- Resets ---
 
@@ -264,25 +88,27 @@ def test_step_sizes_and_reward_scales_are_spread_over_units():
     theta = learned.init_theta(jax.random.key(0))
     new = functools.partial(new_unit, theta=theta, task=task, learned=learned, args=args)
     units = jax.jit(jax.vmap(new))(jax.random.split(jax.random.key(1), 200))
-    for values, low, high in ((units.learning_rate / task.learning_rate, 0.1, 10), (units.agent.reward_factor, 1, 100)):
+    for values, low, high in (
+        (units.learning_rate / task.learning_rate, 0.1, 10),
+        (units.agent.reward_factor, 1, 100),
+    ):
         assert low <= values.min() < low * 1.2 and high / 1.2 < values.max() <= high
         np.testing.assert_allclose(np.median(values), np.sqrt(low * high), rtol=0.5)
 
     @jax.jit
     def moved(unit):
-        agent = task.agent.learn(jax.random.key(2), unit.agent, to_optax(learned, theta, unit.learning_rate))[0]
+        agent = task.agent.learn(
+            jax.random.key(2), unit.agent, to_optax(learned, theta, unit.learning_rate)
+        )[0]
         return optax.tree.norm(optax.tree.sub(agent.params, unit.agent.params))
 
     one = pick(units, 0)
-    np.testing.assert_allclose(moved(one._replace(learning_rate=2 * one.learning_rate)), 2 * moved(one), rtol=1e-3)
+    np.testing.assert_allclose(
+        moved(one._replace(learning_rate=2 * one.learning_rate)), 2 * moved(one), rtol=1e-3
+    )
     learn = jax.jit(lambda agent: task.agent.learn(jax.random.key(2), agent, optax.sgd(0.1)))
     seen = [learn(one.agent._replace(reward_factor=jnp.float32(factor)))[1][0] for factor in (1, 3)]
     assert relative(seen[1]["critic"], seen[0]["critic"]) > 0.5
-
-
-def small_args(**changes):
-    defaults = {"env_name": ("small_dense_short",), "num_units": 4, "reset_interval": 3, "num_iterations": 4}
-    return fill_in(Args(**{**defaults, "inner_updates": 2, **changes}))
 
 
 @functools.lru_cache
@@ -308,9 +134,13 @@ def test_units_are_reset_when_the_schedule_says(pipeline):
     states = iterate(args, iterations=5)
     for t in range(5):
         for i, slot in enumerate(reset_slots(4, 3)):
-            # A gridworld of horizon 50 never ends on its own in a life of 3 iterations of 60 steps: look at the parameters.
+            # A gridworld of horizon 50 never ends on its own in a life of 3 iterations of 60 steps:
+            # look at the parameters.
             before, after = (pick(state.units[0].agent.params, i) for state in states[t : t + 2])
-            moved = max(float(jnp.abs(p - q).max()) for p, q in zip(*map(jax.tree.leaves, (before, after)), strict=True))
+            moved = max(
+                float(jnp.abs(p - q).max())
+                for p, q in zip(*map(jax.tree.leaves, (before, after)), strict=True)
+            )
             # Two updates of about the learning rate each, or a whole new set of weights.
             assert (moved > 0.05) == (pipeline and t % 3 == slot)
 
@@ -340,10 +170,18 @@ def test_one_trace_for_all_iterations(monkeypatch):
 
 def test_clipping():
     gradient = {"a": jnp.array([3.0, -0.2]), "b": jnp.array([[4.0]])}
-    clip = lambda kind, tree: pipeline_train.clipping(kind).update(tree, pipeline_train.clipping(kind).init(tree))[0]  # noqa: E731
+    clip = lambda kind, tree: pipeline_train.clipping(kind).update(
+        tree, pipeline_train.clipping(kind).init(tree)
+    )[0]  # noqa: E731
     np.testing.assert_allclose(optax.tree.norm(clip("global_norm", gradient)), 0.5, rtol=1e-6)
-    np.testing.assert_allclose(clip("global_norm", gradient)["b"] / clip("global_norm", gradient)["a"][0], [[4 / 3]], rtol=1e-6)
-    np.testing.assert_array_equal(clip("global_norm", {"a": jnp.array([0.1])})["a"], jnp.array([0.1]))
+    np.testing.assert_allclose(
+        clip("global_norm", gradient)["b"] / clip("global_norm", gradient)["a"][0],
+        [[4 / 3]],
+        rtol=1e-6,
+    )
+    np.testing.assert_array_equal(
+        clip("global_norm", {"a": jnp.array([0.1])})["a"], jnp.array([0.1])
+    )
     np.testing.assert_allclose(clip("elementwise", gradient)["a"], [1.0, -0.2])
     np.testing.assert_array_equal(clip("none", gradient)["b"], gradient["b"])
 
@@ -358,10 +196,15 @@ def test_several_tasks_mean_of_clipped_gradients():
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), 0), i)
         group = jax.jit(functools.partial(train_group, task=task, learned=learned, args=args))
         plan = schedule(key, jnp.int32(0), args)
-        gradients.append(jax.tree.map(lambda g: g / 4, group(states[0].theta, plan, states[0].units[i])[0]))
+        gradients.append(
+            jax.tree.map(lambda g: g / 4, group(states[0].theta, plan, states[0].units[i])[0])
+        )
     norms = [float(optax.tree.norm(g)) for g in gradients]
     assert max(norms) > 0.5
-    clipped = [jax.tree.map(lambda x, n=n: x * min(1, 0.5 / n), g) for g, n in zip(gradients, norms, strict=True)]
+    clipped = [
+        jax.tree.map(lambda x, n=n: x * min(1, 0.5 / n), g)
+        for g, n in zip(gradients, norms, strict=True)
+    ]
     adam = states[1].meta_opt_state[0]
     assert relative(adam.mu, jax.tree.map(lambda a, b: 0.1 * (a + b) / 2, *clipped)) < 1e-4
 
@@ -375,13 +218,16 @@ def test_inner_loop_records_what_it_applied():
     after, (grads, _), _ = train(jax.random.key(0), unit)
     params, state = unit.agent.params, unit.agent.opt_state
     for k in range(3):
-        updates, state = jax.jit(optimizer.update)(jax.tree.map(lambda g, k=k: g[k, 0], grads), state)
+        updates, state = jax.jit(optimizer.update)(
+            jax.tree.map(lambda g, k=k: g[k, 0], grads), state
+        )
         params = optax.apply_updates(params, updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, after.params)
 
 
 def test_a_unit_that_goes_wrong_is_left_out_and_starts_anew():
-    """One that comes in with NaN is new at once; one whose numbers overflow on the way adds nothing, and is new next time."""
+    """One that comes in with NaN is new at once; one whose numbers overflow on the way adds
+    nothing, and is new next time."""
     task, learned = make_task(), make_optim4rl()
     theta, units = make_units(task, learned, 3)
     group, mesh = group_of(task, learned), Mesh(jax.devices()[:1], "units")
@@ -402,22 +248,36 @@ def test_a_unit_that_goes_wrong_is_left_out_and_starts_anew():
 
 
 def test_a_meta_gradient_that_is_not_finite_changes_nothing():
-    new, old = {"a": jnp.ones(2), "b": jnp.array([1, 2])}, {"a": jnp.zeros(2), "b": jnp.array([3, 4])}
-    for judge, expected in (({"g": jnp.array([1.0, jnp.inf])}, old), ({"g": jnp.array([1.0])}, new)):
+    new, old = (
+        {"a": jnp.ones(2), "b": jnp.array([1, 2])},
+        {"a": jnp.zeros(2), "b": jnp.array([3, 4])},
+    )
+    for judge, expected in (
+        ({"g": jnp.array([1.0, jnp.inf])}, old),
+        ({"g": jnp.array([1.0])}, new),
+    ):
         jax.tree.map(np.testing.assert_array_equal, keep_if_finite(new, old, judge), expected)
 
 
 def test_an_annealed_meta_step_size_falls_to_zero():
     args = small_args(anneal_meta_lr=True, num_iterations=2)
     thetas = [state.theta for state in iterate(args, iterations=3)]
-    first, second, third = (relative(new, old) for old, new in zip(thetas, thetas[1:], strict=False))
+    first, second, third = (
+        relative(new, old) for old, new in zip(thetas, thetas[1:], strict=False)
+    )
     assert first > 1.5 * second > 0 and third == 0
 
 
 def test_training_goes_on_from_given_weights(tmp_path):
     learned = make_optim4rl("gru", "log", 4)
     theta = learned.init_theta(jax.random.key(7))
-    save_theta(tmp_path / "x.npz", theta, "optim4rl", {"cell": "gru", "inputs": "log", "hidden_size": 4}, {})
+    save_theta(
+        tmp_path / "x.npz",
+        theta,
+        "optim4rl",
+        {"cell": "gru", "inputs": "log", "hidden_size": 4},
+        {},
+    )
     args = small_args(theta=str(tmp_path / "x.npz"))
     states = iterate(args, iterations=1)
     jax.tree.map(np.testing.assert_array_equal, states[0].theta, theta)
@@ -438,30 +298,3 @@ def test_on_an_accelerator_an_iteration_is_that_of_the_cpu(monkeypatch):
     same = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
     jax.tree.map(same, state.theta, here.theta)
     jax.tree.map(same, state.units[0].agent.params, here.units[0].agent.params)
-
-
-def test_the_papers_settings_are_the_defaults():
-    """The paper's table; where it swept, a value of its sweep."""
-    for name in gridworld.NAMES:
-        args = fill_in(Args(env_name=(name,)))
-        assert args.reset_interval in ((32, 64) if name == "catch" else (72, 144, 288, 576))
-        assert 1e-5 <= args.meta_learning_rate <= (1e-2 if name == "catch" else 1e-3)
-        assert (args.inner_updates, args.reward_scale, args.envs_per_unit) == (4, (1.0,), (1,))
-        agent = tasks.agent_args(name)
-        assert agent.conv_filters == (16 if name.startswith("big") else 0)
-        assert agent.hidden_size == (256 if name == "catch" else 32)
-        assert (agent.rollout_steps, agent.discount, agent.td_lambda) == (20, 0.995, 0.95)
-        assert (agent.critic_weight, agent.entropy_weight) == (0.5, 0.01)
-    ant = fill_in(Args(env_name=("ant",)))
-    (unit,) = tasks.all_unit_args(ant)
-    assert ant.reset_interval in (32, 64, 128, 256, 512) and 1e-5 <= ant.meta_learning_rate <= 1e-3
-    assert ant.num_units * unit.num_envs == 2048 and unit.num_minibatches * unit.batch_size == 4 * unit.num_envs
-    assert (unit.rollout_steps, unit.num_epochs, unit.value_layers) == (5, 4, (64,) * 5)
-    big, catch = fill_in(Args()), fill_in(Args(env_name=("catch",)))
-    assert (big.num_units, big.num_iterations, big.learning_rate, big.grad_clip) == (512, 585, (3e-3,), 1.0)
-    assert (catch.num_units, catch.num_iterations, catch.learning_rate, catch.grad_clip) == (64, 78, (1e-3,), np.inf)
-    six = ("small_dense_long", "small_dense_short", "big_sparse_short", "big_dense_short", "big_sparse_long", "big_dense_long")
-    many = fill_in(Args(env_name=six))
-    assert many.learning_rate == (1e-3, 3e-3, 3e-3, 3e-3, 1e-3, 3e-3)
-    assert many.reward_scale == (1e3, 1e2, 1e2, 1e1, 1e1, 1.0)
-    assert fill_in(Args(env_name=six, learning_rate=(1e-2,))).learning_rate == (1e-2,) * 6

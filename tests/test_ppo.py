@@ -1,4 +1,5 @@
-"""PPO against computations of its own kind in numpy and scipy, and on environments with a known answer."""
+"""PPO against computations of its own kind in numpy and scipy, and on environments with a known
+answer."""
 
 import dataclasses
 from functools import partial
@@ -15,7 +16,6 @@ import brax_env
 import networks
 import optimizers
 import ppo
-import tasks
 
 PROBE = ppo.Args(
     total_steps=40_000,
@@ -45,7 +45,8 @@ def probe_env():
 
 
 def count_env(ends_after=10**6, blind=False):
-    """Reward 1 at every step, whatever is done; the observation is the number of steps taken, or, blind, always 0."""
+    """Reward 1 at every step, whatever is done; the observation is the number of steps taken, or,
+    blind, always 0."""
 
     def step(state, action):
         state = state + 1
@@ -60,16 +61,26 @@ def random_batch(seed=0, rollouts=6, steps=5, obs_size=3, action_size=2):
     truncated = np.zeros((rollouts, steps), bool)
     truncated[::2, 2] = ~terminated[::2, 2]
     return ppo.Batch(
-        *(rng.normal(size=shape).astype(np.float32) for shape in ((rollouts, steps + 1, obs_size), (rollouts, obs_size))),
-        *(rng.normal(size=(rollouts, steps, *tail)).astype(np.float32) for tail in ((action_size,), (), ())),
+        *(
+            rng.normal(size=shape).astype(np.float32)
+            for shape in ((rollouts, steps + 1, obs_size), (rollouts, obs_size))
+        ),
+        *(
+            rng.normal(size=(rollouts, steps, *tail)).astype(np.float32)
+            for tail in ((action_size,), (), ())
+        ),
         terminated,
         truncated,
     )
 
 
 def naive_advantages(values, next_values, rewards, terminated, truncated, discount, gae_lambda):
-    """The definition: a sum of discounted one-step errors up to the end of the episode, or of the rollout."""
-    errors = [r + discount * n * (not t) - v for r, n, t, v in zip(rewards, next_values, terminated, values, strict=True)]
+    """The definition: a sum of discounted one-step errors up to the end of the episode, or of the
+    rollout."""
+    errors = [
+        r + discount * n * (not t) - v
+        for r, n, t, v in zip(rewards, next_values, terminated, values, strict=True)
+    ]
     advantages = []
     for start in range(len(errors)):
         total = 0.0
@@ -85,7 +96,15 @@ def test_gae_is_its_definition():
     rng, batch = np.random.default_rng(1), random_batch()
     for i in range(len(batch.reward)):
         values, next_values = rng.normal(size=(2, 5)).astype(np.float32)
-        args = (values, next_values, batch.reward[i], batch.terminated[i], batch.truncated[i], 0.9, 0.8)
+        args = (
+            values,
+            next_values,
+            batch.reward[i],
+            batch.terminated[i],
+            batch.truncated[i],
+            0.9,
+            0.8,
+        )
         np.testing.assert_allclose(ppo.gae(*args), naive_advantages(*args), rtol=1e-5, atol=1e-6)
 
 
@@ -103,7 +122,9 @@ def test_categorical_distribution_is_scipys():
     entropy = actions.entropy(jax.random.key(0), jnp.asarray(logits))
     np.testing.assert_allclose(entropy, scipy.stats.entropy(p, axis=-1), rtol=1e-6)
     assert actions.mode(jnp.asarray(logits)).tolist() == [2, 0] and actions.num_outputs(5) == 5
-    x = jax.vmap(actions.sample, (0, None))(jax.random.split(jax.random.key(1), 4000), jnp.asarray(logits[0]))
+    x = jax.vmap(actions.sample, (0, None))(
+        jax.random.split(jax.random.key(1), 4000), jnp.asarray(logits[0])
+    )
     counts = np.bincount(actions.to_action(x), minlength=3)
     assert scipy.stats.chisquare(counts, 4000 * p[0]).pvalue > 1e-3
 
@@ -122,7 +143,10 @@ def test_a_discrete_environment_is_solved():
 
     env = ppo.Env(reset, step, 3, 3, networks.CATEGORICAL, resets_itself=True)
     history = ppo.train(PROBE, env, optax.adam(1e-2), lambda *_: None)
-    assert history["eval_return"][0, -1] == 1 and history["reward"][0, 0] < 0.6 < 0.9 < history["reward"][0, -1]
+    assert (
+        history["eval_return"][0, -1] == 1
+        and history["reward"][0, 0] < 0.6 < 0.9 < history["reward"][0, -1]
+    )
 
 
 def test_log_prob_is_that_of_the_squashed_action():
@@ -131,9 +155,15 @@ def test_log_prob_is_that_of_the_squashed_action():
     x = np.array([[0.1, -1.0], [2.0, 0.5], [-0.7, 0.0]])
     both, first = outputs_of(mean, std), outputs_of(mean[:1], std[:1])
     expected = np.sum(scipy.stats.norm.logpdf(x, mean, std) - np.log(1 - np.tanh(x) ** 2), axis=-1)
-    np.testing.assert_allclose(networks.TANH_NORMAL.log_prob(both, jnp.asarray(x)), expected, rtol=1e-5)
-    density = lambda a: np.exp(float(networks.TANH_NORMAL.log_prob(first, jnp.arctanh(jnp.array([a])))))  # noqa: E731
-    np.testing.assert_allclose(scipy.integrate.quad(density, -0.9999, 0.9999, limit=100)[0], 1, rtol=1e-3)
+    np.testing.assert_allclose(
+        networks.TANH_NORMAL.log_prob(both, jnp.asarray(x)), expected, rtol=1e-5
+    )
+    density = lambda a: np.exp(
+        float(networks.TANH_NORMAL.log_prob(first, jnp.arctanh(jnp.array([a]))))
+    )  # noqa: E731
+    np.testing.assert_allclose(
+        scipy.integrate.quad(density, -0.9999, 0.9999, limit=100)[0], 1, rtol=1e-3
+    )
 
 
 def test_log_prob_of_extreme_actions_is_finite():
@@ -179,12 +209,19 @@ def numpy_mlp(layers, x):
 
 
 def test_loss_is_its_definition():
-    args = dataclasses.replace(PROBE, entropy_weight=0.02, clip_range=0.2, critic_weight=0.3, reward_scale=2.0)
+    args = dataclasses.replace(
+        PROBE, entropy_weight=0.02, clip_range=0.2, critic_weight=0.3, reward_scale=2.0
+    )
     batch = random_batch()
     batch = batch._replace(log_prob=batch.log_prob * 0.3 - 2)
     key_policy, key_value, key = jax.random.split(jax.random.key(0), 3)
-    params = {"policy": networks.init_mlp(key_policy, (3, 8, 4)), "value": networks.init_mlp(key_value, (3, 8, 1))}
-    normaliser = networks.Normaliser(jnp.float32(4), jnp.array([0.1, -0.2, 0.3]), jnp.array([4.0, 1.0, 9.0]))
+    params = {
+        "policy": networks.init_mlp(key_policy, (3, 8, 4)),
+        "value": networks.init_mlp(key_value, (3, 8, 1)),
+    }
+    normaliser = networks.Normaliser(
+        jnp.float32(4), jnp.array([0.1, -0.2, 0.3]), jnp.array([4.0, 1.0, 9.0])
+    )
     loss = jax.jit(partial(ppo.ppo_loss, actions=networks.TANH_NORMAL, args=args))
     got = loss(params, normaliser, batch, key)
 
@@ -202,7 +239,11 @@ def test_loss_is_its_definition():
     values, advantages = np.array(values), np.array(advantages)
     out = numpy_mlp(params["policy"], norm(batch.obs[:, :-1]))
     mean, std = out[..., :2], np.log1p(np.exp(out[..., 2:])) + 1e-3
-    log_p = np.sum(scipy.stats.norm.logpdf(batch.x, mean, std) - np.log(1 - np.tanh(batch.x.astype(float)) ** 2), axis=-1)
+    log_p = np.sum(
+        scipy.stats.norm.logpdf(batch.x, mean, std)
+        - np.log(1 - np.tanh(batch.x.astype(float)) ** 2),
+        axis=-1,
+    )
     ratio = np.exp(log_p - batch.log_prob)
     scaled = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     objective = np.minimum(ratio * scaled, np.clip(ratio, 0.8, 1.2) * scaled)
@@ -217,9 +258,14 @@ def test_loss_is_its_definition():
 
 def acted(env, args, seed=0):
     """The batch of one rollout in one environment, and the stream after it."""
-    params = {"policy": networks.init_mlp(jax.random.key(seed), (1, 4, 2)), "value": networks.init_mlp(jax.random.key(1), (1, 4, 1))}
+    params = {
+        "policy": networks.init_mlp(jax.random.key(seed), (1, 4, 2)),
+        "value": networks.init_mlp(jax.random.key(1), (1, 4, 1)),
+    }
     normaliser = networks.Normaliser(jnp.ones(()), jnp.zeros(1), jnp.ones(1))
-    act = partial(ppo.rollout, env=env, num_steps=args.rollout_steps, episode_length=args.episode_length)
+    act = partial(
+        ppo.rollout, env=env, num_steps=args.rollout_steps, episode_length=args.episode_length
+    )
     return act(jax.random.key(2), params, normaliser, ppo.start_stream(jax.random.key(3), env))
 
 
@@ -241,8 +287,11 @@ def test_end_at_the_last_step_is_an_end_not_a_cut():
 
 
 def test_cut_off_episodes_are_worth_as_much_as_endless_ones():
-    """Reward 1 for ever at discount 0.9 is worth 10, although episodes last 8 steps; one that ends after 8 is worth less."""
-    args = dataclasses.replace(PROBE, total_steps=400_000, gae_lambda=0.5, critic_weight=1.0, num_seeds=1)
+    """Reward 1 for ever at discount 0.9 is worth 10, although episodes last 8 steps; one that ends
+    after 8 is worth less."""
+    args = dataclasses.replace(
+        PROBE, total_steps=400_000, gae_lambda=0.5, critic_weight=1.0, num_seeds=1
+    )
 
     def learned_value(env):
         agent, optimizer = ppo.make_agent(env, args), optax.adam(3e-3)
@@ -253,11 +302,14 @@ def test_cut_off_episodes_are_worth_as_much_as_endless_ones():
         return float(ppo.value(state.params, networks.normalise(state.normaliser, jnp.zeros(1))))
 
     np.testing.assert_allclose(learned_value(count_env(blind=True)), 10, rtol=0.03)
-    np.testing.assert_allclose(learned_value(count_env(ends_after=8)), (1 - 0.9**8) / 0.1, rtol=0.03)
+    np.testing.assert_allclose(
+        learned_value(count_env(ends_after=8)), (1 - 0.9**8) / 0.1, rtol=0.03
+    )
 
 
 def test_an_evaluation_is_the_mean_of_whole_episodes():
-    """Episodes end by themselves after 2 to 12 steps, each of which pays 1, or are cut off after 8; later steps pay NaN."""
+    """Episodes end by themselves after 2 to 12 steps, each of which pays 1, or are cut off after 8;
+    later steps pay NaN."""
     lengths = []
 
     def reset(key):
@@ -281,26 +333,43 @@ def test_an_evaluation_is_the_mean_of_whole_episodes():
 
 
 def test_probe_environment_is_solved():
-    history = ppo.train(PROBE, probe_env(), optimizers.make_optimizer("adam_linear", 3e-3), lambda *_: None)
-    # The mode's reward: 0 at a = 0.3. The steps fall to zero, so that the last ones do not move it away.
+    history = ppo.train(
+        PROBE, probe_env(), optimizers.make_optimizer("adam_linear", 3e-3), lambda *_: None
+    )
+    # The mode's reward: 0 at a = 0.3. The steps fall to zero, so that the last ones do not move it
+    # away.
     assert history["eval_return"][0, -1] > -5e-4
     assert history["eval_return"][0, 0] < -0.05
-    assert history["eval_steps"].tolist()[-1] == ppo.num_updates(PROBE) * ppo.steps_per_update(PROBE)
+    assert history["eval_steps"].tolist()[-1] == ppo.num_updates(PROBE) * ppo.steps_per_update(
+        PROBE
+    )
 
 
 def test_the_optimizer_is_told_the_loss_and_how_much_of_training_is_done():
     """Two updates of 2 epochs of 2 minibatches: the fraction goes up with every gradient step."""
-    sizes = {"num_envs": 4, "batch_size": 4, "num_minibatches": 2, "num_epochs": 2, "rollout_steps": 2}
-    agent, optimizer = ppo.make_agent(count_env(), dataclasses.replace(PROBE, **sizes)), optax.sgd(0.1)
+    sizes = {
+        "num_envs": 4,
+        "batch_size": 4,
+        "num_minibatches": 2,
+        "num_epochs": 2,
+        "rollout_steps": 2,
+    }
+    agent, optimizer = (
+        ppo.make_agent(count_env(), dataclasses.replace(PROBE, **sizes)),
+        optax.sgd(0.1),
+    )
     state = agent.init(jax.random.key(0), optimizer)
-    _, (_, extra_args), metrics = agent.learn(jax.random.key(1), state, optimizer, progress=(0.5, 1.0))
+    _, (_, extra_args), metrics = agent.learn(
+        jax.random.key(1), state, optimizer, progress=(0.5, 1.0)
+    )
     np.testing.assert_allclose(extra_args["fraction"], [0.5, 0.625, 0.75, 0.875])
     np.testing.assert_allclose(np.mean(extra_args["value"]), metrics["loss"], rtol=1e-6)
     assert len(set(extra_args["value"].tolist())) == 4
 
 
 def test_ratio_is_one_when_learning_begins():
-    """With a learning rate of 0 every gradient step sees the policy that acted: ratio 1, and the critic's loss alone."""
+    """With a learning rate of 0 every gradient step sees the policy that acted: ratio 1, and the
+    critic's loss alone."""
     args = dataclasses.replace(PROBE, critic_weight=0.0)
     agent = ppo.make_agent(count_env(), args)
     state = agent.init(jax.random.key(0), optax.sgd(0.0))
@@ -318,7 +387,8 @@ def test_same_seed_same_result_and_seeds_side_by_side_are_seeds_alone():
 
 
 def test_a_simulation_that_breaks_ends_its_seed_only():
-    """Environments that happen to start above 0.985 break after 5 steps; seeds that have none learn on."""
+    """Environments that happen to start above 0.985 break after 5 steps; seeds that have none learn
+    on."""
 
     def reset(key):
         return (jax.random.uniform(jax.random.fold_in(key, 0)), jnp.int32(0)), jnp.ones(1)
@@ -333,56 +403,49 @@ def test_a_simulation_that_breaks_ends_its_seed_only():
     history = ppo.train(args, ppo.Env(reset, step, 1, 1), optax.adam(3e-3), lambda *_: None)
     broken = np.isnan(history["loss"]).any(axis=1)
     assert 0 < broken.sum() < 4, "the test needs some seeds of each kind"
-    assert np.isfinite(history["loss"][~broken]).all() and np.isnan(history["loss"][broken, -1]).all()
+    assert (
+        np.isfinite(history["loss"][~broken]).all() and np.isnan(history["loss"][broken, -1]).all()
+    )
     assert np.isnan(history["eval_return"][broken, -1]).all()
 
 
-@pytest.mark.parametrize("name, backend", [("inverted_pendulum", "spring"), ("reacher", "generalized")])
+@pytest.mark.parametrize(
+    "name, backend", [("inverted_pendulum", "spring"), ("reacher", "generalized")]
+)
 def test_brax_steps_are_brax_steps(name, backend):
     import brax.envs
 
     env, ours = brax.envs.get_environment(name, backend=backend), brax_env.make(name, backend)
     # Both in one program, which compiles what is the same in them once.
     reset = jax.jit(lambda key: (env.reset(jax.random.key_data(key)), ours.reset(key)))
-    step = jax.jit(lambda theirs, state, action: (env.step(theirs, action), ours.step(state, action)))
+    step = jax.jit(
+        lambda theirs, state, action: (env.step(theirs, action), ours.step(state, action))
+    )
     theirs, (state, obs) = reset(jax.random.key(5))
     for i in range(3):
-        theirs, (state, obs, reward, terminated) = step(theirs, state, jnp.full(env.action_size, 0.3 * i))
+        theirs, (state, obs, reward, terminated) = step(
+            theirs, state, jnp.full(env.action_size, 0.3 * i)
+        )
     np.testing.assert_array_equal(obs, theirs.obs)
     assert reward == theirs.reward and terminated == (theirs.done > 0)
     assert ours.obs_size == obs.size and ours.action_size == env.action_size
 
 
-# Table of the paper's settings: the fields, then the learning rate
-PAPER_FIELDS = (
-    *("total_steps", "num_envs", "reward_scale", "rollout_steps", "num_minibatches", "batch_size"),
-    *("num_epochs", "entropy_weight", "discount"),
-)
-PAPER = {
-    "ant": (1e8, 4096, 10, 5, 32, 2048, 4, 1e-2, 0.97, 3e-4),
-    "humanoid": (1e8, 2048, 0.1, 10, 32, 1024, 8, 1e-3, 0.97, 3e-4),
-    "inverted_double_pendulum": (2e7, 2048, 10, 5, 32, 1024, 4, 1e-2, 0.97, 3e-4),
-    "walker2d": (5e7, 2048, 5, 20, 32, 512, 8, 1e-3, 0.997, 3e-5),
-}
-
-
-def test_tasks_of_the_paper_have_its_settings():
-    for name, row in PAPER.items():
-        args = tasks.agent_args(name)
-        assert tuple(getattr(args, field) for field in PAPER_FIELDS) == row[:-1], name
-        assert tasks.agent_settings(name)["learning_rate"] == row[-1], name
-        assert (args.gae_lambda, args.clip_range, args.grad_clip, args.episode_length) == (0.95, 0.3, 1.0, 1000)
-        assert args.policy_layers == (32,) * 4 and args.value_layers == (256,) * 5
-    assert tasks.agent_args("walker2d", num_epochs=2, discount=None).num_epochs == 2
-
-
 @pytest.mark.slow
 def test_inverted_pendulum_is_solved():
     """Three seeds, with a longer horizon than the usual setting, which stalls at 100 to 150."""
-    sizes = {"num_envs": 64, "rollout_steps": 40, "batch_size": 64, "num_minibatches": 8, "value_layers": (64, 64)}
+    sizes = {
+        "num_envs": 64,
+        "rollout_steps": 40,
+        "batch_size": 64,
+        "num_minibatches": 8,
+        "value_layers": (64, 64),
+    }
     args = ppo.Args(discount=0.997, gae_lambda=0.98, reward_scale=0.1, entropy_weight=0.0, **sizes)
     args = dataclasses.replace(args, total_steps=2e6, num_seeds=3)
-    history = ppo.train(args, brax_env.make("inverted_pendulum", "spring"), optax.adam(1e-3), lambda *_: None)
+    history = ppo.train(
+        args, brax_env.make("inverted_pendulum", "spring"), optax.adam(1e-3), lambda *_: None
+    )
     np.testing.assert_array_equal(history["eval_return"].max(axis=1), 1000)
 
 

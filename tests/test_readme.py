@@ -1,4 +1,5 @@
-"""README.md: its commands are accepted by the scripts that they start, and its links and files are there."""
+"""README.md: its commands are accepted by the scripts that they start, and its links and files are
+there."""
 
 import importlib
 import re

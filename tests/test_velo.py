@@ -1,4 +1,5 @@
-"""VeLO against a numpy version of the published equations, by way of a file of the published structure."""
+"""VeLO against a numpy version of the published equations, by way of a file of the published
+structure."""
 
 import functools
 import sys
@@ -16,7 +17,8 @@ from optim4rl import to_optax
 
 
 def published_weights(rng, lstm_size, num_bases):
-    """A file of the published structure (Haiku's names, weights [inputs, outputs]) with numbers of its own."""
+    """A file of the published structure (Haiku's names, weights [inputs, outputs]) with numbers of
+    its own."""
     sizes = [1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3]
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32) * 0.3  # noqa: E731
     linear = lambda n, m: {"w": draw(n, m), "b": draw(m)}  # noqa: E731
@@ -27,11 +29,16 @@ def published_weights(rng, lstm_size, num_bases):
     bases |= {"b0": draw(num_bases, 4), "w1": draw(num_bases, 4, 4), "b1": draw(num_bases, 4)}
     bases |= {"w2": draw(num_bases, 4, 3), "b2": draw(num_bases, 3)}
     start = {"hidden": draw(1, lstm_size), "cell": draw(1, lstm_size)}
-    return {"params": {"lstm_init_state": start, "rnn_params": rnn, "ff_mod_stack": {"~": bases}}, "gen_id": "", "step": 1}
+    return {
+        "params": {"lstm_init_state": start, "rnn_params": rnn, "ff_mod_stack": {"~": bases}},
+        "gen_id": "",
+        "step": 1,
+    }
 
 
 class Reference:
-    """VeLO in numpy, from the published layout: one vector of features per parameter, features last, matrices only."""
+    """VeLO in numpy, from the published layout: one vector of features per parameter, features
+    last, matrices only."""
 
     decays = np.array([0.9, 0.99, 0.999])
 
@@ -62,7 +69,10 @@ class Reference:
         m, v = scale * self.m[i].reshape(-1, 3), scale * self.v[i].reshape(-1, 1)
         log = lambda x: np.clip(np.log(1e-8 + np.abs(10 * x)), -5, 5) * 0.5  # noqa: E731
         rank = np.eye(5)[sum(n > 1 for n in p.shape)]
-        done = np.tanh((self.t / self.num_steps - np.array([0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1])) * 10)
+        done = np.tanh(
+            (self.t / self.num_steps - np.array([0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1]))
+            * 10
+        )
         var_v = np.mean((v - m.mean(0)) ** 2, axis=0)
         return np.concatenate([done, loss, log(v.mean(0)), rank, log(m.var(0)), log(var_v)])
 
@@ -85,11 +95,16 @@ class Reference:
             rows, cols = p.shape  # the larger axis is the one that `row` is a mean over
             along, across = (1, 0) if cols >= rows else (0, 1)
             if self.row[i].shape[0] != p.shape[across]:
-                self.row[i], self.col[i] = np.zeros((p.shape[across], 3)), np.zeros((p.shape[along], 3))
+                self.row[i], self.col[i] = (
+                    np.zeros((p.shape[across], 3)),
+                    np.zeros((p.shape[along], 3)),
+                )
             self.row[i] = d * self.row[i] + (1 - d) * square.mean(along)
             self.col[i] = d * self.col[i] + (1 - d) * square.mean(across)
             row, col = e(self.row[i], along), e(self.col[i], across)
-            scale = 1 / np.sqrt(np.maximum(row / (self.row[i].mean(0) + 1e-9), 1e-9) * np.maximum(col, 1e-9))
+            scale = 1 / np.sqrt(
+                np.maximum(row / (self.row[i].mean(0) + 1e-9), 1e-9) * np.maximum(col, 1e-9)
+            )
             row, col = (np.broadcast_to(x, (*p.shape, 3)) for x in (row, col))
             m_scaled, g_scaled = m * scale, e(g, -1) * scale
         else:
@@ -97,20 +112,40 @@ class Reference:
             row = col = self.full[i]
             m_scaled, g_scaled = m / np.sqrt(row), e(g, -1) / np.sqrt(np.maximum(row + 1e-9, 1e-9))
         rsqrt = 1 / np.sqrt(v + 1e-6)
-        inputs = [e(g, -1), e(np.clip(g, -0.1, 0.1), -1), e(p, -1), m, v, m * rsqrt, rsqrt, g_scaled, e(g, -1) * rsqrt]
+        inputs = [
+            e(g, -1),
+            e(np.clip(g, -0.1, 0.1), -1),
+            e(p, -1),
+            m,
+            v,
+            m * rsqrt,
+            rsqrt,
+            g_scaled,
+            e(g, -1) * rsqrt,
+        ]
         inputs += [row, col, 1 / np.sqrt(row + 1e-8), 1 / np.sqrt(col + 1e-8), m_scaled]
         axes = tuple(range(p.ndim))
         inputs = [x / np.sqrt(1e-5 + np.mean(x**2, axis=axes, keepdims=True)) for x in inputs]
         bases = self.w["ff_mod_stack"]["~"]
-        layer = lambda name: 100 * np.mean(bases[name] * control.reshape(-1, *[1] * (bases[name].ndim - 1)), axis=0)  # noqa: E731
+        layer = lambda name: (
+            100 * np.mean(bases[name] * control.reshape(-1, *[1] * (bases[name].ndim - 1)), axis=0)
+        )  # noqa: E731
         hidden = sum(x @ layer(f"w0__{k}") for k, x in enumerate(inputs)) + layer("b0")
         hidden = np.maximum(hidden, 0) @ layer("w1") + layer("b1")
         out = np.maximum(hidden, 0) @ layer("w2") + layer("b2")
-        return -1e-3 * multiplier * out[..., 0] * np.exp(1e-3 * out[..., 1]) * np.sqrt(np.mean(p**2) + 1e-9)
+        return (
+            -1e-3
+            * multiplier
+            * out[..., 0]
+            * np.exp(1e-3 * out[..., 1])
+            * np.sqrt(np.mean(p**2) + 1e-9)
+        )
 
     def update(self, params, grads, loss):
         loss = self.loss(loss)
-        controls, multipliers = self.lstm(np.stack([self.tensor_features(i, p, loss) for i, p in enumerate(params)]))
+        controls, multipliers = self.lstm(
+            np.stack([self.tensor_features(i, p, loss) for i, p in enumerate(params)])
+        )
         each = zip(range(len(params)), params, grads, controls, multipliers, strict=True)
         updates = [self.tensor_update(*one) for one in each]
         self.t += 1
@@ -118,28 +153,41 @@ class Reference:
 
 
 def test_velo_from_a_published_file_is_the_published_equations(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(convert_velo, "PUBLISHED", {"lstm_size": 6, "num_bases": 256, "step_size": 1e-3})
+    monkeypatch.setattr(
+        convert_velo, "PUBLISHED", {"lstm_size": 6, "num_bases": 256, "step_size": 1e-3}
+    )
     rng = np.random.default_rng(0)
     stored = published_weights(rng, 6, 256)
     (tmp_path / "params").write_bytes(flax.serialization.msgpack_serialize(stored))
-    monkeypatch.setattr(sys, "argv", ["convert_velo.py", str(tmp_path / "params"), str(tmp_path / "velo.npz")])
+    monkeypatch.setattr(
+        sys, "argv", ["convert_velo.py", str(tmp_path / "params"), str(tmp_path / "velo.npz")]
+    )
     convert_velo.main()
     assert "velo.npz" in capsys.readouterr().out
 
-    optimizer = optimizers.make_optimizer(str(tmp_path / "velo.npz"), 123.0)  # its learning rate is its own
+    optimizer = optimizers.make_optimizer(
+        str(tmp_path / "velo.npz"), 123.0
+    )  # its learning rate is its own
     params = [rng.normal(size=shape) for shape in ((4, 3), (5,), (2, 6))]
     reference = Reference(stored, params, num_steps=40)
     with jax.enable_x64(True):
         state, update = optimizer.init(params), jax.jit(optimizer.update)
         for t in range(6):
-            grads, loss = [rng.normal(size=p.shape) * 0.2 for p in params], 3.0 - 0.4 * t + 2 * rng.normal()
+            grads, loss = (
+                [rng.normal(size=p.shape) * 0.2 for p in params],
+                3.0 - 0.4 * t + 2 * rng.normal(),
+            )
             updates, state = update(grads, state, params, value=loss, fraction=t / 40)
             expected = reference.update(params, grads, loss)
-            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), updates, expected)
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=1e-5), updates, expected
+            )
             params = [p + 10 * u for p, u in zip(params, expected, strict=True)]
 
 
-@pytest.mark.parametrize("content", [b"", b"not msgpack", flax.serialization.msgpack_serialize({"params": {"a": 1}})])
+@pytest.mark.parametrize(
+    "content", [b"", b"not msgpack", flax.serialization.msgpack_serialize({"params": {"a": 1}})]
+)
 def test_velo_refuses_another_file(tmp_path, content):
     (tmp_path / "params").write_bytes(content)
     with pytest.raises(ValueError, match="not VeLO's published weights"):

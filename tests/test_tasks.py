@@ -1,0 +1,82 @@
+"""The settings of the environments, against the tables of the paper."""
+
+import numpy as np
+
+import gridworld
+import tasks
+from pipeline_train import Args
+from tasks import fill_in
+
+# Table of the paper's settings: the fields, then the learning rate
+PAPER_FIELDS = (
+    *("total_steps", "num_envs", "reward_scale", "rollout_steps", "num_minibatches", "batch_size"),
+    *("num_epochs", "entropy_weight", "discount"),
+)
+PAPER = {
+    "ant": (1e8, 4096, 10, 5, 32, 2048, 4, 1e-2, 0.97, 3e-4),
+    "humanoid": (1e8, 2048, 0.1, 10, 32, 1024, 8, 1e-3, 0.97, 3e-4),
+    "inverted_double_pendulum": (2e7, 2048, 10, 5, 32, 1024, 4, 1e-2, 0.97, 3e-4),
+    "walker2d": (5e7, 2048, 5, 20, 32, 512, 8, 1e-3, 0.997, 3e-5),
+}
+
+
+def test_tasks_of_the_paper_have_its_settings():
+    for name, row in PAPER.items():
+        args = tasks.agent_args(name)
+        assert tuple(getattr(args, field) for field in PAPER_FIELDS) == row[:-1], name
+        assert tasks.agent_settings(name)["learning_rate"] == row[-1], name
+        assert (args.gae_lambda, args.clip_range, args.grad_clip, args.episode_length) == (
+            0.95,
+            0.3,
+            1.0,
+            1000,
+        )
+        assert args.policy_layers == (32,) * 4 and args.value_layers == (256,) * 5
+    assert tasks.agent_args("walker2d", num_epochs=2, discount=None).num_epochs == 2
+
+
+def test_the_papers_settings_are_the_defaults():
+    """The paper's table; where it swept, a value of its sweep."""
+    for name in gridworld.NAMES:
+        args = fill_in(Args(env_name=(name,)))
+        assert args.reset_interval in ((32, 64) if name == "catch" else (72, 144, 288, 576))
+        assert 1e-5 <= args.meta_learning_rate <= (1e-2 if name == "catch" else 1e-3)
+        assert (args.inner_updates, args.reward_scale, args.envs_per_unit) == (4, (1.0,), (1,))
+        agent = tasks.agent_args(name)
+        assert agent.conv_filters == (16 if name.startswith("big") else 0)
+        assert agent.hidden_size == (256 if name == "catch" else 32)
+        assert (agent.rollout_steps, agent.discount, agent.td_lambda) == (20, 0.995, 0.95)
+        assert (agent.critic_weight, agent.entropy_weight) == (0.5, 0.01)
+    ant = fill_in(Args(env_name=("ant",)))
+    (unit,) = tasks.all_unit_args(ant)
+    assert ant.reset_interval in (32, 64, 128, 256, 512) and 1e-5 <= ant.meta_learning_rate <= 1e-3
+    assert (
+        ant.num_units * unit.num_envs == 2048
+        and unit.num_minibatches * unit.batch_size == 4 * unit.num_envs
+    )
+    assert (unit.rollout_steps, unit.num_epochs, unit.value_layers) == (5, 4, (64,) * 5)
+    big, catch = fill_in(Args()), fill_in(Args(env_name=("catch",)))
+    assert (big.num_units, big.num_iterations, big.learning_rate, big.grad_clip) == (
+        512,
+        585,
+        (3e-3,),
+        1.0,
+    )
+    assert (catch.num_units, catch.num_iterations, catch.learning_rate, catch.grad_clip) == (
+        64,
+        78,
+        (1e-3,),
+        np.inf,
+    )
+    six = (
+        "small_dense_long",
+        "small_dense_short",
+        "big_sparse_short",
+        "big_dense_short",
+        "big_sparse_long",
+        "big_dense_long",
+    )
+    many = fill_in(Args(env_name=six))
+    assert many.learning_rate == (1e-3, 3e-3, 3e-3, 3e-3, 1e-3, 3e-3)
+    assert many.reward_scale == (1e3, 1e2, 1e2, 1e1, 1e1, 1.0)
+    assert fill_in(Args(env_name=six, learning_rate=(1e-2,))).learning_rate == (1e-2,) * 6

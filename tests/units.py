@@ -1,0 +1,127 @@
+"""Tasks and units for the tests of pipeline training and of the meta-gradient."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import a2c
+import gridworld
+import ppo
+from meta_gradient import Unit
+from optim4rl import to_optax
+from pipeline_train import Args, Schedule, Task, train_group
+from tasks import fill_in
+
+KINDS = [(cell, inputs) for cell in ("lstm", "gru") for inputs in ("raw", "log")]
+
+
+def make_task(envs_per_unit=1, env_name="small_dense_short", **changes):
+    args = a2c.Args(
+        env_name=env_name, num_envs=envs_per_unit, rollout_steps=5, reward_scale=100.0, **changes
+    )
+    return Task(a2c.make_agent(gridworld.make(env_name), args), 0.01)
+
+
+def make_ppo_task():
+    """PPO on a point that is to be held at the origin; 2 gradient steps in each of 2 epochs of an
+    update."""
+
+    def reset(key):
+        position = jax.random.uniform(key, (2,), minval=-1)
+        return position, position
+
+    def step(position, action):
+        position = position + 0.1 * action
+        return position, position, -jnp.sum(position**2), jnp.any(jnp.abs(position) > 1.5)
+
+    sizes = {
+        "rollout_steps": 3,
+        "batch_size": 4,
+        "num_minibatches": 2,
+        "num_epochs": 2,
+        "episode_length": 7,
+    }
+    args = ppo.Args(num_envs=4, discount=0.9, entropy_weight=0.01, reward_scale=1.0, **sizes)
+    args = dataclasses.replace(args, policy_layers=(16,), value_layers=(32, 16))
+    return Task(ppo.make_agent(ppo.Env(reset, step, 2, 2), args), 0.01)
+
+
+def make_regression_task():
+    """A linear model of noisy data, which compiles soon."""
+
+    def init(key, optimizer):
+        params = {"w": 0.1 * jax.random.normal(key, (30, 40)), "b": jnp.zeros(40)}
+        return a2c.AgentState(params, optimizer.init(params), (), jnp.ones(()))
+
+    def loss(key, state):
+        x = jax.random.normal(key, (3, 30))
+        y = jnp.sin(jnp.cumsum(x, axis=1))[:, :1]
+        return jnp.mean((x @ state.params["w"] + state.params["b"] - y) ** 2), state
+
+    def learn(key, state, optimizer, progress=(0.0, 1.0)):
+        value, grads = jax.value_and_grad(
+            lambda params: loss(key, state._replace(params=params))[0]
+        )(state.params)
+        extra_args = {"value": value, "fraction": jnp.float32(progress[0])}
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra_args)
+        state = state._replace(
+            params=optax.apply_updates(state.params, updates), opt_state=opt_state
+        )
+        return state, jax.tree.map(lambda x: x[None], (grads, extra_args)), {"return": -value}
+
+    return Task(a2c.Agent(init, learn, loss, 3), 0.01)
+
+
+TASKS = {"regression": make_regression_task, "a2c": lambda: make_task(4), "ppo": make_ppo_task}
+
+
+def make_units(task, learned, num_units, seed=0, shift=0.1):
+    """Units whose optimizer states are not all zero, and a theta with every part at work."""
+
+    @jax.jit  # one program, not hundreds of small ones to compile
+    def make():
+        theta = jax.tree.map(lambda x: x + shift, learned.init_theta(jax.random.key(seed)))
+        optimizer = to_optax(learned, theta, task.learning_rate)
+        agents = jax.vmap(task.agent.init, (0, None))(
+            jax.random.split(jax.random.key(seed + 1), num_units), optimizer
+        )
+        learn = jax.vmap(lambda key, agent: task.agent.learn(key, agent, optimizer)[0])
+        agents = learn(jax.random.split(jax.random.key(seed + 2), num_units), agents)
+        return theta, Unit(agents, jnp.full(num_units, task.learning_rate), ())
+
+    return make()
+
+
+@jax.jit
+def relative(a, b):
+    return optax.tree.norm(optax.tree.sub(a, b)) / optax.tree.norm(b)
+
+
+def planned(num_units, age=0, seed=7):
+    """A schedule in which no unit is reset."""
+    keys, ages = jax.random.split(jax.random.key(seed), num_units), jnp.full(num_units, age)
+    return Schedule(jnp.zeros(num_units, bool), ages, jnp.ones(num_units), keys)
+
+
+def group_of(task, learned, **changes):
+    """train_group, jitted, of this task and optimizer."""
+    args = small_args(**{"reset_interval": 9, **changes})
+    return jax.jit(functools.partial(train_group, task=task, learned=learned, args=args))
+
+
+@jax.jit
+def pick(tree, i):
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def small_args(**changes):
+    defaults = {
+        "env_name": ("small_dense_short",),
+        "num_units": 4,
+        "reset_interval": 3,
+        "num_iterations": 4,
+    }
+    return fill_in(Args(**{**defaults, "inner_updates": 2, **changes}))
