@@ -372,7 +372,7 @@ def to_optax(
     learned: LearnedOptimizer, theta: Any, learning_rate: float
 ) -> optax.GradientTransformationExtraArgs:
     """A learned optimizer with its theta, as an optax optimizer. Some kinds read extra arguments
-    (velo.py)."""
+    (baselines/velo.py)."""
 
     def update(grads, state, params=None, **extra_args):
         return learned.update(theta, grads, state, params, learning_rate, **extra_args)

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from baselines.star import make_star
+from baselines.velo import make_velo
 from momentum4rl import make_momentum4rl
 from optim4rl import (
     CELLS,
@@ -32,8 +34,6 @@ from optim4rl import (
     readout,
     to_optax,
 )
-from star import make_star
-from velo import make_velo
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 PREPROCESSING_P = 10.0  # of L2LGD2's inputs

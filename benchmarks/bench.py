@@ -457,30 +457,19 @@ def growth() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.5), layout="constrained")
     raw = {}
     for inner_updates, marker in ((4, "o"), (16, "s"), (64, "^")):
-        flags = {
-            "name": "small_dense_long",
-            "way": "ours",
-            "devices": cores,
-            "inner_updates": inner_updates,
-            "repeats": 1,
-        }
-        results = [measure("meta", cores=cores, units=n, **flags) for n in units]
+        flags = {"name": "small_dense_long", "way": "ours", "devices": cores, "repeats": 1}
+        flags |= {"inner_updates": inner_updates, "cores": cores}
+        results = [measure("meta", units=n, **flags) for n in units]
         raw[inner_updates] = dict(zip(units, results, strict=True))
         for axis, figures in zip(axes, ("seconds", "peak_gb"), strict=True):
-            axis.plot(
-                units,
-                [result[figures] for result in results],
-                marker=marker,
-                label=f"K = {inner_updates}",
-            )
+            values = [result[figures] for result in results]
+            axis.plot(units, values, marker=marker, label=f"K = {inner_updates}")
     axes[0].set(xlabel="units", ylabel="seconds per meta-iteration", xscale="log", yscale="log")
     axes[1].set(xlabel="units", ylabel="peak memory of the process (GB)", ylim=(0, None))
     for axis in axes:
         axis.grid(alpha=0.3, which="both")
         axis.legend(title="inner updates", fontsize="small")
-    figure.suptitle(
-        "small_dense_long, 2 cores" if cores == 2 else f"small_dense_long, {cores} cores"
-    )
+    figure.suptitle(f"small_dense_long, {cores} cores")
     figure.savefig(HERE / "growth.png", dpi=120)
     (HERE / "growth.json").write_text(json.dumps(raw, indent=1) + "\n")
 
@@ -501,10 +490,8 @@ def main() -> None:
     else:
         rows, raw = table_of_everything(args.quick)
         print_table(rows)
-        raw["python"], raw["cpu"] = (
-            platform.python_version(),
-            platform.processor() or platform.machine(),
-        )
+        raw["python"] = platform.python_version()
+        raw["cpu"] = platform.processor() or platform.machine()
         (HERE / "bench.json").write_text(json.dumps(raw, indent=1) + "\n")
 
 

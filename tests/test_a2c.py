@@ -27,29 +27,40 @@ def test_td_lambda_errors_are_a_mixture_of_n_step_returns(td_lambda):
         for n in range(1, num_steps - t + 1):
             rewards_part = sum(np.prod(discounts[t : t + i]) * rewards[t + i] for i in range(n))
             n_step.append(rewards_part + np.prod(discounts[t : t + n]) * values[t + n])
-        weights = [(1 - td_lambda) * td_lambda**i for i in range(len(n_step) - 1)] + [td_lambda ** (len(n_step) - 1)]
+        weights = [(1 - td_lambda) * td_lambda**i for i in range(len(n_step) - 1)] + [
+            td_lambda ** (len(n_step) - 1)
+        ]
         errors.append(np.dot(weights, n_step) - values[t])
     np.testing.assert_allclose(
-        td_lambda_errors(jnp.array(values), jnp.array(rewards), jnp.array(discounts), td_lambda), errors, atol=1e-5
+        td_lambda_errors(jnp.array(values), jnp.array(rewards), jnp.array(discounts), td_lambda),
+        errors,
+        atol=1e-5,
     )
 
 
 def test_gradient_of_the_loss_of_two_steps_worked_out_by_hand():
-    """With the dense layer at zero the policy is softmax(b) and the value is c everywhere, for any observation."""
-    args = Args(discount=0.9, td_lambda=0.5, critic_weight=0.7, entropy_weight=0.2, reward_scale=10.0)
+    """With the dense layer at zero the policy is softmax(b) and the value is c everywhere, for any
+    observation."""
+    args = Args(
+        discount=0.9, td_lambda=0.5, critic_weight=0.7, entropy_weight=0.2, reward_scale=10.0
+    )
     b, c = np.array([0.3, -0.2, 0.5]), 2.0
     params = {
         "dense": {"w": jnp.zeros((4, 2)), "b": jnp.zeros(2)},
         "actor": {"w": jnp.ones((2, 3)), "b": jnp.array(b)},
         "critic": {"w": jnp.ones((2, 1)), "b": jnp.array([c])},
     }
-    batch = Batch(jnp.ones((3, 2, 2, 1)), jnp.array([2, 0]), jnp.array([0.1, -0.3]), jnp.array([False, True]))
+    batch = Batch(
+        jnp.ones((3, 2, 2, 1)), jnp.array([2, 0]), jnp.array([0.1, -0.3]), jnp.array([False, True])
+    )
     errors_1 = -3.0 - c  # the episode ends: no bootstrap
     errors_0 = 1.0 + 0.9 * c - c + 0.9 * 0.5 * errors_1
     pi = np.exp(b) / np.exp(b).sum()
     entropy = -np.sum(pi * np.log(pi))
     actor = -(errors_0 * (np.eye(3)[2] - pi) + errors_1 * (np.eye(3)[0] - pi)) / 2
-    actor += args.entropy_weight * pi * (np.log(pi) + entropy)  # d entropy / d b = -pi (log pi + entropy)
+    actor += (
+        args.entropy_weight * pi * (np.log(pi) + entropy)
+    )  # d entropy / d b = -pi (log pi + entropy)
     critic = -2 * args.critic_weight * (errors_0 + errors_1) / 2
     loss = -(errors_0 * np.log(pi[2]) + errors_1 * np.log(pi[0])) / 2
     loss += args.critic_weight * (errors_0**2 + errors_1**2) / 2 - args.entropy_weight * entropy
@@ -63,8 +74,12 @@ def test_gradient_of_the_loss_of_two_steps_worked_out_by_hand():
 def test_conv2x2_is_a_same_convolution():
     key_x, key_w = jax.random.split(jax.random.key(0))
     x, w = jax.random.normal(key_x, (3, 6, 5, 4)), jax.random.normal(key_w, (2, 2, 4, 7))
-    expected = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    np.testing.assert_allclose(a2c.conv2x2({"w": w.reshape(16, 7), "b": jnp.zeros(7)}, x), expected, atol=1e-5)
+    expected = jax.lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(
+        a2c.conv2x2({"w": w.reshape(16, 7), "b": jnp.zeros(7)}, x), expected, atol=1e-5
+    )
 
 
 def test_initial_weights_have_the_scale_of_their_fan_in_and_biases_are_zero():
@@ -87,14 +102,21 @@ def counting_env(length=3):
 
     def step(key, state, action):
         state = jnp.where(state + 1 == length, 0, state + 1)
-        return state, state.astype(jnp.uint8).reshape(1, 1, 1), action.astype(jnp.float32), state == 0
+        return (
+            state,
+            state.astype(jnp.uint8).reshape(1, 1, 1),
+            action.astype(jnp.float32),
+            state == 0,
+        )
 
     return gridworld.Env(reset, step, (1, 1, 1), 4)
 
 
 def test_rollout_lines_up_and_keeps_returns():
     env = counting_env()
-    params = a2c.init_network(jax.random.key(0), env.obs_shape, env.num_actions, filters=0, hidden=3)
+    params = a2c.init_network(
+        jax.random.key(0), env.obs_shape, env.num_actions, filters=0, hidden=3
+    )
     stream = a2c.start_stream(jax.random.key(1), env)
     assert np.isnan(stream.last_return)
     first, stream = a2c.rollout(jax.random.key(2), params, stream, env, 4)
@@ -113,24 +135,37 @@ def test_grads_seen_are_those_of_the_mean_loss_over_environments():
     agent = a2c.make_agent(env, args)
     state = jax.jit(lambda key: agent.init(key, optimizer))(jax.random.key(0))
     key = jax.random.key(1)
-    after, (grads, _), _ = jax.jit(lambda key, state: agent.learn(key, state, optimizer))(key, state)
+    after, (grads, _), _ = jax.jit(lambda key, state: agent.learn(key, state, optimizer))(
+        key, state
+    )
 
     @jax.jit
     def gradient(key, stream):
-        return jax.grad(a2c.a2c_loss)(state.params, a2c.rollout(key, state.params, stream, env, 5)[0], args)
+        return jax.grad(a2c.a2c_loss)(
+            state.params, a2c.rollout(key, state.params, stream, env, 5)[0], args
+        )
 
     streams = [jax.tree.map(lambda x, i=i: x[i], state.streams) for i in range(3)]
-    per_env = [gradient(k, stream) for k, stream in zip(jax.random.split(key, 3), streams, strict=True)]
+    per_env = [
+        gradient(k, stream) for k, stream in zip(jax.random.split(key, 3), streams, strict=True)
+    ]
     expected = jax.tree.map(lambda *gs: sum(gs) / 3, *per_env)
     jax.tree.map(lambda g, e: np.testing.assert_allclose(g[0], e, atol=1e-6), grads, expected)
-    jax.tree.map(lambda p, q, g: np.testing.assert_allclose(q, p - g[0], atol=1e-6), state.params, after.params, grads)
+    jax.tree.map(
+        lambda p, q, g: np.testing.assert_allclose(q, p - g[0], atol=1e-6),
+        state.params,
+        after.params,
+        grads,
+    )
 
 
 def recorder(recorded):
     """An optimizer that changes nothing and records its extra arguments."""
 
     def update(grads, state, params=None, *, value, fraction):
-        jax.debug.callback(lambda *extra_args: recorded.append(tuple(map(float, extra_args))), fraction, value)
+        jax.debug.callback(
+            lambda *extra_args: recorded.append(tuple(map(float, extra_args))), fraction, value
+        )
         return jax.tree.map(jnp.zeros_like, grads), state
 
     return optax.GradientTransformationExtraArgs(lambda params: (), update)
@@ -141,7 +176,9 @@ def test_optimizers_get_the_loss_and_the_fraction_of_training_done():
     history = a2c.train(args, gridworld.make("catch"), recorder(recorded), lambda *_: None)
     jax.effects_barrier()
     np.testing.assert_allclose(sorted(fraction for fraction, _ in recorded), [0, 0.25, 0.5, 0.75])
-    np.testing.assert_allclose([value for _, value in sorted(recorded)], history["loss"][0], rtol=1e-6)
+    np.testing.assert_allclose(
+        [value for _, value in sorted(recorded)], history["loss"][0], rtol=1e-6
+    )
 
 
 def run(env_name="catch", optimizer="adam", learning_rate=1e-3, total_steps=5e4, **given):
@@ -190,6 +227,14 @@ def test_learns_catch():
     "env_name, optimizer, learning_rate, total_steps, at_least",
     [("small_dense_long", "adam", 3e-2, 3e6, 22.0), ("big_dense_long", "rmsprop", 3e-3, 4e6, 4.0)],
 )
-def test_reaches_the_return_of_the_authors_code(env_name, optimizer, learning_rate, total_steps, at_least):
-    history = run(env_name=env_name, optimizer=optimizer, learning_rate=learning_rate, total_steps=total_steps, num_envs=512)
+def test_reaches_the_return_of_the_authors_code(
+    env_name, optimizer, learning_rate, total_steps, at_least
+):
+    history = run(
+        env_name=env_name,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        total_steps=total_steps,
+        num_envs=512,
+    )
     assert history["return"][0, -20:].mean() >= at_least

@@ -1,17 +1,14 @@
-"""Control tasks against mechanics in numpy: energy, momentum, closed forms, hand-made controllers."""
+"""Control tasks against mechanics in numpy: energy, momentum, closed forms, hand-made
+controllers."""
 
-import ast
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.integrate
 
 import control
-import ppo
 from control import GRAVITY, State
 
 every_task = pytest.mark.parametrize("name", control.NAMES)
@@ -23,7 +20,8 @@ def make_state(position, velocity=None, goal=(0.0, 0.0)):
 
 
 def play(name, controller, num_steps=200, num_envs=64, seed=0):
-    """Whole episodes. controller: state, key -> action [A]. -> states, obs, rewards, terminated [T, B]"""
+    """Whole episodes. controller: state, key -> action [A]. -> states, obs, rewards, terminated [T,
+    B]"""
     env = control.make(name)
 
     def step(state, key):
@@ -113,7 +111,9 @@ def coast(name, dt, seconds, dtype, seed=0):
     run = jax.jit(jax.vmap(one, out_axes=1))
     q, v = (jnp.array(x, dtype) for x in start)
     path = run(q, v)
-    return [np.concatenate([x[None], y]).astype(np.float64) for x, y in zip((q, v), path, strict=True)]
+    return [
+        np.concatenate([x[None], y]).astype(np.float64) for x, y in zip((q, v), path, strict=True)
+    ]
 
 
 def drift(name, *args):

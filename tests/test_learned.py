@@ -13,14 +13,15 @@ import pytest
 import a2c
 import gridworld
 import optimizers
-import star
-import velo
+from baselines import star, velo
 from meta_gradient import replay_gradient
 from optim4rl import save_theta, to_optax
 
 COORDINATEWISE = ("optim4rl", "momentum4rl", "linear_optim", "l2lgd2")
 KINDS = {
-    **{kind: functools.partial(optimizers.LEARNED[kind], grad_clip=None) for kind in COORDINATEWISE},
+    **{
+        kind: functools.partial(optimizers.LEARNED[kind], grad_clip=None) for kind in COORDINATEWISE
+    },
     "star": star.make_star,
     "velo": functools.partial(velo.make_velo, lstm_size=16, num_bases=8),
 }
@@ -60,7 +61,10 @@ def test_shapes_dtypes_and_structure_stay(kind):
 @every_kind
 def test_in_a_chain_with_clipping_and_decay(kind):
     learned, theta = make(kind)
-    alone, params = to_optax(learned, theta, 0.01), {"w": jnp.linspace(-3.0, 3.0, 12).reshape(4, 3), "b": jnp.ones(3)}
+    alone, params = (
+        to_optax(learned, theta, 0.01),
+        {"w": jnp.linspace(-3.0, 3.0, 12).reshape(4, 3), "b": jnp.ones(3)},
+    )
     chained = optax.chain(optax.clip(0.5), alone, optax.scale(2.0))
     updates, _ = chained.update(params, chained.init(params), params, **EXTRA)
     clipped = jax.tree.map(lambda g: jnp.clip(g, -0.5, 0.5), params)
@@ -71,23 +75,37 @@ def test_in_a_chain_with_clipping_and_decay(kind):
 @every_kind
 def test_a_saved_file_is_the_same_optimizer(kind, tmp_path):
     learned, theta = make(kind)
-    config = {"lstm_size": 16, "num_bases": 8} if kind == "velo" else {} if kind == "star" else {"grad_clip": None}
+    config = (
+        {"lstm_size": 16, "num_bases": 8}
+        if kind == "velo"
+        else {}
+        if kind == "star"
+        else {"grad_clip": None}
+    )
     save_theta(tmp_path / "theta.npz", theta, kind, config, {})
     params = {"w": jnp.ones((2, 3))}
-    one, other = to_optax(learned, theta, 0.1), optimizers.make_optimizer(str(tmp_path / "theta.npz"), 0.1)
+    one, other = (
+        to_optax(learned, theta, 0.1),
+        optimizers.make_optimizer(str(tmp_path / "theta.npz"), 0.1),
+    )
     updates = [o.update(params, o.init(params), params, **EXTRA)[0]["w"] for o in (one, other)]
     np.testing.assert_array_equal(*updates)
     fresh = optimizers.make_optimizer(f"untrained:{tmp_path / 'theta.npz'}", 0.1)
-    np.testing.assert_array_equal(fresh.update(params, fresh.init(params), params, **EXTRA)[0]["w"], updates[0])
+    np.testing.assert_array_equal(
+        fresh.update(params, fresh.init(params), params, **EXTRA)[0]["w"], updates[0]
+    )
 
 
-EXTREME = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1e-38, -1e38, 1e38, 1e-42, 1.0, 0.3], np.float32)
+EXTREME = np.array(
+    [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-38, -1e38, 1e38, 1e-42, 1.0, 0.3], np.float32
+)
 BIG, NEGATIVE, LOST = [2, 7, 9], [3, 6], 4
 
 
 @pytest.mark.parametrize("kind", COORDINATEWISE)
 def test_extreme_gradients_have_a_known_result_and_touch_no_other_coordinate(kind):
-    """With clipping: infinite and large ones count as the bound, zero and denormal ones do no harm, NaN stays where it is."""
+    """With clipping: infinite and large ones count as the bound, zero and denormal ones do no harm,
+    NaN stays where it is."""
     learned = optimizers.LEARNED[kind](grad_clip=1.0)
     optimizer = to_optax(learned, learned.init_theta(jax.random.key(0)), 0.1)
 
@@ -122,7 +140,9 @@ def test_optim4rl_without_clipping_takes_any_finite_gradient(inputs):
 
 FUNCTIONS = {
     "quadratic": lambda x: 0.5 * jnp.sum(jnp.array([1.0, 10.0]) * x["w"] ** 2) + 0.5 * x["b"] ** 2,
-    "rosenbrock": lambda x: (1 - x["w"][0]) ** 2 + 100 * (x["w"][1] - x["w"][0] ** 2) ** 2 + x["b"] ** 2,
+    "rosenbrock": lambda x: (
+        (1 - x["w"][0]) ** 2 + 100 * (x["w"][1] - x["w"][0] ** 2) ** 2 + x["b"] ** 2
+    ),
 }
 RATES = {"quadratic": 0.02, "rosenbrock": 0.005}
 
@@ -131,9 +151,11 @@ RATES = {"quadratic": 0.02, "rosenbrock": 0.005}
 @pytest.mark.parametrize("name", FUNCTIONS)
 @every_kind
 def test_meta_trained_for_a_minute_it_descends(kind, name):
-    """Meta-trained by replays of 20 steps from points near and far along the way; tested from a start and for 200 steps."""
+    """Meta-trained by replays of 20 steps from points near and far along the way; tested from a
+    start and for 200 steps."""
     (learned, theta), loss_of = make(kind), FUNCTIONS[name]
-    # Steps in proportion to the gradient must be smaller on Rosenbrock's walls, where the curvature is 1,000.
+    # Steps in proportion to the gradient must be smaller on Rosenbrock's walls, where the curvature
+    # is 1,000.
     rate = 2e-4 if name == "rosenbrock" and kind in ("linear_optim", "l2lgd2") else RATES[name]
 
     def descend(theta, x, state, begin, num_steps):
@@ -172,7 +194,9 @@ def test_meta_trained_for_a_minute_it_descends(kind, name):
     for number in range(200):
         theta, meta_state = meta_step(theta, meta_state, jax.random.key(number))
     start = {"w": jnp.array([-1.2, 1.0]), "b": jnp.float32(-1.0)}
-    curve = np.asarray(jax.jit(lambda x: descend(theta, x, learned.init_state(x), 0, 200))(start)[1][0])
+    curve = np.asarray(
+        jax.jit(lambda x: descend(theta, x, learned.init_state(x), 0, 200))(start)[1][0]
+    )
     print(kind, name, curve[0], curve[-1])
     assert curve[-20:].mean() < 0.25 * curve[0]
 
@@ -199,12 +223,16 @@ def test_linear_optim_by_hand():
     grads = jnp.array([0.3, -2.0])
     optimizer = to_optax(learned, set_readout(theta, [0.7, -0.2, 3.0]), 0.1)
     updates, _ = optimizer.update(grads, optimizer.init(grads))
-    np.testing.assert_allclose(updates, -0.1 * (np.exp(0.7) * np.array([0.3, -2.0]) + np.exp(-0.2) * 3.0), rtol=1e-6)
+    np.testing.assert_allclose(
+        updates, -0.1 * (np.exp(0.7) * np.array([0.3, -2.0]) + np.exp(-0.2) * 3.0), rtol=1e-6
+    )
 
 
 def test_l2lgd2_inputs_meet_where_they_change():
     edge = np.exp(-10.0)
-    below, above = (optimizers.preprocess(jnp.array([edge, -edge]) * scale) for scale in (1 - 1e-5, 1 + 1e-5))
+    below, above = (
+        optimizers.preprocess(jnp.array([edge, -edge]) * scale) for scale in (1 - 1e-5, 1 + 1e-5)
+    )
     np.testing.assert_allclose(below, above, atol=1e-4)
     np.testing.assert_allclose(optimizers.preprocess(jnp.array([1.0, -edge**0.5, edge / 4, 0.0])).T,
                                [[0, 1], [-0.5, -1], [-1, 0.25], [-1, 0]], atol=1e-6)  # fmt: skip
@@ -214,18 +242,25 @@ def test_l2lgd2_scales_the_gradient():
     learned, theta = make("l2lgd2")
     grads = jnp.array([0.3, -2.0, 1e-7])
     optimizer = to_optax(learned, set_readout(theta, [-0.4]), 0.1)
-    np.testing.assert_allclose(optimizer.update(grads, optimizer.init(grads))[0], -0.1 * np.exp(-0.4) * grads, rtol=1e-6)
+    np.testing.assert_allclose(
+        optimizer.update(grads, optimizer.init(grads))[0], -0.1 * np.exp(-0.4) * grads, rtol=1e-6
+    )
 
 
 # --- The weights that are shipped ---
 
-SHIPPED = sorted(path.stem for path in (Path(optimizers.__file__).parent / "pretrained").glob("*.npz"))
+SHIPPED = sorted(
+    path.stem for path in (Path(optimizers.__file__).parent / "pretrained").glob("*.npz")
+)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_weights_load_by_name_from_anywhere_and_update(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    optimizer, params = optimizers.make_optimizer(f"pretrained/{name}", 1e-2), {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    optimizer, params = (
+        optimizers.make_optimizer(f"pretrained/{name}", 1e-2),
+        {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)},
+    )
     trained = optimizers.load_learned(f"pretrained/{name}")[2]["trained"]
     assert trained["iterations"] == trained["num_iterations"] > 0 and trained["env_name"]
     updates, _ = optimizer.update(params, optimizer.init(params), params)
@@ -234,14 +269,20 @@ def test_shipped_weights_load_by_name_from_anywhere_and_update(name, tmp_path, m
 
 @pytest.mark.slow
 def test_shipped_momentum4rl_is_ahead_of_tuned_adam_where_it_was_trained():
-    """Seeds that meta-training has not seen; 3e-2 is the best of half decades (results/gridworlds)."""
+    """Seeds that meta-training has not seen; 3e-2 is the best of half decades
+    (results/gridworlds)."""
     args = a2c.Args(env_name="small_dense_long", total_steps=3e6, num_seeds=3, seed=2000)
 
     def scores(name, learning_rate):
         history = a2c.train(
-            args, gridworld.make(args.env_name), optimizers.make_optimizer(name, learning_rate), lambda *_: None
+            args,
+            gridworld.make(args.env_name),
+            optimizers.make_optimizer(name, learning_rate),
+            lambda *_: None,
         )
         returns = history["return"].mean(axis=0)
-        return np.array([returns[54:74].mean(), returns[-20:].mean()])  # at a quarter of the 292 updates, and at the end
+        return np.array(
+            [returns[54:74].mean(), returns[-20:].mean()]
+        )  # at a quarter of the 292 updates, and at the end
 
     assert (scores("pretrained/momentum4rl", 6e-2) > 1.05 * scores("adam", 3e-2)).all()

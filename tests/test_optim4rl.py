@@ -4,10 +4,6 @@ import json
 import math
 import os
 import pickle
-import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -24,7 +20,12 @@ from meta_gradient import streamed_replay_gradient
 from optim4rl import BLOCK, load_theta, make_optim4rl, save_theta, to_optax
 
 ROOT = Path(__file__).parent.parent
-KINDS = [(cell, inputs, layers) for cell in ("lstm", "gru") for inputs in ("raw", "log") for layers in ((), (5,))]
+KINDS = [
+    (cell, inputs, layers)
+    for cell in ("lstm", "gru")
+    for inputs in ("raw", "log")
+    for layers in ((), (5,))
+]
 
 
 def make_theta(cell="lstm", inputs="raw", layers=(), hidden=3, seed=0):
@@ -32,7 +33,9 @@ def make_theta(cell="lstm", inputs="raw", layers=(), hidden=3, seed=0):
     theta = make_optim4rl(cell, inputs, hidden, layers).init_theta(jax.random.key(seed))
     leaves, treedef = jax.tree.flatten(theta)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    leaves = [leaf + 0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    leaves = [
+        leaf + 0.3 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)
+    ]
     return jax.tree.unflatten(treedef, leaves)
 
 
@@ -98,7 +101,10 @@ def test_update_is_the_equations_coordinate_by_coordinate(cell, inputs, layers):
     state = optimizer.init(params)
     for k in range(3):
         updates, state = optimizer.update(jnp.asarray(gradients[k], jnp.float32), state, params)
-        expected = [scalar_optimizer(theta, gradients[: k + 1, p], cell, inputs, 3, 0.01)[k] for p in range(4)]
+        expected = [
+            scalar_optimizer(theta, gradients[: k + 1, p], cell, inputs, 3, 0.01)[k]
+            for p in range(4)
+        ]
         np.testing.assert_allclose(updates, expected, rtol=2e-5)
 
 
@@ -114,8 +120,12 @@ def test_gradient_clipping(clip):
     optimizer = optim4rl.optim4rl(make_theta(), 0.01, grad_clip=clip)
     grads, limit = jnp.array([3.0, -0.5]), clip or np.inf
     updates, _ = optimizer.update(grads, optimizer.init(grads))
-    np.testing.assert_array_equal(updates, optimizer.update(jnp.clip(grads, -limit, limit), optimizer.init(grads))[0])
-    unclipped, _ = optim4rl.optim4rl(make_theta(), 0.01, grad_clip=None).update(grads, optimizer.init(grads))
+    np.testing.assert_array_equal(
+        updates, optimizer.update(jnp.clip(grads, -limit, limit), optimizer.init(grads))[0]
+    )
+    unclipped, _ = optim4rl.optim4rl(make_theta(), 0.01, grad_clip=None).update(
+        grads, optimizer.init(grads)
+    )
     assert (np.asarray(updates) == np.asarray(unclipped)).all() == (clip is None)
 
 
@@ -125,7 +135,12 @@ def test_gradient_clipping(clip):
 def odd_params():
     return {
         "a": jnp.ones((3, 5)),
-        "list": [jnp.float32(2.0), None, jnp.zeros((0, 4)), {"deep": jnp.ones(BLOCK + 7, jnp.bfloat16)}],
+        "list": [
+            jnp.float32(2.0),
+            None,
+            jnp.zeros((0, 4)),
+            {"deep": jnp.ones(BLOCK + 7, jnp.bfloat16)},
+        ],
         "none": None,
     }
 
@@ -133,7 +148,9 @@ def odd_params():
 @pytest.mark.parametrize("cell, inputs, layers", KINDS)
 def test_any_pytree_under_chain_and_jit(cell, inputs, layers):
     params = odd_params()
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optim4rl.optim4rl(make_theta(cell, inputs, layers), 0.1))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optim4rl.optim4rl(make_theta(cell, inputs, layers), 0.1)
+    )
     state = optimizer.init(params)
     updates, after = jax.jit(optimizer.update)(params, state, params)
     spec = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
@@ -170,7 +187,8 @@ def test_integer_leaves_are_refused():
 @pytest.mark.parametrize("theta_batched", [False, True])
 def test_vmap_is_a_loop(theta_batched):
     thetas = jax.tree.map(
-        lambda *xs: jnp.stack(xs), *[make_theta(seed=seed) for seed in (range(3) if theta_batched else [0] * 3)]
+        lambda *xs: jnp.stack(xs),
+        *[make_theta(seed=seed) for seed in (range(3) if theta_batched else [0] * 3)],
     )
     learned = make_optim4rl(hidden_size=3)
     grads = jax.random.normal(jax.random.key(0), (2, 3, BLOCK + 5))
@@ -185,7 +203,11 @@ def test_vmap_is_a_loop(theta_batched):
     got = jax.jit(jax.vmap(two_steps, (theta_axis, 1)))(theta, grads)
     for i in range(3):
         expected = two_steps(pick(thetas, i), grads[:, i])
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), pick(got, i), expected)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+            pick(got, i),
+            expected,
+        )
 
 
 def test_derivative_with_respect_to_theta_is_that_of_finite_differences():
@@ -203,19 +225,27 @@ def test_derivative_with_respect_to_theta_is_that_of_finite_differences():
 
 def test_lstm_derivative_is_that_of_jax():
     weights = make_theta(inputs="log", hidden=3)["rnn1"]
-    h, c, x, h_bar, c_bar = (jax.random.normal(jax.random.key(i), (2 if i == 2 else 3, 7)) for i in range(5))
+    h, c, x, h_bar, c_bar = (
+        jax.random.normal(jax.random.key(i), (2 if i == 2 else 3, 7)) for i in range(5)
+    )
 
     def plain(weights, state, x):
-        i, f, u, o = jnp.split(weights["w_h"] @ state[0] + weights["w_x"] @ x + weights["b"][:, None], 4)
+        i, f, u, o = jnp.split(
+            weights["w_h"] @ state[0] + weights["w_x"] @ x + weights["b"][:, None], 4
+        )
         c = jax.nn.sigmoid(f) * state[1] + jax.nn.sigmoid(i) * jnp.tanh(u)
         return jax.nn.sigmoid(o) * jnp.tanh(c), c
 
-    got, expected = (jax.vjp(cell, weights, (h, c), x)[1]((h_bar, c_bar)) for cell in (optim4rl.lstm, plain))
+    got, expected = (
+        jax.vjp(cell, weights, (h, c), x)[1]((h_bar, c_bar)) for cell in (optim4rl.lstm, plain)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), got, expected)
 
 
 def test_tanh_is_that_of_numpy():
-    x = np.concatenate([np.linspace(-12, 12, 100_001), np.logspace(-30, 1, 1000), [0, np.inf, -np.inf, np.nan]])
+    x = np.concatenate(
+        [np.linspace(-12, 12, 100_001), np.logspace(-30, 1, 1000), [0, np.inf, -np.inf, np.nan]]
+    )
     got = optim4rl.tanh(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(got, np.tanh(np.float32(x), dtype=np.float64), rtol=5e-7)
     slope = jax.vmap(jax.grad(optim4rl.tanh))(jnp.linspace(-3, 3, 101))
@@ -319,9 +349,17 @@ def test_an_accelerators_streamed_replay_is_the_cpus(num_updates, monkeypatch):
 
 @pytest.fixture
 def saved(tmp_path):
-    config = {"cell": "gru", "inputs": "log", "hidden_size": 3, "readout_layers": [5], "grad_clip": None}
+    config = {
+        "cell": "gru",
+        "inputs": "log",
+        "hidden_size": 3,
+        "readout_layers": [5],
+        "grad_clip": None,
+    }
     theta = make_theta("gru", "log", (5,))
-    save_theta(tmp_path / "theta.npz", theta, "optim4rl", config, {"env_name": ["catch"], "iterations": 3})
+    save_theta(
+        tmp_path / "theta.npz", theta, "optim4rl", config, {"env_name": ["catch"], "iterations": 3}
+    )
     return tmp_path / "theta.npz", theta, config
 
 
@@ -329,11 +367,20 @@ def test_save_and_load(saved):
     path, theta, config = saved
     loaded, header = load_theta(path)
     jax.tree.map(np.testing.assert_array_equal, loaded, theta)
-    assert header["optimizer"] == "optim4rl" and header["config"] == config and header["trained"]["iterations"] == 3
+    assert (
+        header["optimizer"] == "optim4rl"
+        and header["config"] == config
+        and header["trained"]["iterations"] == 3
+    )
     assert os.listdir(path.parent) == ["theta.npz"]
     grads = jnp.linspace(-3, 3, 7)
-    by_path, by_hand = optimizers.make_optimizer(str(path), 0.1), optim4rl.optim4rl(theta, 0.1, grad_clip=None)
-    np.testing.assert_array_equal(by_path.update(grads, by_path.init(grads))[0], by_hand.update(grads, by_hand.init(grads))[0])
+    by_path, by_hand = (
+        optimizers.make_optimizer(str(path), 0.1),
+        optim4rl.optim4rl(theta, 0.1, grad_clip=None),
+    )
+    np.testing.assert_array_equal(
+        by_path.update(grads, by_path.init(grads))[0], by_hand.update(grads, by_hand.init(grads))[0]
+    )
 
 
 class Payload:
@@ -366,9 +413,14 @@ def spoil(path, how):
     elif how == "version":
         np.savez(path, **arrays | {"header": np.array(json.dumps(header | {"format": 99}))})
     elif how == "other optimizer":
-        np.savez(path, **arrays | {"header": np.array(json.dumps(header | {"optimizer": "nosuch"}))})
+        np.savez(
+            path, **arrays | {"header": np.array(json.dumps(header | {"optimizer": "nosuch"}))}
+        )
     elif how == "other config":
-        np.savez(path, **arrays | {"header": np.array(json.dumps(header | {"config": {"hidden_size": 4}}))})
+        np.savez(
+            path,
+            **arrays | {"header": np.array(json.dumps(header | {"config": {"hidden_size": 4}}))},
+        )
     elif how == "array missing":
         np.savez(path, **{name: array for name, array in arrays.items() if name != "rnn2/w_h"})
     elif how == "nan":
@@ -403,137 +455,19 @@ def test_a_failed_save_leaves_the_old_file(saved, fails, monkeypatch):
     assert os.listdir(path.parent) == ["theta.npz"]
 
 
-# --- By name, and alone ---
-
-
-CLASSICAL = {
-    "adam": optax.adam(0.1, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0),
-    "adam_linear": optax.adam(0.1, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0),
-    "rmsprop": optax.rmsprop(0.1, 0.9, 1e-8, 0.0, eps_in_sqrt=True, centered=False, momentum=None),
-    "sgd": optax.sgd(0.1, momentum=None),
-    "sign_sgd": optax.sign_sgd(0.1),
-}
-
-
-@pytest.mark.parametrize("name", CLASSICAL)
-def test_classical_optimizers_are_those_of_optax_with_these_arguments(name):
-    ours, theirs = optimizers.make_optimizer(name, 0.1), CLASSICAL[name]
-    ours, params = optax.with_extra_args_support(ours), jnp.ones(4)
-    state, expected_state = ours.init(params), theirs.init(params)
-    for t in range(4):
-        g = jax.random.normal(jax.random.key(t), (4,)) * jnp.array([1.0, 100.0, 1e-7, 0.0])
-        updates, state = ours.update(g, state, params, fraction=t / 4)
-        expected, expected_state = theirs.update(g, expected_state, params)
-        left = 1 - t / 4 if name == "adam_linear" else 1
-        np.testing.assert_allclose(updates, left * expected, rtol=1e-6)
-
-
-def test_unknown_optimizer():
-    with pytest.raises(ValueError, match="adam, adam_linear, rmsprop"):
-        optimizers.make_optimizer("adamw", 0.1)
-
-
-# A file copied alone trains an agent, or parameters, for three updates. files: what is copied; code: what is run beside it.
-ALONE = {
-    "gridworld": (
-        ["gridworld"],
-        """
-import jax, gridworld
-env = gridworld.make("small_dense_short")
-state, obs = env.reset(jax.random.key(0))
-for i in range(3):
-    state, obs, reward, done = env.step(jax.random.key(i), state, i)
-assert obs.shape == env.obs_shape and int(state.time) == 3
-""",
-    ),
-    "optim4rl": (
-        ["optim4rl"],
-        """
-import jax, optax, optim4rl
-optimizer = optim4rl.optim4rl(optim4rl.init_theta(jax.random.key(0)), 0.1)
-params = {"w": jax.numpy.ones(3)}
-start, opt_state = params, optimizer.init(params)
-for _ in range(3):
-    updates, opt_state = optimizer.update(params, opt_state, params)
-    params = optax.apply_updates(params, updates)
-assert (params["w"] < start["w"]).all()
-""",
-    ),
-    "momentum4rl": (
-        ["momentum4rl", "optim4rl"],
-        """
-import jax, optax, momentum4rl
-theta = momentum4rl.make_momentum4rl().init_theta(jax.random.key(0))
-optimizer = momentum4rl.momentum4rl(theta, 0.1, num_steps=10)
-params = {"w": jax.numpy.ones(3)}
-start, opt_state = params, optimizer.init(params)
-for _ in range(3):
-    updates, opt_state = optimizer.update(params, opt_state, params)
-    params = optax.apply_updates(params, updates)
-assert (params["w"] < start["w"]).all()
-""",
-    ),
-    "a2c": (
-        ["a2c"],
-        """
-from typing import NamedTuple
-import jax, jax.numpy as jnp, optax, a2c
-
-class Env(NamedTuple):  # one observation; action 1 is rewarded; episodes of one step
-    reset = staticmethod(lambda key: (jnp.int32(0), jnp.ones((1, 1, 1))))
-    step = staticmethod(lambda key, state, action: (state, jnp.ones((1, 1, 1)), (action == 1) * 1.0, jnp.array(True)))
-    obs_shape = (1, 1, 1)
-    num_actions = 2
-
-args = a2c.Args(env_name="toy", total_steps=3 * 20 * 64, num_envs=64)
-history = a2c.train(args, Env(), optax.adam(0.1), lambda *_: None)
-assert history["reward"].shape == (1, 3) and history["reward"][0, -1] > 0.55
-""",
-    ),
-    "ppo": (
-        ["ppo", "networks"],
-        """
-import jax, jax.numpy as jnp, optax, ppo
-
-def step(state, action):  # one observation; the reward is highest for action 0.5
-    return state, jnp.ones(1), 1 - jnp.abs(action[0] - 0.5), jnp.array(True)
-
-env = ppo.Env(lambda key: (jnp.int32(0), jnp.ones(1)), step, 1, 1)
-sizes = {"num_envs": 64, "rollout_steps": 2, "batch_size": 64, "num_minibatches": 4, "num_epochs": 4}
-settings = {"discount": 0.9, "entropy_weight": 0.0, "reward_scale": 1.0, "policy_layers": (8,), "value_layers": (8,)}
-args = ppo.Args(total_steps=3 * 2 * 256, num_evals=1, eval_envs=2, **sizes, **settings)
-history = ppo.train(args, env, optax.adam(0.01), lambda *_: None)
-assert history["reward"].shape == (1, 3) and history["eval_return"][0, -1] > history["eval_return"][0, 0]
-""",
-    ),
-}
-
-
-@pytest.mark.parametrize("module", ALONE)
-def test_a_copied_file_works_alone_in_an_empty_folder(module, tmp_path):
-    files, code = ALONE[module]
-    for name in files:
-        shutil.copy(ROOT / f"{name}.py", tmp_path)
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
-
-
-def test_the_readmes_code_runs_with_copies_of_two_files_and_learns(tmp_path):
-    for path in ("optim4rl.py", "momentum4rl.py", "pretrained/momentum4rl.npz"):
-        shutil.copy(ROOT / path, tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    code += 'assert abs(params["w"].sum(1) + params["b"].sum() - 3.0).max() < 1e-3, params'
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
-
-
 # --- Any pytree ---
 
 LEAVES = st.tuples(
-    st.lists(st.integers(0, 4), max_size=3).map(tuple), st.sampled_from(["float32", "bfloat16", "float16"]), st.integers(0, 99)
+    st.lists(st.integers(0, 4), max_size=3).map(tuple),
+    st.sampled_from(["float32", "bfloat16", "float16"]),
+    st.integers(0, 99),
 ).map(lambda made: jax.random.normal(jax.random.key(made[2]), made[0]).astype(made[1]))
 TREES = st.recursive(
     st.one_of(LEAVES, st.none()),
     lambda some: st.one_of(
-        st.lists(some, max_size=3), st.tuples(some, some), st.dictionaries(st.sampled_from("abc"), some, max_size=3)
+        st.lists(some, max_size=3),
+        st.tuples(some, some),
+        st.dictionaries(st.sampled_from("abc"), some, max_size=3),
     ),
     max_leaves=5,
 )
@@ -542,10 +476,14 @@ TREES = st.recursive(
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(TREES)
 def test_any_pytree_is_updated_coordinate_by_coordinate(grads):
-    """Structure, shapes and dtypes are kept, and each coordinate's updates are those that it has alone."""
+    """Structure, shapes and dtypes are kept, and each coordinate's updates are those that it has
+    alone."""
     learned = make_optim4rl()
     theta = learned.init_theta(jax.random.key(0))
-    optimizer, flat = to_optax(learned, theta, 0.1), [jnp.ravel(leaf) for leaf in jax.tree.leaves(grads)]
+    optimizer, flat = (
+        to_optax(learned, theta, 0.1),
+        [jnp.ravel(leaf) for leaf in jax.tree.leaves(grads)],
+    )
     state, alone = optimizer.init(grads), {}
     for scale in (1.0, -0.1):
         g = jax.tree.map(lambda x, scale=scale: (scale * x).astype(x.dtype), grads)

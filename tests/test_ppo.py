@@ -158,9 +158,10 @@ def test_log_prob_is_that_of_the_squashed_action():
     np.testing.assert_allclose(
         networks.TANH_NORMAL.log_prob(both, jnp.asarray(x)), expected, rtol=1e-5
     )
-    density = lambda a: np.exp(
-        float(networks.TANH_NORMAL.log_prob(first, jnp.arctanh(jnp.array([a]))))
-    )  # noqa: E731
+
+    def density(a):
+        return np.exp(float(networks.TANH_NORMAL.log_prob(first, jnp.arctanh(jnp.array([a])))))
+
     np.testing.assert_allclose(
         scipy.integrate.quad(density, -0.9999, 0.9999, limit=100)[0], 1, rtol=1e-3
     )

@@ -1,4 +1,5 @@
-"""The scripts as a user runs them: from the command line to the files, and bad input in one line."""
+"""The scripts as a user runs them: from the command line to the files, and bad input in one
+line."""
 
 import csv
 import json
@@ -44,7 +45,15 @@ def test_meta_train_then_evaluate(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert config["args"]["num_units"] == 4 and "jax" in config["versions"]
 
-    flags = ["--num-seeds", "2", "--total-steps", "6400", "--optimizers", str(folder / "theta.npz"), "adam"]
+    flags = [
+        "--num-seeds",
+        "2",
+        "--total-steps",
+        "6400",
+        "--optimizers",
+        str(folder / "theta.npz"),
+        "adam",
+    ]
     done = run_script("evaluate", *flags, "--learning-rates", "1e-2", "1e-3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs").glob("*evaluate*")
@@ -52,7 +61,10 @@ def test_meta_train_then_evaluate(tmp_path):
     swept = {row["learning_rate"]: float(row["score"]) for row in read_rows(folder / "sweep.csv")}
     assert set(swept) == {"0.01", "0.001"}
     best = max(swept, key=swept.get)
-    assert {(row["optimizer"], row["learning_rate"]) for row in rows} == {("catch (trained)", "0.001"), ("adam", best)}
+    assert {(row["optimizer"], row["learning_rate"]) for row in rows} == {
+        ("catch (trained)", "0.001"),
+        ("adam", best),
+    }
     assert {row["seed"] for row in rows} == {"1000", "1001"}
     assert len(rows) == 2 * 2 * 5 and (folder / "curves.png").read_bytes()[1:4] == b"PNG"
     assert (folder / "table.md").read_text() in done.stdout
@@ -60,15 +72,26 @@ def test_meta_train_then_evaluate(tmp_path):
 
 def test_velo_by_pes_then_evaluate(tmp_path):
     """The kind that reads most, by the other estimator, to the end of the line."""
-    flags = "--env-name catch --num-units 2 --num-iterations 2 --inner-updates 2 --optimizer velo --meta-estimator pes".split()
+    flags = "--env-name catch --num-units 2 --num-iterations 2 --inner-updates 2".split()
+    flags += "--optimizer velo --meta-estimator pes".split()
     done = run_script("pipeline_train", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     header = load_theta(folder / "theta.npz")[1]
     assert header["optimizer"] == "velo" and header["config"]["num_bases"] == 64
-    assert header["trained"]["env_steps"] == 2 * 2 * 2 * 20  # iterations, units, updates, rollout steps: no meta-loss's rollout
+    assert (
+        header["trained"]["env_steps"] == 2 * 2 * 2 * 20
+    )  # iterations, units, updates, rollout steps: no meta-loss's rollout
     theta = str(folder / "theta.npz")
-    flags = ["--num-seeds", "2", "--total-steps", "6400", "--optimizers", theta, f"untrained:{theta}"]
+    flags = [
+        "--num-seeds",
+        "2",
+        "--total-steps",
+        "6400",
+        "--optimizers",
+        theta,
+        f"untrained:{theta}",
+    ]
     done = run_script("evaluate", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "velo, catch (trained)" in done.stdout and "velo, catch (untrained)" in done.stdout
@@ -78,7 +101,15 @@ def test_training_goes_on_from_another_runs_theta(tmp_path):
     """The kind of optimizer and its settings come with the file."""
     flags = "--env-name catch --num-units 2 --num-iterations 1 --inner-updates 1".split()
     theta = ROOT / "pretrained" / "momentum4rl.npz"
-    done = run_script("pipeline_train", *flags, "--theta", str(theta), "--meta-learning-rate", "1e-9", cwd=tmp_path)
+    done = run_script(
+        "pipeline_train",
+        *flags,
+        "--theta",
+        str(theta),
+        "--meta-learning-rate",
+        "1e-9",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("runs/*/theta.npz")
     (after, header), (before, header_before) = load_theta(path), load_theta(theta)
@@ -88,9 +119,12 @@ def test_training_goes_on_from_another_runs_theta(tmp_path):
 
 
 def interrupt(script, flags, number, cwd, ready, done):
-    """Start a script, and once ready() send the signal, as an impatient user does, until done(). -> exit code, stderr"""
+    """Start a script, and once ready() send the signal, as an impatient user does, until done(). ->
+    exit code, stderr"""
     command = [sys.executable, str(ROOT / f"{script}.py"), *flags.split()]
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while not ready() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -130,11 +164,20 @@ def test_an_interrupt_keeps_the_log_of_a2c(tmp_path):
 
 
 def test_an_interrupt_of_evaluate_keeps_the_optimizers_that_are_done(tmp_path):
-    flags = f"--env-name {' '.join(gridworld.NAMES)} --optimizers adam rmsprop sgd sign_sgd adam_linear"
+    flags = (
+        f"--env-name {' '.join(gridworld.NAMES)} --optimizers adam rmsprop sgd sign_sgd adam_linear"
+    )
     flags += " --total-steps 3200 --num-seeds 1 --num-envs 4"
     began = time.monotonic()
     sent = iter((False, True))
-    code = interrupt("evaluate", flags, signal.SIGINT, tmp_path, lambda: time.monotonic() > began + 20, lambda: next(sent))
+    code = interrupt(
+        "evaluate",
+        flags,
+        signal.SIGINT,
+        tmp_path,
+        lambda: time.monotonic() > began + 20,
+        lambda: next(sent),
+    )
     assert code == 130
     (folder,) = (tmp_path / "runs").iterdir()
     made = {(row["env_name"], row["optimizer"]) for row in read_rows(folder / "results.csv")}
@@ -149,42 +192,57 @@ def test_reports_of_several_evaluations_join(tmp_path):
     folders = sorted(str(path) for path in (tmp_path / "runs").iterdir())
     done = run_script("report", *folders, "--out", "joined", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "joined" / "table.md").read_text() in done.stdout and "### catch, 2 seeds" in done.stdout
+    assert (
+        tmp_path / "joined" / "table.md"
+    ).read_text() in done.stdout and "### catch, 2 seeds" in done.stdout
     assert (tmp_path / "joined" / "curves.png").read_bytes()[1:4] == b"PNG"
     rows, expected = read_rows(tmp_path / "joined" / "curves.csv"), []
     for row in read_rows(Path(folders[0]) / "results.csv"):
         if row["optimizer"] == "adam" and row["env_steps"] == "6400":
             expected.append(float(row["return"]))
-    (last,) = [row for row in rows if (row["env_name"], row["optimizer"], row["env_steps"]) == ("catch", "adam", "6400")]
+    (last,) = [
+        row
+        for row in rows
+        if (row["env_name"], row["optimizer"], row["env_steps"]) == ("catch", "adam", "6400")
+    ]
     assert abs(float(last["mean"]) - np.mean(expected)) < 1e-4 and last["seeds"] == "2"
 
 
 def test_seeds_of_several_evaluations_join(tmp_path):
-    """Four seeds in one file, or two in each of two: the same. A seed given twice, and curves that do not fit, are refused."""
+    """Four seeds in one file, or two in each of two: the same. A seed given twice, and curves that
+    do not fit, are refused."""
     returns = np.random.default_rng(0).normal(size=(4, 5)).round(3)
     names = ("all", "first", "last", "shorter")
     paths = {name: tmp_path / f"{name}.csv" for name in names}
     for name, rows, seed in zip(
-        names, (returns, returns[:2], returns[2:], returns[2:, :4]), (1000, 1000, 1002, 1002), strict=True
+        names,
+        (returns, returns[:2], returns[2:], returns[2:, :4]),
+        (1000, 1000, 1002, 1002),
+        strict=True,
     ):
         steps = 10 * np.arange(1, rows.shape[1] + 1)
         parts = [report.Result("catch", label, 0.1, steps, rows) for label in ("adam", "rmsprop")]
         report.write_results(paths[name], parts, seed)
     joined = report.read_results(paths["first"], paths["last"])
-    assert [(result.label, result.learning_rate) for result in joined] == [("adam", 0.1), ("rmsprop", 0.1)]
+    assert [(result.label, result.learning_rate) for result in joined] == [
+        ("adam", 0.1),
+        ("rmsprop", 0.1),
+    ]
     for result, whole in zip(joined, report.read_results(paths["all"]), strict=True):
         np.testing.assert_array_equal(result.returns, returns)
         np.testing.assert_array_equal(result.env_steps, [10, 20, 30, 40, 50])
         np.testing.assert_array_equal(whole.returns, returns)
-    with pytest.raises(ValueError, match=r"last\.csv: seed 1002 of adam in catch is in .*all\.csv too"):
+    with pytest.raises(
+        ValueError, match=r"last\.csv: seed 1002 of adam in catch is in .*all\.csv too"
+    ):
         report.read_results(paths["all"], paths["last"])
     with pytest.raises(ValueError, match="not as many updates"):
         report.read_results(paths["first"], paths["shorter"])
 
 
 def test_a_suite_takes_what_has_weights_and_says_what_it_leaves_out(monkeypatch):
-    """On a CPU no ant and no humanoid; weights of one environment are shown there only, every learned one beside its untrained
-    form."""
+    """On a CPU no ant and no humanoid; weights of one environment are shown there only, every
+    learned one beside its untrained form."""
     shown = {}
     for run in evaluate.plan(evaluate.fill_in(evaluate.Args(suite="paper"))):
         shown.setdefault(run.env_name, {})[run.optimizer] = run.rates
@@ -192,12 +250,26 @@ def test_a_suite_takes_what_has_weights_and_says_what_it_leaves_out(monkeypatch)
     for env_name, runs in shown.items():
         trained = {name for name in runs if name.startswith("pretrained/optim4rl_")}
         assert trained == {"pretrained/optim4rl_gridworlds", f"pretrained/optim4rl_{env_name}"}
-        both = {"pretrained/momentum4rl", "untrained:pretrained/momentum4rl", "untrained", "sign_sgd", "adam", "rmsprop"}
+        both = {
+            "pretrained/momentum4rl",
+            "untrained:pretrained/momentum4rl",
+            "untrained",
+            "sign_sgd",
+            "adam",
+            "rmsprop",
+        }
         assert set(runs) == both | trained
         assert len(runs["adam"]) > 1 and len(runs["pretrained/momentum4rl"]) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for suite, seen in (("paper", {"pretrained/optim4rl_ant"}), ("transfer", set())):  # transfer: only what has not seen it
-        runs = [run for run in evaluate.plan(evaluate.fill_in(evaluate.Args(suite=suite))) if run.env_name == "ant"]
+    for suite, seen in (
+        ("paper", {"pretrained/optim4rl_ant"}),
+        ("transfer", set()),
+    ):  # transfer: only what has not seen it
+        runs = [
+            run
+            for run in evaluate.plan(evaluate.fill_in(evaluate.Args(suite=suite)))
+            if run.env_name == "ant"
+        ]
         assert {run.optimizer for run in runs} == both | {"pretrained/optim4rl_gridworlds"} | seen
 
 
@@ -206,7 +278,7 @@ import sys, jax, jax.numpy as jnp, pipeline_train, runs
 mean_over_units = runs.mean_over_units
 def wrong_from_3_on(train, theta, plan, *rest):
     gradient, units, metrics = mean_over_units(train, theta, plan, *rest)
-    now = (3 <= plan.age.max()) & (plan.age.max() < {until})  # the oldest unit is as old as training
+    now = (3 <= plan.age.max()) & (plan.age.max() < {until})  # the oldest unit's age
     return jax.tree.map(lambda g: jnp.where(now, jnp.{value}, g), gradient), units, metrics
 runs.mean_over_units = wrong_from_3_on
 pipeline_train.main()
@@ -214,15 +286,28 @@ pipeline_train.main()
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_meta_gradients_that_are_not_finite_are_skipped_and_ten_in_a_row_end_the_run(tmp_path, value):
-    flags = "--env-name catch --num-units 4 --inner-updates 2 --meta-clip elementwise --num-iterations".split()
+def test_meta_gradients_that_are_not_finite_are_skipped_and_ten_in_a_row_end_the_run(
+    tmp_path, value
+):
+    flags = "--env-name catch --num-units 4 --inner-updates 2 --meta-clip elementwise".split()
+    flags += ["--num-iterations"]
 
     def train(until, iterations):
         for folder in tmp_path.glob("runs/*"):
             folder.rename(tmp_path / f"before_{until}_{iterations}")
-        command = [sys.executable, "-c", GOES_WRONG.format(until=until, value=value), *flags, str(iterations)]
+        command = [
+            sys.executable,
+            "-c",
+            GOES_WRONG.format(until=until, value=value),
+            *flags,
+            str(iterations),
+        ]
         done = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+            command,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         (folder,) = tmp_path.glob("runs/*")
         theta = jax.tree.leaves(load_theta(folder / "theta.npz")[0])
@@ -235,8 +320,14 @@ def test_meta_gradients_that_are_not_finite_are_skipped_and_ten_in_a_row_end_the
     assert "iteration 4: the meta-gradient is not finite" in done.stdout + done.stderr
     assert any((a != b).any() for a, b in zip(theta, good, strict=True))
     done, theta, bad = train(99, 30)
-    assert done.returncode == 1 and bad == [0, 0, 0, *range(1, 11)] and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("error: 10 meta-gradients in a row were not finite")
+    assert (
+        done.returncode == 1 and bad == [0, 0, 0, *range(1, 11)] and "Traceback" not in done.stderr
+    )
+    assert (
+        done.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error: 10 meta-gradients in a row were not finite")
+    )
     jax.tree.map(np.testing.assert_array_equal, theta, good)
 
 
@@ -249,7 +340,8 @@ def test_a2c(tmp_path):
     assert [row["env_steps"] for row in rows] == ["40", "80", "120"] and "return_seed_1" in rows[0]
 
 
-SMALL_PPO = "--num-envs 4 --batch-size 4 --num-minibatches 2 --policy-layers 8 --value-layers 8 --eval-envs 2"
+SMALL_PPO = "--num-envs 4 --batch-size 4 --num-minibatches 2 --eval-envs 2"
+SMALL_PPO += " --policy-layers 8 --value-layers 8"
 
 
 def test_ppo(tmp_path):
@@ -258,25 +350,36 @@ def test_ppo(tmp_path):
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     rows = read_rows(folder / "metrics.csv")
-    assert [row["env_steps"] for row in rows] == ["40", "80", "120"] and "eval_return_seed_1" in rows[0]
-    assert "discount           0.97" in done.stdout  # the task's setting, taken because the flag was unset
+    assert [row["env_steps"] for row in rows] == [
+        "40",
+        "80",
+        "120",
+    ] and "eval_return_seed_1" in rows[0]
+    assert (
+        "discount           0.97" in done.stdout
+    )  # the task's setting, taken because the flag was unset
 
 
 def test_a_seed_that_breaks_is_reported_with_its_step(tmp_path):
-    flags = f"--total-steps 120 --episode-length 20 --optimizer sgd --learning-rate 1e38 --grad-clip inf {SMALL_PPO}".split()
+    flags = f"--total-steps 120 --episode-length 20 {SMALL_PPO}".split()
+    flags += "--optimizer sgd --learning-rate 1e38 --grad-clip inf".split()
     done = run_script("ppo", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "seed 0: numbers that are not finite by step 40" in done.stdout
 
 
 def test_meta_train_on_a_gridworld_and_brax_then_transfer(tmp_path):
-    flags = "--env-name inverted_pendulum catch --num-units 2 --num-iterations 2 --inner-updates 1 --envs-per-unit 2 1"
+    flags = "--env-name inverted_pendulum catch --num-units 2 --num-iterations 2"
+    flags += " --inner-updates 1 --envs-per-unit 2 1"
     done = run_script("pipeline_train", *flags.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     rows = read_rows(folder / "metrics.csv")
-    assert np.isfinite([float(rows[-1][f"meta_grad_norm_{name}"]) for name in ("inverted_pendulum", "catch")]).all()
-    flags = "--env-name inverted_pendulum --total-steps 2560 --num-envs 64 --batch-size 16 --value-layers 16 --num-evals 1"
+    assert np.isfinite(
+        [float(rows[-1][f"meta_grad_norm_{name}"]) for name in ("inverted_pendulum", "catch")]
+    ).all()
+    flags = "--env-name inverted_pendulum --total-steps 2560 --num-envs 64 --batch-size 16"
+    flags += " --value-layers 16 --num-evals 1"
     flags += f" --num-seeds 1 --optimizers {folder}/theta.npz sign_sgd"
     done = run_script("evaluate", *flags.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -288,17 +391,25 @@ def test_meta_train_on_a_gridworld_and_brax_then_transfer(tmp_path):
 @pytest.mark.parametrize("script", ["a2c", "ppo", "pipeline_train", "evaluate"])
 def test_help_teaches(script, tmp_path):
     done = run_script(script, "--help", cwd=tmp_path)
-    assert done.returncode == 0 and "--env-name" in done.stdout and f"python {script}.py" in done.stdout
+    assert (
+        done.returncode == 0
+        and "--env-name" in done.stdout
+        and f"python {script}.py" in done.stdout
+    )
 
 
 def test_two_processes_give_the_theta_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = "--env-name catch --num-units 4 --num-iterations 3 --inner-updates 2 --num-devices 1".split()
+    flags = "--env-name catch --num-units 4 --num-iterations 3".split()
+    flags += "--inner-updates 2 --num-devices 1".split()
     together = [*flags, "--runs-dir", "two", "--num-processes", "2", "--coordinator", address]
     command = [sys.executable, str(ROOT / "pipeline_train.py"), *together, "--process-id"]
-    both = [subprocess.Popen([*command, str(i)], cwd=tmp_path, stderr=subprocess.PIPE, text=True) for i in range(2)]
+    both = [
+        subprocess.Popen([*command, str(i)], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
     assert run_script("pipeline_train", *flags, "--runs-dir", "one", cwd=tmp_path).returncode == 0
     for process in both:
         _, err = process.communicate(timeout=300)
@@ -309,7 +420,16 @@ def test_two_processes_give_the_theta_of_one(tmp_path):
 
 
 def test_more_devices_than_there_are(tmp_path):
-    done = run_script("pipeline_train", "--env-name", "catch", "--num-units", "5", "--num-devices", "2", cwd=tmp_path)
+    done = run_script(
+        "pipeline_train",
+        "--env-name",
+        "catch",
+        "--num-units",
+        "5",
+        "--num-devices",
+        "2",
+        cwd=tmp_path,
+    )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "--num-units" in done.stderr
 
 
@@ -336,14 +456,25 @@ def test_steps_to_reach():
 
 
 def test_tables_show_scores_at_the_end_and_relative_to_adams():
-    """Straight lines over 200 updates: 20 means an end, on average, of 20 * 190.5 / 200, and a quarter of 20 * 40.5 / 200."""
+    """Straight lines over 200 updates: 20 means an end, on average, of 20 * 190.5 / 200, and a
+    quarter of 20 * 40.5 / 200."""
     steps = np.arange(1, 201)
-    lines = {("catch", "adam"): 10, ("catch", "x"): 20, ("ant", "adam"): 40, ("ant", "x"): 30, ("ant", "y"): np.nan}
+    lines = {
+        ("catch", "adam"): 10,
+        ("catch", "x"): 20,
+        ("ant", "adam"): 40,
+        ("ant", "x"): 30,
+        ("ant", "y"): np.nan,
+    }
     results = []
     for (env_name, label), slope in lines.items():
         returns = np.broadcast_to(slope * steps / 200, (2, 200))
-        results.append(report.Result(env_name, label, 0.1, steps, returns[np.isfinite(returns[:, -1])]))
-    assert results[1].score() == pytest.approx(20 * 190.5 / 200) and results[1].score(0.25) == pytest.approx(20 * 40.5 / 200)
+        results.append(
+            report.Result(env_name, label, 0.1, steps, returns[np.isfinite(returns[:, -1])])
+        )
+    assert results[1].score() == pytest.approx(20 * 190.5 / 200) and results[1].score(
+        0.25
+    ) == pytest.approx(20 * 40.5 / 200)
     assert "| x | 0.1 | 19.050 |" in report.table(results[:2])
     fewer = results[1]._replace(returns=results[1].returns[:1])
     assert "| x (seeds: 1) | 0.1 | 19.050 |" in report.table([results[0], fewer])
@@ -352,12 +483,18 @@ def test_tables_show_scores_at_the_end_and_relative_to_adams():
         "| x | 2.00, 2.00 | 0.75, 0.75 |",
     ]
     assert "| y | - | - |" in report.relative_table(results)
-    slower = results[0]._replace(learning_rate=0.01, returns=results[0].returns / 2)  # Adam on catch, at two learning rates
+    slower = results[0]._replace(
+        learning_rate=0.01, returns=results[0].returns / 2
+    )  # Adam on catch, at two learning rates
     for two in ([slower, *results[:4]], [*results[:4], slower]):
         assert report.relative_table(two) == report.relative_table(results[:4])
-        assert "| adam | 0.01 | 4.763 |" in report.tables(two) and "| adam | 0.1 | 9.525 |" in report.tables(two)
+        assert "| adam | 0.01 | 4.763 |" in report.tables(
+            two
+        ) and "| adam | 0.1 | 9.525 |" in report.tables(two)
 
 
-def test_a_quarter_is_one_of_the_steps_where_the_evaluations_are_few_and_the_first_is_before_training():
-    result = report.Result("ant", "x", 0.1, np.array([0, 10, 20, 30, 40]), np.array([[5.0, 7.0, 11.0, 13.0, 19.0]]))
+def test_a_quarter_is_a_step_with_an_evaluation_and_not_the_one_before_training():
+    result = report.Result(
+        "ant", "x", 0.1, np.array([0, 10, 20, 30, 40]), np.array([[5.0, 7.0, 11.0, 13.0, 19.0]])
+    )
     assert [result.score(until) for until in (0.25, 0.3, 0.5, 1.0)] == [6.0, 9.0, 9.0, 16.0]

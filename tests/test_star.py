@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-import star
+from baselines import star
 from optim4rl import to_optax
 
 DECAYS = {"momentum": [0.9, 0.99, 0.999], "rms": [0.999], "adafactor": [0.9, 0.99, 0.999]}

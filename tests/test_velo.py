@@ -12,7 +12,7 @@ import pytest
 
 import convert_velo
 import optimizers
-import velo
+from baselines import velo
 from optim4rl import to_optax
 
 
@@ -127,9 +127,12 @@ class Reference:
         axes = tuple(range(p.ndim))
         inputs = [x / np.sqrt(1e-5 + np.mean(x**2, axis=axes, keepdims=True)) for x in inputs]
         bases = self.w["ff_mod_stack"]["~"]
-        layer = lambda name: (
-            100 * np.mean(bases[name] * control.reshape(-1, *[1] * (bases[name].ndim - 1)), axis=0)
-        )  # noqa: E731
+
+        def layer(name):
+            return 100 * np.mean(
+                bases[name] * control.reshape(-1, *[1] * (bases[name].ndim - 1)), axis=0
+            )
+
         hidden = sum(x @ layer(f"w0__{k}") for k, x in enumerate(inputs)) + layer("b0")
         hidden = np.maximum(hidden, 0) @ layer("w1") + layer("b1")
         out = np.maximum(hidden, 0) @ layer("w2") + layer("b2")

@@ -1,12 +1,15 @@
-"""STAR: a learned optimizer made stable by a nominal term (Harrison, Metz & Sohl-Dickstein 2022, arXiv 2209.11208).
+"""STAR: a learned optimizer made stable by a nominal term (Harrison, Metz & Sohl-Dickstein 2022,
+arXiv 2209.11208).
 
-A small network reads, for every parameter, momenta, second moments and Adafactor's factored second moments of its tensor,
-each feature normalised over the tensor, and an embedding of the step count. Its outputs d and s, and the nominal term:
+A small network reads, for every parameter, momenta, second moments and Adafactor's factored second
+moments of its tensor, each feature normalised over the tensor, and an embedding of the step count.
+Its outputs d and s, and the nominal term:
 
-    update = -learning_rate d exp(0.001 s) - 0.001 exp(0.001) mean over decays of m / sqrt(rms + 1e-6)
+    update = -learning_rate d exp(0.001 s)
+             - 0.001 exp(0.001) mean over decays of m / sqrt(rms + 1e-6)
 
-theta holds the network and the decays. Not coordinate-wise: a parameter's features depend on the rest of its tensor.
-velo.py uses the same moments and features.
+theta holds the network and the decays. Not coordinate-wise: a parameter's features depend on the
+rest of its tensor. velo.py uses the same moments and features.
 
 Legend: D decays, F features; a tensor of any shape stands behind these axes.
 """
@@ -27,7 +30,8 @@ TIMESCALES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
 
 
 class Moments(NamedTuple):
-    """Running means of one tensor's gradients. A tensor of fewer than two axes is not factored: row is v itself, col empty."""
+    """Running means of one tensor's gradients. A tensor of fewer than two axes is not factored: row
+    is v itself, col empty."""
 
     m: jax.Array  # [3, *shape] of g
     rms: jax.Array  # [1, *shape] of g^2
@@ -41,7 +45,8 @@ class State(NamedTuple):
 
 
 def factored_axes(shape: tuple) -> tuple[int, int] | None:
-    """The axes that row and col are means over: the largest and the second largest; None for fewer, or an empty tensor."""
+    """The axes that row and col are means over: the largest and the second largest; None for fewer,
+    or an empty tensor."""
     if len(shape) < 2 or 0 in shape:
         return None
     *_, second, largest = np.argsort(shape, kind="stable").tolist()
@@ -85,7 +90,8 @@ def safe_rsqrt(x: jax.Array) -> jax.Array:
 
 
 def adafactor_scales(moments: Moments, shape: tuple) -> jax.Array:
-    """1 / sqrt of the second moment that row and col stand for, row col^T / mean(row) (Shazeer & Stern 2018). -> [D, *shape]"""
+    """1 / sqrt of the second moment that row and col stand for, row col^T / mean(row) (Shazeer &
+    Stern 2018). -> [D, *shape]"""
     axes = factored_axes(shape)
     if not axes:
         return safe_rsqrt(moments.row + 1e-9)
@@ -98,7 +104,8 @@ def adafactor_scales(moments: Moments, shape: tuple) -> jax.Array:
 def features(
     p: jax.Array, g: jax.Array, moments: Moments, eps: float = 1e-6
 ) -> dict[str, jax.Array]:
-    """What the networks of STAR and VeLO read of a tensor, by name, [D, *shape] each. eps: see "adafactor m"."""
+    """What the networks of STAR and VeLO read of a tensor, by name, [D, *shape] each. eps: see
+    "adafactor m"."""
     m, rms, row, col = moments
     rsqrt, scales, axes = (
         jax.lax.rsqrt(rms + 1e-6),
@@ -145,7 +152,8 @@ def network(layers: dict, x: jax.Array) -> jax.Array:
 
 
 def decays_of(theta: dict) -> dict:
-    """The decays as theta has moved them: 1 - (1 - initial) exp(10 x), so that x = 0 is the initial one."""
+    """The decays as theta has moved them: 1 - (1 - initial) exp(10 x), so that x = 0 is the initial
+    one."""
     return {
         name: 1 - (1 - jnp.array(initial)) * jnp.exp(10 * theta["decays"][name])
         for name, initial in DECAYS.items()

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-import star
+from baselines import star
+from baselines.star import Moments, features, init_moments, normalise, update_moments
 from optim4rl import LearnedOptimizer, init_dense, init_rnn, lstm, readout
-from star import Moments, features, init_moments, normalise, update_moments
 
 FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
 LOSS_MEANS = 10  # running means of the loss, with half-lives from 10 updates to all of training
