@@ -149,8 +149,7 @@ def rollout(key, params, normaliser, stream, env: Env, num_steps: int, episode_l
         final_obs = jnp.where(truncated, obs, final_obs)
         seen = (stream.obs, x, actions.log_prob(outputs, x), reward, terminated, truncated)
         restart = truncated if env.resets_itself else done
-        start_or_next = partial(jnp.where, restart)
-        env_state, obs = jax.tree.map(start_or_next, stream.first, (env_state, obs))
+        env_state, obs = jax.tree.map(partial(jnp.where, restart), stream.first, (env_state, obs))
         so_far = stream.episode_return + reward
         last_return = jnp.where(done, so_far, stream.last_return)
         counts = jnp.where(done, 0, stream.steps + 1), jnp.where(done, 0, so_far)
@@ -419,23 +418,25 @@ def train(args: Args, env: Env, optimizer, on_update: Callable, restore=lambda x
         returns = over_seeds(lambda seed: evaluate(*seed, env, args), (keys_eval, agents))
         return jnp.where(alive, returns, jnp.nan)
 
+    def with_eval(state):
+        if state.number not in eval_at:
+            return state
+        returns = eval_seeds(state.agents, state.alive)
+        return state._replace(evals=state.evals.at[:, eval_at.index(state.number)].set(returns))
+
     eval_at = [0, *sorted(eval_updates(args))]
     agents = jax.jit(jax.vmap(partial(agent.init, optimizer=optimizer)))(keys_init)
     shape = (args.num_seeds, num_updates(args))
     history = {name: jnp.full(shape, jnp.nan) for name in ("return", "reward", "loss")}
     evals = jnp.full((args.num_seeds, len(eval_at)), jnp.nan)
     state = restore(TrainState(0, agents, jnp.ones(args.num_seeds, bool), history, evals))
-    for number in range(state.number, num_updates(args) + 1):
-        metrics = {}
-        if number > state.number:
-            *changed, metrics = update(number, keys_learn, *state[1:4])
-            state = TrainState(number, *changed, state.evals)
-        if number in eval_at:
-            returns = eval_seeds(state.agents, state.alive)
-            state = state._replace(evals=state.evals.at[:, eval_at.index(number)].set(returns))
+    state = state if state.number else with_eval(state)
+    for number in range(state.number + 1, num_updates(args) + 1):
+        *changed, metrics = update(number, keys_learn, *state[1:4])
+        state = with_eval(TrainState(number, *changed, state.evals))
         latest = sum(at <= number for at in eval_at) - 1
         metrics |= {"eval_return": state.evals[:, latest]}
-        if number and (on_update(number, metrics, state) or not state.alive.any()):
+        if on_update(number, metrics, state) or not state.alive.any():
             break
     history = {name: values[:, : state.number] for name, values in state.history.items()}
     return history | {
@@ -460,13 +461,11 @@ def eval_updates(args: Args) -> set[int]:
 
 def check(args: Args) -> None:
     """Raises a one-line ValueError for arguments that do not fit together."""
-    num_rollouts = args.batch_size * args.num_minibatches
-    if num_rollouts % args.num_envs:
-        product = f"--batch-size {args.batch_size} times --num-minibatches {args.num_minibatches}"
+    if args.batch_size * args.num_minibatches % args.num_envs:
+        product = "--batch-size times --num-minibatches"
         raise ValueError(f"{product} must be a multiple of --num-envs {args.num_envs}")
     if args.rollout_steps > args.episode_length:
-        steps, length = args.rollout_steps, args.episode_length
-        raise ValueError(f"--rollout-steps {steps} must not be above --episode-length {length}")
+        raise ValueError(f"--rollout-steps is above --episode-length {args.episode_length}")
 
 
 def main() -> None:

@@ -92,9 +92,13 @@ from typing import NamedTuple
 import jax, jax.numpy as jnp, optax, a2c
 
 class Env(NamedTuple):  # one observation; action 1 is rewarded; episodes of one step
-    reset = staticmethod(lambda key: (jnp.int32(0), jnp.ones((1, 1, 1)))) step = staticmethod(lambda
-    key, state, action: (state, jnp.ones((1, 1, 1)), (action == 1) * 1.0, jnp.array(True)))
-    obs_shape = (1, 1, 1) num_actions = 2
+    reset = staticmethod(lambda key: (jnp.int32(0), jnp.ones((1, 1, 1))))
+    @staticmethod
+    def step(key, state, action):
+        return state, jnp.ones((1, 1, 1)), (action == 1) * 1.0, jnp.array(True)
+
+    obs_shape = (1, 1, 1)
+    num_actions = 2
 
 args = a2c.Args(env_name="toy", total_steps=3 * 20 * 64, num_envs=64)
 history = a2c.train(args, Env(), optax.adam(0.1), lambda *_: None)
@@ -109,12 +113,15 @@ import jax, jax.numpy as jnp, optax, ppo
 def step(state, action):  # one observation; the reward is highest for action 0.5
     return state, jnp.ones(1), 1 - jnp.abs(action[0] - 0.5), jnp.array(True)
 
-env = ppo.Env(lambda key: (jnp.int32(0), jnp.ones(1)), step, 1, 1) sizes = {"num_envs": 64,
-"rollout_steps": 2, "batch_size": 64, "num_minibatches": 4, "num_epochs": 4} settings = {"discount":
-0.9, "entropy_weight": 0.0, "reward_scale": 1.0, "policy_layers": (8,), "value_layers": (8,)} args =
-ppo.Args(total_steps=3 * 2 * 256, num_evals=1, eval_envs=2, **sizes, **settings) history =
-ppo.train(args, env, optax.adam(0.01), lambda *_: None) assert history["reward"].shape == (1, 3) and
-history["eval_return"][0, -1] > history["eval_return"][0, 0] """,
+env = ppo.Env(lambda key: (jnp.int32(0), jnp.ones(1)), step, 1, 1)
+sizes = {"num_envs": 64, "rollout_steps": 2, "batch_size": 64}
+sizes |= {"num_minibatches": 4, "num_epochs": 4, "policy_layers": (8,), "value_layers": (8,)}
+settings = {"discount": 0.9, "entropy_weight": 0.0, "reward_scale": 1.0}
+args = ppo.Args(total_steps=3 * 2 * 256, num_evals=1, eval_envs=2, **sizes, **settings)
+history = ppo.train(args, env, optax.adam(0.01), lambda *_: None)
+assert history["reward"].shape == (1, 3)
+assert history["eval_return"][0, -1] > history["eval_return"][0, 0]
+""",
     ),
 }
 
