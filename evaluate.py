@@ -39,7 +39,7 @@ SHORTER = "fewer --num-seeds or --total-steps shorten it; Ctrl-C keeps the optim
 class Args:
     # --- What to compare ---
     env_name: tuple[str, ...] = ("catch",)
-    """one or more of the eight gridworlds, catch, and Brax's tasks"""
+    """one or more of the eight gridworlds, catch, the tasks of control.py, and Brax's tasks"""
     optimizers: tuple[str, ...] = ("untrained", "sign_sgd", "adam", "rmsprop")
     """names (adam, adam_linear, rmsprop, sgd, sign_sgd, untrained, untrained:star, pretrained/NAME,
     untrained:pretrained/NAME) and paths of theta files (.npz)"""
@@ -61,6 +61,8 @@ class Args:
     sweep_seeds: int = 2
     """agents at each learning rate of the sweep"""
     # --- Agents ---
+    agent: Literal["a2c", "ppo"] | None = None
+    """a2c or ppo; by default A2C on gridworlds and Catch, PPO elsewhere"""
     total_steps: float | None = None
     """environment steps of each agent (catch 5e5, small gridworlds 3e6, big 4e6, Brax 2e6 to
     1e8)"""
@@ -128,31 +130,31 @@ def plan(args: Args) -> list[Run]:
     """The runs to make. Raises a one-line ValueError for an invalid optimizer."""
     to_run, checked = [], set()
     for env_name in args.env_name:
-        default, labels = (
-            args.learning_rate or tasks.agent_settings(env_name)["learning_rate"],
-            set(),
-        )
-        for name in dict.fromkeys(
-            suite_optimizers(args.suite, env_name) if args.suite else args.optimizers
-        ):
+        default = args.learning_rate or default_rate(args, env_name)
+        names = suite_optimizers(args.suite, env_name) if args.suite else args.optimizers
+        labels: set = set()
+        for name in dict.fromkeys(names):
             if name not in checked:  # a quick check that it can be made
                 optimizers.make_optimizer(name, default)
                 checked.add(name)
-            rates, label = (default,), name
+            label, rates = name, (default,)
             if name in optimizers.CLASSICAL and args.learning_rates:
                 rates = args.learning_rates
             elif optimizers.is_theta(path := name.removeprefix("untrained:")):
                 header = load_theta(optimizers.theta_path(path))[1]
-                rates = (
-                    args.learning_rate or trained_rate(header["trained"], env_name) or default,
-                )
-                label = optimizers.title(path, header) + (
-                    " (trained)" if path == name else " (untrained)"
-                )
+                trained = trained_rate(header["trained"], env_name)
+                rates = (args.learning_rate or trained or default,)
+                state = "trained" if path == name else "untrained"
+                label = f"{optimizers.title(path, header)} ({state})"
             label = label if label not in labels else name
             labels.add(label)
             to_run.append(Run(env_name, label, name, rates))
     return to_run
+
+
+def default_rate(args: Args, env_name: str) -> float:
+    agent = tasks.AGENTS[args.agent] if args.agent else None
+    return tasks.agent_settings(env_name, agent)["learning_rate"]
 
 
 def trained_rate(trained: dict, env_name: str) -> float | None:
@@ -160,29 +162,21 @@ def trained_rate(trained: dict, env_name: str) -> float | None:
     environments have in common, otherwise this environment's, or None."""
     rates = dict(zip(trained.get("env_name", ()), trained.get("learning_rate", ()), strict=False))
     same = set(rates.values())
-    if tasks.kind_of(env_name).agent is a2c and len(rates) > 1 and len(same) == 1:
+    if tasks.agent_of(env_name) is a2c and len(rates) > 1 and len(same) == 1:
         return same.pop()
     return rates.get(env_name)
 
 
+AGENT_ARGS = "num_seeds seed total_steps num_envs batch_size value_layers num_evals".split()
+
+
 def make_learner(args: Args, env_name: str) -> tasks.Learner:
     """Raises a one-line ValueError for arguments that do not fit the environment."""
-    names = (
-        "num_seeds",
-        "seed",
-        "total_steps",
-        "num_envs",
-        "batch_size",
-        "value_layers",
-        "num_evals",
-    )
-    learner = tasks.make_learner(
-        env_name, args.backend, **{name: getattr(args, name) for name in names}
-    )
+    given = {name: getattr(args, name) for name in AGENT_ARGS}
+    learner = tasks.make_learner(env_name, args.agent, args.backend, **given)
     if not learner.agent.num_updates(learner.args):
-        raise ValueError(
-            f"--total-steps {learner.args.total_steps:g} is less than one update's rollouts"
-        )
+        steps = f"--total-steps {learner.args.total_steps:g}"
+        raise ValueError(f"{steps} is less than one update's rollouts")
     return learner
 
 
@@ -197,33 +191,28 @@ def train(learner: tasks.Learner, run: Run, rate: float, title: str, interrupted
             bar.update()
             return interrupted()
 
-        history = agent.train(
-            agent_args, env, optimizers.make_optimizer(run.optimizer, rate), on_update
-        )
+        optimizer = optimizers.make_optimizer(run.optimizer, rate)
+        history = agent.train(agent_args, env, optimizer, on_update)
     returns = np.asarray(history[agent.SCORE[0]])
     if "eval_steps" in history:
         env_steps = np.asarray(history["eval_steps"])
     else:
         env_steps = np.arange(1, returns.shape[1] + 1) * agent.steps_per_update(agent_args)
     finite = np.isfinite(returns[:, -1])
-    return report.Result(
-        run.env_name, run.label, rate, env_steps, returns[finite], int(np.sum(~finite))
-    )
+    is_default = agent is tasks.agent_of(run.env_name)
+    env_name = run.env_name if is_default else f"{run.env_name} by {agent.__name__}"
+    ended = int(np.sum(~finite))
+    return report.Result(env_name, run.label, rate, env_steps, returns[finite], ended)
 
 
-def sweep(
-    learner: tasks.Learner, run: Run, args: Args, title: str, interrupted
-) -> list[report.Result]:
-    """Train --sweep-seeds agents at each learning rate, with seeds that are not among those
+def sweep(learner: tasks.Learner, run: Run, args: Args, title: str, interrupted) -> list:
+    """Results of --sweep-seeds agents at each learning rate; their seeds are not among those
     shown."""
-    apart = dataclasses.replace(
-        learner.args, num_seeds=args.sweep_seeds, seed=args.seed + args.num_seeds
-    )
+    seeds = {"num_seeds": args.sweep_seeds, "seed": args.seed + args.num_seeds}
+    learner = learner._replace(args=dataclasses.replace(learner.args, **seeds))
     results = []
     for rate in run.rates:
-        result = train(
-            learner._replace(args=apart), run, rate, f"{title}, learning rate {rate:g}", interrupted
-        )
+        result = train(learner, run, rate, f"{title}, learning rate {rate:g}", interrupted)
         if interrupted():
             break
         results.append(result)

@@ -347,7 +347,7 @@ def set_up(args: Args) -> tuple[list[Task], LearnedOptimizer, dict]:
     for name, rate, unit_args in zip(
         args.env_name, args.learning_rate, tasks.all_unit_args(args), strict=True
     ):
-        agent = tasks.kind_of(name).agent
+        agent = tasks.agent_of(name)
         env = tasks.make_env(name, agent, args.backend)
         all_tasks.append(Task(agent.make_agent(env, unit_args), rate))
     return all_tasks, learned, config

@@ -30,6 +30,24 @@ OTHER = ANT | dict(
     entropy_weight=1e-3,
 )
 
+CONTROL = dict(
+    total_steps=1e6,
+    num_envs=256,
+    reward_scale=1,
+    rollout_steps=16,
+    num_minibatches=8,
+    batch_size=32,
+    num_epochs=4,
+    entropy_weight=1e-3,
+    discount=0.97,
+    learning_rate=3e-3,
+    episode_length=200,
+    policy_layers=(32, 32),
+    value_layers=(64, 64),
+)
+# PPO's agent on gridworlds and Catch, whose default agent is A2C's
+PPO_ON_GRIDWORLDS = CONTROL | dict(entropy_weight=1e-2, discount=0.995, episode_length=1000)
+
 AGENT = {
     "catch": dict(
         total_steps=5e5, num_envs=64, conv_filters=0, hidden_size=256, learning_rate=1e-3
@@ -55,6 +73,12 @@ AGENT = {
     ),
     "inverted_double_pendulum": PENDULUM | dict(total_steps=2e7),
     "walker2d": OTHER | dict(reward_scale=5, discount=0.997, learning_rate=3e-5),
+    # control.py's tasks, which are not in the paper
+    "pendulum": CONTROL,
+    "cartpole": CONTROL,
+    "point_mass": CONTROL,
+    "two_link_reacher": CONTROL,
+    "acrobot": CONTROL,
     # Brax's usual settings
     "inverted_pendulum": PENDULUM,
     "halfcheetah": OTHER | dict(discount=0.95),

@@ -7,31 +7,66 @@ SCORE, make_agent, train, steps_per_update, num_updates, check) and use it in a 
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 import a2c
 import brax_env
+import control
 import gridworld
 import optimizers
 import ppo
 import runs
 import settings
+from networks import CATEGORICAL
+
+
+def flat_gridworld(name: str) -> ppo.Env:
+    """A gridworld or Catch as PPO takes it: flat observations, and a key in the state."""
+    env = gridworld.make(name)
+
+    def flat(obs):
+        return obs.reshape(-1).astype(jnp.float32)
+
+    def reset(key):
+        key_reset, key_steps = jax.random.split(key)
+        state, obs = env.reset(key_reset)
+        return (key_steps, state), flat(obs)
+
+    def step(key_and_state, action):
+        key, state = key_and_state
+        key, key_step = jax.random.split(key)
+        state, obs, reward, done = env.step(key_step, state, action)
+        return (key, state), flat(obs), reward, done
+
+    size = math.prod(env.obs_shape)
+    return ppo.Env(reset, step, size, env.num_actions, CATEGORICAL, resets_itself=True)
 
 
 class Kind(NamedTuple):
     """Environments of one kind."""
 
-    agent: ModuleType  # a2c or ppo
     names: Callable  # () -> their names
-    make: Callable  # name, backend -> environment
+    make: dict  # agent (a2c or ppo): function of name and backend -> environment; the default first
 
 
 KINDS = (
-    Kind(a2c, lambda: gridworld.NAMES, lambda name, backend: gridworld.make(name)),
-    Kind(ppo, brax_env.names, brax_env.make),  # last, because names() imports Brax
+    Kind(
+        lambda: gridworld.NAMES,
+        {
+            a2c: lambda name, backend: gridworld.make(name),
+            ppo: lambda name, backend: flat_gridworld(name),
+        },
+    ),
+    Kind(lambda: control.NAMES, {ppo: lambda name, backend: ppo.Env(*control.make(name))}),
+    Kind(brax_env.names, {ppo: brax_env.make}),  # last, because names() imports Brax
 )
+AGENTS = {"a2c": a2c, "ppo": ppo}
 
 
 class Learner(NamedTuple):
@@ -53,45 +88,62 @@ def kind_of(name: str) -> Kind:
     raise ValueError(f"unknown environment {name!r}; {hint}")
 
 
-def agent_settings(name: str) -> dict:
-    """The row of settings.AGENT: the agent's arguments and its learning rate. Raises ValueError for
-    an unknown name."""
-    kind_of(name)
-    return settings.AGENT.get(name, settings.OTHER)
+def agent_of(name: str) -> ModuleType:
+    """The agent that learns in this environment by default. Raises ValueError as kind_of does."""
+    return next(iter(kind_of(name).make))
 
 
-def agent_args(name: str, **given: Any) -> Any:
+def agent_settings(name: str, agent: ModuleType | None = None) -> dict:
+    """The agent's arguments and its learning rate, from settings.py.
+
+    agent: None is the default one. Raises a one-line ValueError for an unknown name, or an agent
+    that does not learn there.
+    """
+    agents = kind_of(name).make
+    default = next(iter(agents))
+    if agent not in (None, *agents):
+        raise ValueError(
+            f"--env-name {name}: {default.__name__}.py learns there, not {agent.__name__}.py"
+        )
+    if agent in (None, default):
+        return settings.AGENT.get(name, settings.OTHER)
+    return settings.PPO_ON_GRIDWORLDS
+
+
+def agent_args(name: str, agent: ModuleType | None = None, **given: Any) -> Any:
     """The agent's Args in this environment. Raises a one-line ValueError if they do not fit.
 
-    given: values that replace the settings. None, and names that are not in the agent's Args, are
-    ignored.
+    agent: None is the default one. given: values that replace the settings. None, and names that
+    are not in the agent's Args, are ignored.
     """
-    agent = kind_of(name).agent
+    agent = agent or agent_of(name)
     fields = {field.name for field in dataclasses.fields(agent.Args)}
     given = {key: value for key, value in given.items() if value is not None and key in fields}
-    known = {key: value for key, value in agent_settings(name).items() if key in fields}
+    known = {key: value for key, value in agent_settings(name, agent).items() if key in fields}
     args = agent.Args(**(known | {"env_name": name} | given))
     agent.check(args)
     return args
 
 
 def make_env(name: str, agent: ModuleType, backend: str | None = None) -> Any:
-    """The environment. backend: physics of Brax's tasks. Raises a one-line ValueError if this agent
-    does not learn there."""
-    kind = kind_of(name)
-    if kind.agent is not agent:
-        raise ValueError(
-            f"--env-name {name}: {kind.agent.__name__}.py learns there, not {agent.__name__}.py"
-        )
-    return kind.make(name, backend)
+    """The environment, as this agent takes it. backend: physics of Brax's tasks. Raises a one-line
+    ValueError if the agent does not learn there, or the task cannot be made."""
+    agent_settings(name, agent)
+    return kind_of(name).make[agent](name, backend)
 
 
-def make_learner(name: str, backend: str | None = None, **given: Any) -> Learner:
-    """The agent, its arguments (given: as in agent_args) and the environment. Raises a one-line
-    ValueError if they do not fit."""
-    args = agent_args(name, **given)
-    agent = kind_of(name).agent
-    return Learner(agent, args, make_env(name, agent, backend))
+def make_learner(name: str, agent: str | None = None, backend=None, **given: Any) -> Learner:
+    """The agent, its arguments (given: as in agent_args) and the environment. agent: its name, or
+    None for the default one. Raises a one-line ValueError if they do not fit."""
+    module = AGENTS[agent] if agent else agent_of(name)
+    args = agent_args(name, module, **given)
+    return Learner(module, args, make_env(name, module, backend))
+
+
+def score_window(env_name: str) -> int:
+    """How many of the last returns a score is the mean of; env_name: as in report.Result."""
+    name, _, agent = env_name.partition(" by ")
+    return (AGENTS[agent] if agent else agent_of(name)).SCORE[1]
 
 
 # --- Meta-training ---
@@ -122,7 +174,7 @@ def unit_args(name: str, num_envs: int, reward_scale: float) -> Any:
     """The agent's Args of a unit of meta-training. Raises a one-line ValueError if they do not fit.
     Makes no environment."""
     given = {"num_envs": num_envs, "reward_scale": reward_scale}
-    if kind_of(name).agent is ppo:
+    if agent_of(name) is ppo:
         if num_envs % 2:
             wanted = f"even for {name} (a minibatch is half of them)"
             raise ValueError(f"--envs-per-unit must be {wanted}, got {num_envs}")
@@ -141,7 +193,7 @@ def steps_per_iteration(args: Any) -> int:
 
     Each unit makes K rollouts, and with backprop one more for the meta-loss.
     """
-    agent = kind_of(args.env_name[0]).agent
+    agent = agent_of(args.env_name[0])
     rollouts = args.inner_updates + (args.meta_estimator == "backprop")
     return args.num_units * rollouts * agent.steps_per_update(all_unit_args(args)[0])
 
@@ -149,11 +201,10 @@ def steps_per_iteration(args: Any) -> int:
 PER_ENVIRONMENT = ("learning_rate", "reward_scale", "envs_per_unit")
 RANGES = ("reward_scale_range", "learning_rate_range")
 POSITIVE = (
-    *("num_units", "envs_per_unit", "inner_updates", "reset_interval", "num_iterations"),
-    *("total_steps", "learning_rate", "reward_scale", "meta_learning_rate", "sigma"),
-    *("hidden_size", "readout_layers", "num_devices", "num_processes"),
-    *("save_theta_every", "checkpoint_minutes"),
-)
+    "num_units envs_per_unit inner_updates reset_interval num_iterations total_steps learning_rate "
+    "reward_scale meta_learning_rate sigma hidden_size readout_layers num_devices num_processes "
+    "save_theta_every checkpoint_minutes"
+).split()
 
 
 def fill_in(args: Any) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Literal
 
@@ -49,26 +50,10 @@ class PPOArgs(RunArgs, ppo.Args):
 
 ARGS = {a2c: A2CArgs, ppo: PPOArgs}
 POSITIVE = (
-    *(
-        "learning_rate",
-        "total_steps",
-        "num_envs",
-        "num_seeds",
-        "rollout_steps",
-        "reward_scale",
-        "checkpoint_minutes",
-    ),
-    *(
-        "episode_length",
-        "batch_size",
-        "num_minibatches",
-        "num_epochs",
-        "clip_range",
-        "num_evals",
-        "eval_envs",
-    ),
-    *("hidden_size", "policy_layers", "value_layers"),
-)
+    "learning_rate total_steps num_envs num_seeds rollout_steps reward_scale checkpoint_minutes "
+    "episode_length batch_size num_minibatches num_epochs clip_range num_evals eval_envs "
+    "hidden_size policy_layers value_layers"
+).split()
 NOT_NEGATIVE = ("critic_weight", "entropy_weight", "conv_filters")
 FRACTIONS = ("discount", "td_lambda", "gae_lambda")
 
@@ -91,14 +76,14 @@ def check(agent: ModuleType, args) -> None:
 def ended_seeds(state) -> set[int]:
     """The seeds that ended early, from PPO's state. A2C's does not have them, so its device is
     not kept waiting."""
-    return (
-        set(np.flatnonzero(~np.asarray(state.alive)).tolist()) if hasattr(state, "alive") else set()
-    )
+    if not hasattr(state, "alive"):
+        return set()
+    return set(np.flatnonzero(~np.asarray(state.alive)).tolist())
 
 
 def main(agent: ModuleType) -> None:
     """Train args.num_seeds agents. agent: the module a2c or ppo."""
-    args = runs.parse(ARGS[agent], agent.__doc__, tasks.agent_settings)
+    args = runs.parse(ARGS[agent], agent.__doc__, partial(tasks.agent_settings, agent=agent))
     with runs.bad_input():
         if args.resume:
             args = resumed_args(args.resume, args)

@@ -74,7 +74,7 @@ class Result(NamedTuple):
     def last(self) -> int:
         """The number of last returns that a score averages: 20 updates (A2C), 2 evaluations
         (PPO)."""
-        return tasks.kind_of(self.env_name).agent.SCORE[1]
+        return tasks.score_window(self.env_name)
 
     def scores(self, until: float = 1.0) -> np.ndarray:
         """Each seed's score at the first return after this fraction of training. -> [seeds]"""

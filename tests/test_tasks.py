@@ -1,8 +1,14 @@
-"""The settings of the environments, against the tables of the paper."""
+"""From names to agents and environments; the settings against the tables of the paper."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
+import a2c
+import control
 import gridworld
+import ppo
 import tasks
 from pipeline_train import Args
 from tasks import fill_in
@@ -80,3 +86,40 @@ def test_the_papers_settings_are_the_defaults():
     assert many.learning_rate == (1e-3, 3e-3, 3e-3, 3e-3, 1e-3, 3e-3)
     assert many.reward_scale == (1e3, 1e2, 1e2, 1e1, 1e1, 1.0)
     assert fill_in(Args(env_name=six, learning_rate=(1e-2,))).learning_rate == (1e-2,) * 6
+
+
+def test_every_name_has_one_kind_and_every_control_task_its_settings():
+    names = [name for kind in tasks.KINDS for name in kind.names()]
+    assert len(set(names)) == len(names)
+    for name in control.NAMES:
+        assert name in tasks.settings.AGENT
+        learner = tasks.make_learner(name, total_steps=1e4)
+        assert learner.agent is ppo and learner.args.episode_length == control.EPISODE_LENGTH[name]
+        state, obs = learner.env.reset(jax.random.key(0))
+        assert obs.shape == (learner.env.obs_size,)
+
+
+@pytest.mark.parametrize("name", ["small_dense_short", "catch"])
+def test_ppo_plays_the_same_gridworld_as_a2c(name):
+    """Observations, rewards and ends are those of the environment, over several episodes."""
+    plain, flat = gridworld.make(name), tasks.make_learner(name, "ppo").env
+    state, obs = flat.reset(jax.random.key(0))
+    step, plain_step = jax.jit(flat.step), jax.jit(plain.step)
+    ends = 0
+    for t in range(110):
+        key, inner = state
+        action = jnp.int32(t % plain.num_actions)
+        _, *expected = plain_step(jax.random.split(key)[1], inner, action)
+        state, obs, reward, terminated = step(state, action)
+        np.testing.assert_array_equal(obs, expected[0].ravel())
+        assert reward == expected[1] and terminated == expected[2]
+        assert obs.shape == (flat.obs_size,) and obs.dtype == jnp.float32
+        ends += int(terminated)
+    assert ends >= 2 and flat.resets_itself
+
+
+def test_an_agent_that_does_not_learn_there_is_refused():
+    with pytest.raises(ValueError, match="ppo.py learns there, not a2c.py"):
+        tasks.make_learner("pendulum", "a2c")
+    assert tasks.agent_of("catch") is a2c and tasks.make_learner("catch", "ppo").agent is ppo
+    assert tasks.score_window("catch") == 20 and tasks.score_window("catch by ppo") == 2
