@@ -1,4 +1,4 @@
-"""PPO on Brax, with any optimizer:
+"""PPO on Brax, control tasks and gridworlds, with any optimizer:
 
     python ppo.py --env-name ant --optimizer adam
     python ppo.py --env-name inverted_pendulum --optimizer adam --num-seeds 4
@@ -41,7 +41,7 @@ class Args:
     # --- Training ---
     env_name: str = "inverted_pendulum"
     """a Brax task: ant, halfcheetah, hopper, humanoid, inverted_pendulum, inverted_double_pendulum,
-    humanoidstandup, pusher, reacher, walker2d (swimmer: not on the spring backend)"""
+    humanoidstandup, pusher, reacher, walker2d; a task of control.py; a gridworld, or catch"""
     grad_clip: float = 1.0
     """elementwise bound on gradients; inf: no clipping"""
     total_steps: float = 2e6
