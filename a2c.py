@@ -265,11 +265,11 @@ def make_agent(env: Any, args: Args) -> Agent:
         return jax.tree.map(lambda x: x * at_once / args.num_envs, total)
 
     def learn(key, state, optimizer, progress=(0.0, 1.0)):
-        """progress: fractions of training done before and after this update, which some optimizers
-        read."""
+        """progress: fractions of training done before and after this update."""
         batches, reward, state = fresh_batch(key, state)
         loss, grads = mean_loss_and_grads(state.params, batches)
-        extra_args = {"value": loss, "fraction": jnp.float32(progress[0])}
+        before, after = map(jnp.float32, progress)
+        extra_args = {"value": loss, "fraction": before, "num_steps": 1 / (after - before)}
         update = optax.with_extra_args_support(optimizer).update
         updates, opt_state = update(grads, state.opt_state, state.params, **extra_args)
         state = state._replace(

@@ -101,10 +101,8 @@ def init_theta(key: jax.Array, cell="lstm", inputs="raw", hidden_size=8, readout
 
 def init_rnn(key: jax.Array, cell: str, num_inputs: int, hidden_size: int) -> dict:
     """Weights of one of CELLS: input weights LeCun normal, recurrent ones orthogonal."""
-    lecun, orthogonal = (
-        jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0),
-        jax.nn.initializers.orthogonal(),
-    )
+    lecun = jax.nn.initializers.lecun_normal(in_axis=1, out_axis=0)
+    orthogonal = jax.nn.initializers.orthogonal()
     key_x, key_h = jax.random.split(key)
     rows = GATES[cell] * hidden_size
     w_h = [orthogonal(k, (hidden_size, hidden_size)) for k in jax.random.split(key_h, GATES[cell])]
@@ -204,9 +202,8 @@ def lstm_backward(residuals, cotangent):
     ]
     z_bar = jnp.concatenate(z_bar)
     # Transposed before the product: XLA is slow at transposing inside it.
-    h_bar, x_bar = (
-        jax.lax.optimization_barrier(weights[name].T) @ z_bar for name in ("w_h", "w_x")
-    )
+    h_bar = jax.lax.optimization_barrier(weights["w_h"].T) @ z_bar
+    x_bar = jax.lax.optimization_barrier(weights["w_x"].T) @ z_bar
     w_bar = (inputs @ z_bar.T).T
     w_h_bar, w_x_bar, b_bar = jnp.split(w_bar, [len(c), len(inputs) - 1], axis=1)
     return {"w_h": w_h_bar, "w_x": w_x_bar, "b": b_bar[:, 0]}, (h_bar, c_bar * f), x_bar

@@ -83,19 +83,13 @@ def schedule(key: jax.Array, iteration: jax.Array, args: "Args") -> Schedule:
         pair, num_pairs = 2, args.num_units // 2
         slots = np.repeat(np.arange(num_pairs) * args.reset_interval // num_pairs, pair)
     since_reset = (iteration - slots) % args.reset_interval
-    age = (
-        jnp.minimum(since_reset, iteration)
-        if args.pipeline
-        else jnp.full(args.num_units, iteration)
-    )
+    age = jnp.where(args.pipeline, jnp.minimum(since_reset, iteration), iteration)
     number = jnp.arange(args.num_units)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, number // pair)
     return Schedule((since_reset == 0) & args.pipeline, age, 1.0 - 2 * (number % 2), keys)
 
 
-def new_unit(
-    key: jax.Array, theta: Any, task: Task, learned: LearnedOptimizer, args: "Args"
-) -> Unit:
+def new_unit(key, theta, task: Task, learned: LearnedOptimizer, args: "Args") -> Unit:
     """A unit with a new agent, learning rate and reward scale, the last two from their ranges."""
     key_agent, key_rate, key_reward = jax.random.split(key, 3)
     key_noise = jax.random.fold_in(key, 3)
@@ -123,57 +117,40 @@ def reset_due(keys: jax.Array, units: Unit, due: jax.Array, new: Callable) -> Un
     return jax.lax.cond(jnp.any(due), reset, lambda units: units, units)
 
 
-def train_group(
-    theta, schedule: Schedule, units: Unit, task: Task, learned: LearnedOptimizer, args: "Args"
-):
+def train_group(theta, plan: Schedule, units: Unit, task: Task, learned, args: "Args"):
     """Reset and train some units in parallel. -> sum of their meta-gradients, units, metrics [N]
 
     A unit whose parameters are not finite is reset too. A sum that is not finite becomes zero.
     metrics["broken"] marks the units of both.
     """
-    key_reset, key_train = jnp.moveaxis(jax.vmap(jax.random.split)(schedule.key), 1, 0)
+    key_reset, key_train = jnp.moveaxis(jax.vmap(jax.random.split)(plan.key), 1, 0)
     broken = ~jax.vmap(all_finite)(units.agent.params)
     new = partial(new_unit, theta=theta, task=task, learned=learned, args=args)
-    units = reset_due(key_reset, units, schedule.due | broken, new)
+    units = reset_due(key_reset, units, plan.due | broken, new)
     lifetime = args.reset_interval if args.pipeline else args.num_iterations
-    estimate = partial(
-        ESTIMATORS[args.meta_estimator],
-        inner_updates=args.inner_updates,
-        lifetime=lifetime,
-        sigma=args.sigma,
-    )
-    gradient, units, metrics = estimate(
-        theta, schedule._replace(key=key_train), units, task.agent, learned
-    )
+    options = {"inner_updates": args.inner_updates, "lifetime": lifetime, "sigma": args.sigma}
+    estimate = ESTIMATORS[args.meta_estimator]
+    plan = plan._replace(key=key_train)
+    gradient, units, metrics = estimate(theta, plan, units, task.agent, learned, **options)
     lost = ~all_finite(gradient)
     gradient = keep_if_finite(gradient, optax.tree.zeros_like(gradient))
     return gradient, units, metrics | {"broken": broken | lost}
 
 
-def init_meta_state(
-    key: jax.Array, all_tasks: list[Task], learned: LearnedOptimizer, args: "Args"
-) -> MetaState:
+def init_meta_state(key, all_tasks: list[Task], learned: LearnedOptimizer, args: "Args"):
+    """-> MetaState"""
     key_theta, key_units = jax.random.split(key)
     theta = learned.init_theta(key_theta)
     units = []
     for i, task in enumerate(all_tasks):
         keys = schedule(jax.random.fold_in(key_units, i), 0, args).key
-        units.append(
-            jax.vmap(partial(new_unit, theta=theta, task=task, learned=learned, args=args))(keys)
-        )
-    return MetaState(
-        theta, meta_optimizer(args).init(theta), tuple(units), jnp.int32(0), jnp.int32(0)
-    )
+        new = partial(new_unit, theta=theta, task=task, learned=learned, args=args)
+        units.append(jax.vmap(new)(keys))
+    meta_opt_state = meta_optimizer(args).init(theta)
+    return MetaState(theta, meta_opt_state, tuple(units), jnp.int32(0), jnp.int32(0))
 
 
-def meta_step(
-    key: jax.Array,
-    state: MetaState,
-    all_tasks: list[Task],
-    learned: LearnedOptimizer,
-    args: "Args",
-    mesh: Mesh,
-):
+def meta_step(key, state: MetaState, all_tasks: list[Task], learned, args: "Args", mesh: Mesh):
     """One meta-iteration. -> MetaState, metrics of each task"""
     gradients, all_units, all_metrics = [], [], []
     for i, (task, units) in enumerate(zip(all_tasks, state.units, strict=True)):
@@ -184,14 +161,7 @@ def meta_step(
         gradient = optax.tree.scale(jnp.where(jnp.all(metrics["broken"]), jnp.nan, 1.0), gradient)
         gradients.append(gradient)
         all_units.append(units)
-        all_metrics.append(
-            {
-                "meta_loss": jnp.nanmean(metrics["meta_loss"]),
-                "return": jnp.nanmean(metrics["return"]),
-                "meta_grad_norm": optax.tree.norm(gradient),
-                "broken_units": jnp.sum(metrics["broken"]),
-            }
-        )
+        all_metrics.append(mean_metrics(metrics, gradient))
     clip = META_CLIPS[args.meta_clip]
     clipped = [clip.update(gradient, clip.init(gradient))[0] for gradient in gradients]
     gradient = jax.tree.map(lambda *gs: sum(gs) / len(gs), *clipped)
@@ -199,9 +169,18 @@ def meta_step(
     after = (optax.apply_updates(state.theta, updates), meta_opt_state, jnp.int32(0))
     before = (state.theta, state.meta_opt_state, state.bad_updates + 1)
     theta, meta_opt_state, bad_updates = keep_if_finite(after, before, (after, gradients))
-    return MetaState(
-        theta, meta_opt_state, tuple(all_units), state.iteration + 1, bad_updates
-    ), all_metrics
+    units, iteration = tuple(all_units), state.iteration + 1
+    return MetaState(theta, meta_opt_state, units, iteration, bad_updates), all_metrics
+
+
+def mean_metrics(metrics: dict, gradient: Any) -> dict:
+    """One task's metrics of an iteration. metrics: [N] each"""
+    return {
+        "meta_loss": jnp.nanmean(metrics["meta_loss"]),
+        "return": jnp.nanmean(metrics["return"]),
+        "meta_grad_norm": optax.tree.norm(gradient),
+        "broken_units": jnp.sum(metrics["broken"]),
+    }
 
 
 META_CLIPS = {

@@ -165,9 +165,7 @@ def rollout(key, params, normaliser, stream, env: Env, num_steps: int, episode_l
 
 def gae(values, next_values, rewards, terminated, truncated, discount: float, gae_lambda: float):
     """Generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438). All: [T] -> [T]
-
-    next_values: of the observation after the step, also where the episode was cut off.
-    """
+    next_values are of the observations that the steps led to, also at a cut-off."""
     chex.assert_equal_shape((values, next_values, rewards, terminated, truncated))
     errors = rewards + discount * (1.0 - terminated) * next_values - values
     decays = discount * gae_lambda * (1.0 - (terminated | truncated))
@@ -271,7 +269,7 @@ def learn_epochs(key, state: AgentState, batch: Batch, optimizer, progress, env:
         batch, key, fraction = minibatch
         inputs = (state.normaliser, batch, key, env.distribution, args)
         loss, grads = jax.value_and_grad(ppo_loss)(params, *inputs)
-        extra_args = {"value": loss, "fraction": fraction}
+        extra_args = {"value": loss, "fraction": fraction, "num_steps": total_steps}
         updates, opt_state = update(grads, opt_state, params, **extra_args)
         return (optax.apply_updates(params, updates), opt_state), (grads, extra_args)
 
@@ -285,6 +283,7 @@ def learn_epochs(key, state: AgentState, batch: Batch, optimizer, progress, env:
         return jax.lax.scan(gradient_step, carry, (minibatches, keys, fractions))
 
     num_steps = args.num_epochs * args.num_minibatches
+    total_steps = num_steps / jnp.float32(progress[1] - progress[0])  # of the whole training
     fractions = progress[0] + (progress[1] - progress[0]) * jnp.arange(num_steps) / num_steps
     fractions = fractions.reshape(args.num_epochs, args.num_minibatches).astype(jnp.float32)
     keys = jax.random.split(key, args.num_epochs)

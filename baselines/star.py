@@ -72,16 +72,13 @@ def running_mean(old: jax.Array, new: jax.Array, decays: jax.Array) -> jax.Array
 def update_moments(moments: Moments, g: jax.Array, decays: dict) -> Moments:
     """decays: for each key of DECAYS an array of as many."""
     square = g * g
-    m, rms = (
-        running_mean(moments.m, g, decays["momentum"]),
-        running_mean(moments.rms, square, decays["rms"]),
-    )
-    axes, square = factored_axes(g.shape), square + 1e-30
+    m = running_mean(moments.m, g, decays["momentum"])
+    rms = running_mean(moments.rms, square, decays["rms"])
+    axes = factored_axes(g.shape)
+    square = square + 1e-30
     means = [jnp.mean(square, axis) for axis in axes] if axes else [square, jnp.zeros(0)]
-    row, col = (
-        running_mean(v, mean, decays["adafactor"])
-        for v, mean in zip((moments.row, moments.col), means, strict=True)
-    )
+    row = running_mean(moments.row, means[0], decays["adafactor"])
+    col = running_mean(moments.col, means[1], decays["adafactor"])
     return Moments(m, rms, row, col)
 
 
@@ -107,11 +104,9 @@ def features(
     """What the networks of STAR and VeLO read of a tensor, by name, [D, *shape] each. eps: see
     "adafactor m"."""
     m, rms, row, col = moments
-    rsqrt, scales, axes = (
-        jax.lax.rsqrt(rms + 1e-6),
-        adafactor_scales(moments, g.shape),
-        factored_axes(g.shape),
-    )
+    rsqrt = jax.lax.rsqrt(rms + 1e-6)
+    scales = adafactor_scales(moments, g.shape)
+    axes = factored_axes(g.shape)
     if axes:
         row, col = (jnp.expand_dims(v, 1 + axis) for v, axis in zip((row, col), axes, strict=True))
         adafactor_m = m * scales

@@ -84,11 +84,8 @@ def measure_env(name, form="scatter uint8", num_envs=512, num_steps=20):
     if form == "compare uint8":
 
         def compare(state, grid):
-            height, width, cells = (
-                grid.rows + 2,
-                grid.cols + 2,
-                jnp.append(state.agent, state.objects),
-            )
+            height, width = grid.rows + 2, grid.cols + 2
+            cells = jnp.append(state.agent, state.objects)
             padded = (cells // grid.cols + 1) * width + cells % grid.cols + 1
             seen = jnp.where(jnp.append(True, state.present), padded, -1)
             return (

@@ -231,10 +231,8 @@ def main() -> None:
                 if args.task == "mnist"
                 else classifier.load_digits()
             )
-            total, name = (
-                classifier.num_updates(len(data[0]), args.batch_size, args.num_epochs),
-                args.task,
-            )
+            name = args.task
+            total = classifier.num_updates(len(data[0]), args.batch_size, args.num_epochs)
         if not total:
             raise ValueError(
                 "there is not one update: more --total-steps, or a smaller --batch-size"

@@ -162,9 +162,9 @@ def test_grads_seen_are_those_of_the_mean_loss_over_environments():
 def recorder(recorded):
     """An optimizer that changes nothing and records its extra arguments."""
 
-    def update(grads, state, params=None, *, value, fraction):
+    def update(grads, state, params=None, *, value, fraction, num_steps):
         jax.debug.callback(
-            lambda *extra_args: recorded.append(tuple(map(float, extra_args))), fraction, value
+            lambda *given: recorded.append(tuple(map(float, given))), fraction, value, num_steps
         )
         return jax.tree.map(jnp.zeros_like, grads), state
 
@@ -175,10 +175,10 @@ def test_optimizers_get_the_loss_and_the_fraction_of_training_done():
     recorded, args = [], Args(env_name="catch", num_envs=2, rollout_steps=5, total_steps=45)
     history = a2c.train(args, gridworld.make("catch"), recorder(recorded), lambda *_: None)
     jax.effects_barrier()
-    np.testing.assert_allclose(sorted(fraction for fraction, _ in recorded), [0, 0.25, 0.5, 0.75])
-    np.testing.assert_allclose(
-        [value for _, value in sorted(recorded)], history["loss"][0], rtol=1e-6
-    )
+    fractions, values, num_steps = zip(*sorted(recorded), strict=True)
+    np.testing.assert_allclose(fractions, [0, 0.25, 0.5, 0.75])
+    np.testing.assert_allclose(values, history["loss"][0], rtol=1e-6)
+    np.testing.assert_allclose(num_steps, 4, rtol=1e-5)
 
 
 def run(env_name="catch", optimizer="adam", learning_rate=1e-3, total_steps=5e4, **given):

@@ -111,22 +111,22 @@ def test_momentum4rls_cells_see_magnitude_and_consistency():
 
 
 def test_the_shipped_weights_are_an_optax_drop_in():
-    """It counts its updates: in a chain, told nothing, its steps are those of the agents' optimizer
-    told the fraction, and 0 once training was to be over."""
+    """It counts its updates: in a chain, without arguments, its updates are those of the agents'
+    optimizer that is given the fraction, and 0 after the last."""
     theta, header = load_theta(optimizers.theta_path("pretrained/momentum4rl"))
     dropped_in = optax.chain(
         optax.clip_by_global_norm(1.0), momentum4rl(theta, 6e-2, num_steps=5, **header["config"])
     )
-    told = optax.chain(
+    given = optax.chain(
         optax.clip_by_global_norm(1.0), optimizers.make_optimizer("pretrained/momentum4rl", 6e-2)
     )
     params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
-    state, told_state = dropped_in.init(params), told.init(params)
+    state, given_state = dropped_in.init(params), given.init(params)
     update = jax.jit(dropped_in.update)
     for t in range(7):
         grads = optax.tree.random_like(jax.random.key(t), params)
         updates, state = update(grads, state, params)
-        expected, told_state = told.update(grads, told_state, params, fraction=min(t / 5, 1.0))
+        expected, given_state = given.update(grads, given_state, params, fraction=min(t / 5, 1.0))
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-9), updates, expected
         )

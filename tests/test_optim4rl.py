@@ -279,7 +279,7 @@ def test_no_second_trace():
 
 
 def on_both(monkeypatch, compute):
-    """What `compute`, which traces anew, gives here and where jax says that it runs on a GPU."""
+    """What `compute`, traced again, gives here and where jax says that it runs on a GPU."""
     here = compute()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     return here, compute()

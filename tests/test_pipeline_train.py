@@ -82,7 +82,7 @@ def test_a_due_unit_is_reset_whole_and_the_others_not_at_all():
     assert np.abs(before).max() > 0 and np.abs(after[1]).max() == 0
 
 
-def test_step_sizes_and_reward_scales_are_spread_over_units():
+def test_learning_rates_and_reward_scales_are_spread_over_units():
     task, learned = make_task(), make_optim4rl()
     args = small_args(learning_rate_range=(0.1, 10.0), reward_scale_range=(1.0, 100.0))
     theta = learned.init_theta(jax.random.key(0))
@@ -227,7 +227,7 @@ def test_inner_loop_records_what_it_applied():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, after.params)
 
 
-def test_a_unit_that_goes_wrong_is_left_out_and_starts_anew():
+def test_a_unit_that_goes_wrong_is_left_out_and_reset():
     """One that comes in with NaN is new at once; one whose numbers overflow on the way adds
     nothing, and is new next time."""
     task, learned = make_task(), make_optim4rl()
@@ -261,7 +261,7 @@ def test_a_meta_gradient_that_is_not_finite_changes_nothing():
         jax.tree.map(np.testing.assert_array_equal, keep_if_finite(new, old, judge), expected)
 
 
-def test_an_annealed_meta_step_size_falls_to_zero():
+def test_an_annealed_meta_learning_rate_falls_to_zero():
     args = small_args(anneal_meta_lr=True, num_iterations=2)
     thetas = [state.theta for state in iterate(args, iterations=3)]
     first, second, third = (

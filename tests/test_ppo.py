@@ -346,7 +346,7 @@ def test_probe_environment_is_solved():
     )
 
 
-def test_the_optimizer_is_told_the_loss_and_how_much_of_training_is_done():
+def test_the_optimizer_is_given_the_loss_and_the_fraction_of_training_done():
     """Two updates of 2 epochs of 2 minibatches: the fraction goes up with every gradient step."""
     sizes = {
         "num_envs": 4,
@@ -364,6 +364,7 @@ def test_the_optimizer_is_told_the_loss_and_how_much_of_training_is_done():
         jax.random.key(1), state, optimizer, progress=(0.5, 1.0)
     )
     np.testing.assert_allclose(extra_args["fraction"], [0.5, 0.625, 0.75, 0.875])
+    np.testing.assert_allclose(extra_args["num_steps"], 8)
     np.testing.assert_allclose(np.mean(extra_args["value"]), metrics["loss"], rtol=1e-6)
     assert len(set(extra_args["value"].tolist())) == 4
 

@@ -66,6 +66,7 @@ def make_regression_task():
             lambda params: loss(key, state._replace(params=params))[0]
         )(state.params)
         extra_args = {"value": value, "fraction": jnp.float32(progress[0])}
+        extra_args["num_steps"] = 1 / jnp.float32(progress[1] - progress[0])
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra_args)
         state = state._replace(
             params=optax.apply_updates(state.params, updates), opt_state=opt_state
