@@ -1,0 +1,156 @@
+"""Adam4RL: a learned optimizer without a learning rate to tune. Before meta-training it is Adam.
+
+    u = w_0 g + w_1 m_.5 + w_2 m_.9 + w_3 m_.99
+    log r = sum_c a_c log(sqrt(v_c) + 1e-8)
+    d = sign(u) |u / r|^(1 + power) (|m_.9| / sqrt(v_.9))^signal
+    update = -c N^-alpha s(f) k RMS(d)^-norm d
+
+    w = (0, 0, 1, 0) + momenta + log(N / 1000) momenta_n
+    a = (0, 0, 1) + squares, for v_.9, v_.99, v_.999, with sum 1
+    c N^-alpha = 9 / N exp(rate_0) (N / 1000)^-rate_1
+
+with bias-corrected running means m_b of the gradient g and v_c of g^2, the number N of updates of
+the whole training, the fraction f of it that is done, log s(f) piecewise linear in f, and k a power
+of the fan-in and fan-out of a tensor, or a factor for biases. RMS is over a tensor; |m_.9| /
+sqrt(v_.9) is clipped to e^-10 .. e^2. theta holds what has a name; where it is zero, this is Adam
+with the learning rate 9 / N.
+
+It is not in the paper. Copy this file and optim4rl.py into your project, and use it with optax:
+
+    theta, _ = load_theta("adam4rl.npz")
+    optimizer = adam4rl(theta, num_steps=10_000)
+
+Legend: C coordinates in a block, M blocks.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optim4rl import BLOCK, LearnedOptimizer, from_blocks, init_blocks, map_blocks, to_blocks
+
+M_DECAYS = (0.5, 0.9, 0.99)
+V_DECAYS = (0.9, 0.99, 0.999)
+EPS = 1e-8
+KNOTS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # of s, in fractions of training
+RATE = 9.0  # the untrained learning rate times N
+USUAL_STEPS = 1000.0  # N where momenta_n has no effect
+USUAL_FAN, WIDE_FAN = 32, 128
+SIZES = {
+    "rate": 2,
+    "schedule": len(KNOTS),
+    "momenta": 1 + len(M_DECAYS),
+    "momenta_n": 1 + len(M_DECAYS),
+    "squares": 2,
+    "power": 1,
+    "signal": 1,
+    "norm": 1,
+    "shape": 4,  # exponents of fan-in, of fan-out; log factor of biases; exponent of a wide fan-in
+}
+
+
+def update_moments(g: jax.Array, moments: jax.Array) -> tuple:
+    """moments: [7, C], the means so far and the number of updates.
+
+    -> m [3, C] and v [3, C], bias-corrected, moments
+    """
+    decays = jnp.array([*M_DECAYS, *V_DECAYS])[:, None]
+    new = jnp.stack([g] * len(M_DECAYS) + [jnp.square(g)] * len(V_DECAYS))
+    means = decays * moments[:-1] + (1 - decays) * new
+    count = moments[-1:] + 1
+    corrected = means / (1 - decays**count)
+    m, v = jnp.split(corrected, [len(M_DECAYS)])
+    return m, v, jnp.concatenate([means, count])
+
+
+def direction(theta: dict, given: jax.Array, moments: jax.Array) -> tuple:
+    """d of a block. given: [2, C], g and log(N / 1000) -> d [C], moments"""
+    g, log_n = jax.lax.stop_gradient(given)
+    m, v, moments = update_moments(g, moments)
+    w = jnp.array([0.0, 0.0, 1.0, 0.0]) + theta["momenta"]
+    w = w[:, None] + theta["momenta_n"][:, None] * log_n
+    u = w[0] * g + jnp.sum(w[1:] * m, axis=0)
+    logs = jnp.log(jnp.sqrt(v) + EPS)
+    a = jnp.append(theta["squares"], 1 - jnp.sum(theta["squares"]))
+    log_size = jnp.log(jnp.abs(u) + 1e-30) - jnp.sum(a[:, None] * logs, axis=0)
+    log_signal = jnp.log(jnp.abs(m[1]) + EPS) - logs[0]
+    exponent = (1 + theta["power"]) * jnp.clip(log_size, -60, 5)
+    exponent += theta["signal"] * jnp.clip(log_signal, -10, 2)
+    return jnp.sign(u) * jnp.exp(exponent), moments
+
+
+def log_tensor_factor(theta: dict, d: jax.Array) -> jax.Array:
+    """log(k RMS(d)^-norm) of a tensor whose last axis is its layer's output. -> []"""
+    fan_in_power, fan_out_power, bias, wide_power = theta["shape"]
+    rms = jnp.sqrt(jnp.mean(jnp.square(d)) + 1e-12)
+    factor = -theta["norm"][0] * jnp.log(rms)
+    if d.ndim < 2:
+        return factor + bias
+    fan_in, fan_out = max(1, math.prod(d.shape[:-1])), max(1, d.shape[-1])
+    factor += fan_in_power * math.log(fan_in / USUAL_FAN)
+    factor += fan_out_power * math.log(fan_out / USUAL_FAN)
+    return factor + wide_power * max(0.0, math.log(fan_in / WIDE_FAN))
+
+
+def make_adam4rl() -> LearnedOptimizer:
+    """The optimizer above, for meta-training. `update` takes two extra arguments: the fraction of
+    training that is done, and num_steps, N. Its learning_rate is a multiplier."""
+
+    def init_theta(key):
+        del key
+        return {name: jnp.zeros(size) for name, size in SIZES.items()}
+
+    def init_block():
+        return jnp.zeros((len(M_DECAYS) + len(V_DECAYS) + 1, BLOCK))
+
+    def init_state(params):
+        return init_blocks(params, init_block)
+
+    apply = map_blocks(direction)
+
+    def update(theta, grads, state, params, learning_rate, *, fraction, num_steps, **extra_args):
+        del params, extra_args
+        g = to_blocks(grads)
+        log_n = jnp.log(num_steps / USUAL_STEPS)
+        given = jnp.stack([g, jnp.broadcast_to(log_n, g.shape)], axis=1)
+        d, state = apply(theta, given, state)
+        alpha = 1 + theta["rate"][1]
+        log_rate = math.log(RATE / USUAL_STEPS) + theta["rate"][0] - alpha * log_n
+        log_rate += jnp.interp(fraction, jnp.array(KNOTS), theta["schedule"])
+
+        def scaled(d, g):
+            factor = jnp.exp(log_rate + log_tensor_factor(theta, d))
+            return (-learning_rate * factor * d).astype(g.dtype)
+
+        d = from_blocks(d, jax.tree.map(lambda g: jnp.zeros(jnp.shape(g)), grads))
+        return jax.tree.map(scaled, d, grads), state
+
+    return LearnedOptimizer(init_theta, init_state, update, rule=None)
+
+
+def adam4rl(theta: dict, num_steps: int, learning_rate: float | Callable = 1.0):
+    """The optimizer with these meta-parameters, for any pytree of parameters, as optax's.
+
+    It counts its updates, of which there are to be num_steps; later ones are as the last.
+    learning_rate: a multiplier, 1 as meta-trained, or an optax schedule of it. Raises ValueError
+    for num_steps that is not a number from 1 up.
+    """
+    if not 1 <= num_steps < math.inf:
+        raise ValueError(f"num_steps must be the updates of the whole training, got {num_steps}")
+    learned = make_adam4rl()
+
+    def init(params):
+        return learned.init_state(params), jnp.zeros((), jnp.int32)
+
+    def update(grads, state, params=None, **extra_args):
+        del extra_args
+        state, count = state
+        rate = learning_rate(count) if callable(learning_rate) else learning_rate
+        given = {"fraction": jnp.minimum(count / num_steps, 1.0), "num_steps": float(num_steps)}
+        updates, state = learned.update(theta, grads, state, params, rate, **given)
+        return updates, (state, count + 1)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,229 @@
+r"""Search theta of adam4rl.py by CMA-ES (Hansen 2016, arXiv 1604.00772), on whole lifetimes:
+
+    pip install cma
+    python experiments/search.py --minutes 60 --out runs/adam4rl
+
+A generation trains agents with every candidate on a few tasks, drawn in turn from TASKS: A2C and
+PPO on random gridworlds, PPO on control tasks, each with a random number of updates. On a task all
+candidates have the same seed, and are ranked by their mean return over training and by that of the
+last tenth; the sum of these ranks is the fitness, so reward scales do not matter. Two more
+candidates are ranked and not used: the mean of the distribution, and Adam (theta = 0).
+
+Writes OUT.npz (theta: the mean of the distribution) and OUT.jsonl (a line a generation), and
+continues from OUT.pkl if it is there.
+"""
+
+import json
+import multiprocessing
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+import a2c  # noqa: E402, once the project is on the path
+import gridworld  # noqa: E402
+import ppo  # noqa: E402
+import runs  # noqa: E402
+import tasks  # noqa: E402
+from adam4rl import SIZES, make_adam4rl  # noqa: E402
+from networks import all_finite  # noqa: E402
+from optim4rl import save_theta, to_optax  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Args:
+    out: str = "runs/adam4rl"
+    """files are written with this name and the endings .npz, .jsonl, .pkl"""
+    minutes: float = 60.0
+    """time of this call; the next one continues"""
+    population: int = 16
+    """candidates in a generation"""
+    tasks_per_generation: int = 4
+    """tasks that each candidate is trained on"""
+    seed: int = 1
+    """seed of CMA-ES and of the choice of tasks"""
+
+
+class Search(NamedTuple):
+    """A task of the search."""
+
+    make_agent: Callable  # () -> a2c.Agent or ppo.Agent
+    metric: str  # "return", or "reward" (of a step) where episodes are as long as the training
+    fewest: int  # updates
+    most: int
+
+
+# The scale of each number of theta in the initial distribution.
+SCALES = {
+    "rate": (0.5, 0.1),
+    "schedule": (0.5,) * 6,
+    "momenta": (0.3,) * 4,
+    "momenta_n": (0.15,) * 4,
+    "squares": (0.3, 0.3),
+    "power": (0.15,),
+    "signal": (0.15,),
+    "norm": (0.2,),
+    "shape": (0.15,) * 4,
+}
+SPREAD = 0.4  # of the initial distribution, in these scales
+
+
+def a2c_on(grid: gridworld.Grid, num_envs: int, **sizes) -> a2c.Agent:
+    return a2c.make_agent(gridworld.make_grid(grid), a2c.Args(num_envs=num_envs, **sizes))
+
+
+def ppo_on(name: str, **changes) -> ppo.Agent:
+    learner = tasks.make_learner(name, "ppo", **changes)
+    return ppo.make_agent(learner.env, learner.args)
+
+
+SMALL = [gridworld.GRIDS[f"small_{name}"] for name in ("dense_short", "sparse_long", "dense_long")]
+# As on Brax: short rollouts, many minibatches, a deep critic.
+DEEP = {"policy_layers": (32,) * 4, "value_layers": (64,) * 5, "num_envs": 128}
+DEEP |= {"rollout_steps": 5, "batch_size": 64, "num_minibatches": 32}
+ACROBOT = DEEP | {"entropy_weight": 1e-2, "reward_scale": 10.0}
+SQUARE, OBLONG = gridworld.Grid(5, 5, 2, 0.2, 100), gridworld.Grid(7, 8, 2, 0.3, 200)
+TASKS = {
+    "small_dense_short": Search(partial(a2c_on, SMALL[0], 512), "return", 120, 300),
+    "small_sparse_long": Search(partial(a2c_on, SMALL[1], 512), "return", 120, 300),
+    "small_dense_long": Search(partial(a2c_on, SMALL[2], 512), "return", 120, 300),
+    "5 x 5": Search(partial(a2c_on, SQUARE, 128, hidden_size=64), "return", 200, 800),
+    "7 x 8, convolution": Search(partial(a2c_on, OBLONG, 128, conv_filters=16), "return", 150, 300),
+    "pendulum": Search(partial(ppo_on, "pendulum"), "reward", 20, 80),
+    "cartpole": Search(partial(ppo_on, "cartpole"), "reward", 30, 120),
+    "two_link_reacher": Search(partial(ppo_on, "two_link_reacher"), "reward", 30, 120),
+    "point_mass, deep": Search(partial(ppo_on, "point_mass", **DEEP), "reward", 8, 30),
+    "acrobot, deep": Search(partial(ppo_on, "acrobot", **ACROBOT), "reward", 8, 30),
+    "small_dense_short by ppo": Search(partial(ppo_on, "small_dense_short"), "return", 30, 100),
+}
+
+
+# --- Lifetimes ---
+
+
+def unflatten(x: jax.Array) -> dict:
+    """A vector as theta."""
+    parts = jnp.split(x, np.cumsum(list(SIZES.values()))[:-1])
+    return dict(zip(SIZES, parts, strict=True))
+
+
+def make_lifetimes(search: Search):
+    """-> f(thetas [P, D], key, number of updates) -> [P, 2], the mean metric over all of training
+    and over the last tenth; -1e9 for parameters that are not finite. Candidates share the key."""
+    agent, metric = search.make_agent(), search.metric
+    learned = make_adam4rl()
+
+    def lifetime(theta, key, num_updates):
+        optimizer = to_optax(learned, unflatten(theta), 1.0)
+        key_init, key_learn = jax.random.split(key)
+
+        def update(n, carry):
+            state, sums, counts = carry
+            progress = (n / num_updates, (n + 1) / num_updates)
+            key = jax.random.fold_in(key_learn, n)
+            state, _, metrics = agent.learn(key, state, optimizer, progress)
+            value = metrics[metric]
+            use = jnp.isfinite(value) & jnp.array([True, n >= 0.9 * num_updates])
+            return state, sums + jnp.where(use, value, 0), counts + use
+
+        start = (agent.init(key_init, optimizer), jnp.zeros(2), jnp.zeros(2))
+        state, sums, counts = jax.lax.fori_loop(0, num_updates, update, start)
+        return jnp.where(all_finite(state.params), sums / jnp.maximum(counts, 1), -1e9)
+
+    def lifetimes(thetas, key, num_updates):
+        return jax.lax.map(lambda theta: lifetime(theta, key, num_updates), thetas)
+
+    return jax.jit(lifetimes)
+
+
+def work(core: int, jobs, results) -> None:
+    """A process on one core: (task, thetas, seed, updates) -> (task, scores)."""
+    os.sched_setaffinity(0, {core})
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/optim4rl-jax"))
+    compiled: dict = {}
+    while (job := jobs.get()) is not None:
+        name, thetas, seed, num_updates = job
+        if name not in compiled:
+            compiled[name] = make_lifetimes(TASKS[name])
+        scores = compiled[name](jnp.float32(thetas), jax.random.key(seed), num_updates)
+        results.put((name, np.asarray(scores)))
+
+
+# --- Search ---
+
+
+def ranks(scores: np.ndarray) -> np.ndarray:
+    """-0.5 for the lowest to 0.5 for the highest; equal scores have equal ranks. scores: [P]"""
+    below = np.mean(scores[:, None] > scores, axis=1)
+    above = np.mean(scores[:, None] < scores, axis=1)
+    return (below - above) / 2
+
+
+def generation(strategy, rng, names: list, args: Args, jobs, results) -> dict:
+    """Sample, train, rank and update the distribution. -> the row to log"""
+    scale = np.concatenate(list(SCALES.values()))
+    candidates = strategy.ask()
+    thetas = scale * np.array([*candidates, strategy.mean, np.zeros(len(scale))])
+    for name in names:
+        search = TASKS[name]
+        num_updates = int(np.exp(rng.uniform(np.log(search.fewest), np.log(search.most))))
+        jobs.put((name, thetas, int(rng.integers(2**31)), num_updates))
+    fitness, row = np.zeros(len(thetas)), {}
+    for _ in names:
+        name, scores = results.get()
+        fitness += sum(ranks(scores[:, i]) for i in (0, 1)) / 2 / len(names)
+        middle = np.median(scores[:-2], axis=0)
+        row[name] = {"mean": scores[-2].tolist(), "adam": scores[-1].tolist()}
+        row[name]["median"] = middle.tolist()
+    strategy.tell(candidates, list(-fitness[: len(candidates)]))
+    return {"rank of the mean": fitness[-2], "rank of adam": fitness[-1], **row}
+
+
+def main() -> None:
+    import cma
+
+    args = runs.parse(Args, __doc__)
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    state = out.with_suffix(".pkl")
+    if state.exists():  # written by this script, on this machine
+        strategy, rng, deck = pickle.loads(state.read_bytes())
+    else:
+        options = {"popsize": args.population, "seed": args.seed, "verbose": -9}
+        start = np.zeros(sum(SIZES.values()))
+        strategy = cma.CMAEvolutionStrategy(start, SPREAD, options)
+        rng, deck = np.random.default_rng(args.seed), []
+    context = multiprocessing.get_context("spawn")
+    jobs, results = context.Queue(), context.Queue()
+    for core in os.sched_getaffinity(0):
+        context.Process(target=work, args=(core, jobs, results), daemon=True).start()
+    began = time.monotonic()
+    while time.monotonic() - began < 60 * args.minutes:
+        while len(deck) < args.tasks_per_generation:
+            deck = [*deck, *map(str, rng.permutation(list(TASKS)))]
+        names, deck = deck[: args.tasks_per_generation], deck[args.tasks_per_generation :]
+        row = generation(strategy, rng, names, args, jobs, results)
+        row = {"generation": strategy.countiter, "sigma": strategy.sigma, **row}
+        print(json.dumps(row), flush=True)
+        with open(out.with_suffix(".jsonl"), "a") as log:
+            log.write(json.dumps(row) + "\n")
+        theta = unflatten(np.concatenate(list(SCALES.values())) * strategy.mean)
+        trained = {"generations": strategy.countiter, "seed": args.seed}
+        save_theta(out.with_suffix(".npz"), theta, "adam4rl", {}, trained)
+        runs.write_whole(state, lambda file: file.write(pickle.dumps((strategy, rng, deck))))  # noqa: B023
+    print(f"written: {out}.npz, {out}.jsonl; the same command continues")
+
+
+if __name__ == "__main__":
+    main()

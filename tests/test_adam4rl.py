@@ -1,0 +1,99 @@
+"""Adam4RL: Adam where theta is zero, and its equation in numpy where it is not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from adam4rl import KNOTS, SIZES, adam4rl, make_adam4rl
+from optim4rl import to_optax
+
+PARAMS = {"w": jnp.ones((6, 5)), "b": jnp.zeros(5), "log_std": jnp.float32(1)}
+
+
+def gradients(t):
+    """Of a size that changes by decades."""
+    keys = jax.random.split(jax.random.key(t), 3)
+    scale = 10.0 ** (t % 5 - 3)
+    leaves = [
+        scale * jax.random.normal(k, jnp.shape(p))
+        for k, p in zip(keys, PARAMS.values(), strict=True)
+    ]
+    return dict(zip(PARAMS, leaves, strict=True))
+
+
+def zero():
+    return {name: jnp.zeros(size) for name, size in SIZES.items()}
+
+
+def test_untrained_it_is_adam_at_nine_over_the_number_of_updates():
+    ours, adam = adam4rl(zero(), num_steps=300), optax.adam(9 / 300)
+    state, adam_state = ours.init(PARAMS), adam.init(PARAMS)
+    for t in range(30):
+        updates, state = ours.update(gradients(t), state, PARAMS)
+        expected, adam_state = adam.update(gradients(t), adam_state, PARAMS)
+        jax.tree.map(lambda u, e: np.testing.assert_allclose(u, e, rtol=5e-5), updates, expected)
+
+
+def numpy_update(theta, grads, num_steps, shape):
+    """The last of len(grads) updates of one tensor, from the docstring's equation."""
+    m, v = {b: 0.0 for b in (0.5, 0.9, 0.99)}, {c: 0.0 for c in (0.9, 0.99, 0.999)}
+    for g in grads:
+        m = {b: b * old + (1 - b) * g for b, old in m.items()}
+        v = {c: c * old + (1 - c) * g**2 for c, old in v.items()}
+    n = len(grads)
+    m = [old / (1 - b**n) for b, old in m.items()]
+    v = [old / (1 - c**n) for c, old in v.items()]
+    w = [0, 0, 1, 0] + theta["momenta"] + np.log(num_steps / 1000) * theta["momenta_n"]
+    u = w[0] * grads[-1] + w[1] * m[0] + w[2] * m[1] + w[3] * m[2]
+    a = np.append(theta["squares"], 1 - theta["squares"].sum())
+    r = np.exp(sum(a[i] * np.log(np.sqrt(v[i]) + 1e-8) for i in range(3)))
+    d = np.sign(u) * np.abs(u / r) ** (1 + theta["power"][0])
+    d *= np.clip(np.abs(m[1]) / np.sqrt(v[0]), np.exp(-10), np.exp(2)) ** theta["signal"][0]
+    rate = 9 * np.exp(theta["rate"][0]) * 1000 ** theta["rate"][1]
+    rate *= num_steps ** (-1 - theta["rate"][1])
+    rate *= np.exp(np.interp((n - 1) / num_steps, KNOTS, theta["schedule"]))
+    x = theta["shape"]
+    if len(shape) < 2:
+        k = np.exp(x[2])
+    else:
+        fan_in, fan_out = np.prod(shape[:-1]), shape[-1]
+        k = (fan_in / 32) ** x[0] * (fan_out / 32) ** x[1] * max(1, fan_in / 128) ** x[3]
+    return -rate * k * np.sqrt(np.mean(d**2)) ** -theta["norm"][0] * d
+
+
+@pytest.mark.parametrize("shape", [(200, 7), (3, 4, 5), (11,)])
+def test_the_update_is_the_equation(shape):
+    rng = np.random.default_rng(0)
+    theta = {name: 0.2 * rng.normal(size=size) for name, size in SIZES.items()}
+    optimizer = adam4rl({name: jnp.float32(x) for name, x in theta.items()}, num_steps=40)
+    params = {"x": jnp.zeros(shape)}
+    state, grads = optimizer.init(params), []
+    for _ in range(12):
+        grads.append(rng.normal(size=shape))
+        updates, state = optimizer.update({"x": jnp.float32(grads[-1])}, state, params)
+        expected = numpy_update(theta, grads, 40, shape)
+        np.testing.assert_allclose(updates["x"], expected, rtol=2e-3, atol=1e-6)
+
+
+def test_the_drop_in_is_the_agents_optimizer_and_takes_a_schedule():
+    theta = {name: x + 0.1 for name, x in zero().items()}
+    dropped_in = adam4rl(theta, num_steps=4, learning_rate=optax.linear_schedule(1.0, 0.0, 4))
+    agents = to_optax(make_adam4rl(), theta, 1.0)
+    state, agents_state = dropped_in.init(PARAMS), agents.init(PARAMS)
+    for t in range(4):
+        updates, state = dropped_in.update(gradients(t), state, PARAMS)
+        extra_args = {"fraction": t / 4, "num_steps": 4.0, "value": 0.0}
+        expected, agents_state = agents.update(gradients(t), agents_state, PARAMS, **extra_args)
+        jax.tree.map(
+            lambda u, e, t=t: np.testing.assert_allclose(u, (1 - t / 4) * e, rtol=1e-5),
+            updates,
+            expected,
+        )
+
+
+@pytest.mark.parametrize("num_steps", [0, -1, float("nan"), float("inf")])
+def test_a_number_of_updates_that_cannot_be_is_refused(num_steps):
+    with pytest.raises(ValueError, match="num_steps"):
+        adam4rl(zero(), num_steps=num_steps)
