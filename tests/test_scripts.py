@@ -190,7 +190,7 @@ def test_reports_of_several_evaluations_join(tmp_path):
         done = run_script("evaluate", "--env-name", name, *flags, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     folders = sorted(str(path) for path in (tmp_path / "runs").iterdir())
-    done = run_script("report", *folders, "--out", "joined", cwd=tmp_path)
+    done = run_script("figures/report", *folders, "--out", "joined", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (
         tmp_path / "joined" / "table.md"
