@@ -4,7 +4,6 @@ Brax is imported only when a name is looked up: training on gridworlds does not 
 """
 
 import contextlib
-import difflib
 import io
 import warnings
 
@@ -33,9 +32,7 @@ def make(name: str, backend: str) -> Env:
     """A Brax task. Raises a one-line ValueError for an unknown task or backend, or a task that the
     backend lacks."""
     if name not in names():
-        close = difflib.get_close_matches(name, names(), 1)
-        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(names())}"
-        raise ValueError(f"unknown Brax task {name!r}; {hint}")
+        raise ValueError(f"unknown Brax task {name!r}; choose from {', '.join(names())}")
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
     import brax.envs

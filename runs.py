@@ -185,6 +185,12 @@ def check_between(args: Any, low: float, high: float, *names: str) -> None:
             )
 
 
+def check_grad_clip(value: float) -> None:
+    """Raises ValueError unless it is above 0, perhaps infinite."""
+    if not value > 0:
+        raise ValueError(f"--grad-clip must be above 0, or inf for no clipping, got {value:g}")
+
+
 def choose_devices(
     num_units: int, num_devices: int | None, num_processes=1, process_id=0, coordinator=""
 ) -> Mesh:

@@ -254,7 +254,4 @@ def check(args: Any) -> None:
     if args.meta_estimator != "backprop" and args.num_units % 2:
         pairs = f"even with {args.meta_estimator} (antithetic pairs)"
         raise ValueError(f"--num-units must be {pairs}, got {args.num_units}")
-    if not args.grad_clip > 0:
-        raise ValueError(
-            f"--grad-clip must be above 0, or inf for no clipping, got {args.grad_clip:g}"
-        )
+    runs.check_grad_clip(args.grad_clip)

@@ -62,10 +62,8 @@ def check(agent: ModuleType, args) -> None:
     """Raises a one-line ValueError for an invalid argument."""
     names = {field.name for field in dataclasses.fields(args)}
     runs.check_positive(args, *(name for name in POSITIVE if name in names))
-    if not getattr(args, "grad_clip", 1) > 0:
-        raise ValueError(
-            f"--grad-clip must be above 0, or inf for no clipping, got {args.grad_clip:g}"
-        )
+    if "grad_clip" in names:
+        runs.check_grad_clip(args.grad_clip)
     runs.check_between(args, 0, 1e6, *(name for name in NOT_NEGATIVE if name in names))
     runs.check_between(args, 0, 1, *(name for name in FRACTIONS if name in names))
     agent.check(args)
@@ -94,13 +92,14 @@ def main(agent: ModuleType) -> None:
         checkpoints = Checkpoints(folder, args.checkpoint_minutes)
     print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
     metric, last = agent.SCORE
+    mean = jnp.nanmean if agent is ppo else jnp.mean  # a seed of PPO's that ended is NaN
     lost: set[int] = set()
 
     with runs.interruptible() as interrupted, runs.Log(folder, agent.num_updates(args)) as log:
 
         def on_update(number, metrics, state):
             env_steps = number * agent.steps_per_update(args)
-            means = {name: jnp.nanmean(x) for name, x in metrics.items()}
+            means = {name: mean(x) for name, x in metrics.items()}
             by_seed = {f"{metric}_seed_{args.seed + i}": x for i, x in enumerate(metrics[metric])}
             log.write(number, {"env_steps": env_steps, **means, **by_seed})
             for i in ended_seeds(state) - lost:
@@ -118,8 +117,8 @@ def main(agent: ModuleType) -> None:
     made = ~jnp.isnan(returns).all(axis=0)  # before an interrupt
     final = returns[:, made][:, -last:].mean(axis=1)
     what = f"{last} {'evaluations' if metric == 'eval_return' else 'updates'}"
-    print(f"mean return of the last {what}: {jnp.nanmean(final):.4g}", end=" ")
-    print(f"(by seed: {', '.join(f'{x:.4g}' for x in final)})")
+    print(f"mean return of the last {what}: {mean(final):.5g}", end=" ")
+    print(f"(by seed: {', '.join(f'{x:.5g}' for x in final)})")
     print(
         f"written: {folder}/config.json, metrics.csv, TensorBoard events "
         f"(tensorboard --logdir {args.runs_dir})"
