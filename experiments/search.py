@@ -14,6 +14,7 @@ continues from OUT.pkl if it is there.
 """
 
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -83,9 +84,43 @@ def a2c_on(grid: gridworld.Grid, num_envs: int, **sizes) -> a2c.Agent:
     return a2c.make_agent(gridworld.make_grid(grid), a2c.Args(num_envs=num_envs, **sizes))
 
 
-def ppo_on(name: str, **changes) -> ppo.Agent:
+def ppo_on(name: str, copies: int = 1, obs_size: int = 0, **changes) -> ppo.Agent:
+    """PPO on a task, on some copies of it at once, or with obs_size mixtures as observations."""
     learner = tasks.make_learner(name, "ppo", **changes)
-    return ppo.make_agent(learner.env, learner.args)
+    env = several(learner.env, copies) if copies > 1 else learner.env
+    return ppo.make_agent(mixed(env, obs_size) if obs_size else env, learner.args)
+
+
+def several(env: ppo.Env, copies: int) -> ppo.Env:
+    """Independent copies as one environment, which ends with the first copy that ends. Its reward
+    is their mean, so that, as on Brax's robots, an action is seen through the noise of others."""
+
+    def reset(key):
+        states, obs = jax.vmap(env.reset)(jax.random.split(key, copies))
+        return states, obs.reshape(-1)
+
+    def step(states, action):
+        states, obs, rewards, terminated = jax.vmap(env.step)(states, action.reshape(copies, -1))
+        return states, obs.reshape(-1), jnp.mean(rewards), jnp.any(terminated)
+
+    sizes = copies * env.obs_size, copies * env.action_size
+    return env._replace(reset=reset, step=step, obs_size=sizes[0], action_size=sizes[1])
+
+
+def mixed(env: ppo.Env, obs_size: int) -> ppo.Env:
+    """Observations are fixed random mixtures of the environment's: many, and redundant."""
+    mixing = jax.random.normal(jax.random.key(0), (env.obs_size, obs_size))
+    mixing /= math.sqrt(env.obs_size)
+
+    def reset(key):
+        state, obs = env.reset(key)
+        return state, jnp.tanh(obs @ mixing)
+
+    def step(state, action):
+        state, obs, reward, terminated = env.step(state, action)
+        return state, jnp.tanh(obs @ mixing), reward, terminated
+
+    return env._replace(reset=reset, step=step, obs_size=obs_size)
 
 
 SMALL = [gridworld.GRIDS[f"small_{name}"] for name in ("dense_short", "sparse_long", "dense_long")]
@@ -103,8 +138,10 @@ TASKS = {
     "pendulum": Search(partial(ppo_on, "pendulum"), "reward", 20, 80),
     "cartpole": Search(partial(ppo_on, "cartpole"), "reward", 30, 120),
     "two_link_reacher": Search(partial(ppo_on, "two_link_reacher"), "reward", 30, 120),
-    "point_mass, deep": Search(partial(ppo_on, "point_mass", **DEEP), "reward", 8, 30),
+    "point_mass, deep": Search(partial(ppo_on, "point_mass", **DEEP), "reward", 8, 40),
     "acrobot, deep": Search(partial(ppo_on, "acrobot", **ACROBOT), "reward", 8, 30),
+    "4 cartpoles, deep": Search(partial(ppo_on, "cartpole", 4, **DEEP), "reward", 10, 40),
+    "3 pendulums, mixed": Search(partial(ppo_on, "pendulum", 3, 200, **DEEP), "reward", 8, 30),
     "small_dense_short by ppo": Search(partial(ppo_on, "small_dense_short"), "return", 30, 100),
 }
 
