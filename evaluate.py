@@ -41,8 +41,8 @@ class Args:
     env_name: tuple[str, ...] = ("catch",)
     """one or more of the eight gridworlds, catch, the tasks of control.py, and Brax's tasks"""
     optimizers: tuple[str, ...] = ("untrained", "sign_sgd", "adam", "rmsprop")
-    """names (adam, adam_linear, rmsprop, sgd, sign_sgd, untrained, untrained:star, pretrained/NAME,
-    untrained:pretrained/NAME) and paths of theta files (.npz)"""
+    """names (adam, rmsprop, sgd, sign_sgd, and others in optimizers.CLASSICAL; untrained,
+    untrained:star, pretrained/NAME, untrained:pretrained/NAME) and paths of theta files (.npz)"""
     suite: Literal["paper", "transfer"] | None = None
     """instead of --env-name and --optimizers: the environments of one of the paper's figures that
     this machine can run. In each: the weights in pretrained/ that were trained on several
@@ -53,8 +53,9 @@ class Args:
     seed: int = 1000
     """seed of the first agent, far from meta-training's seeds, which start at 0"""
     learning_rate: float | None = None
-    """learning rate (default: the paper's for the environment; for a theta file the one it was
-    trained with, if it was trained on this environment)"""
+    """learning rate (default: 1 for adam4rl, which is a multiplier; otherwise the paper's for the
+    environment, or for a theta file the one it was trained with, if it was trained on this
+    environment)"""
     learning_rates: tuple[float, ...] = ()
     """sweep the classical optimizers over these learning rates, e.g. 3e-2 1e-2 3e-3 1e-3 3e-4
     1e-4"""
@@ -137,13 +138,14 @@ def plan(args: Args) -> list[Run]:
             if name not in checked:  # a quick check that it can be made
                 optimizers.make_optimizer(name, default)
                 checked.add(name)
-            label, rates = name, (default,)
-            if name in optimizers.CLASSICAL and args.learning_rates:
+            own = optimizers.own_rate(name)
+            label, rates = name, (args.learning_rate or own or default,)
+            if name in optimizers.CLASSICAL and args.learning_rates and not own:
                 rates = args.learning_rates
             elif optimizers.is_theta(path := name.removeprefix("untrained:")):
                 header = load_theta(optimizers.theta_path(path))[1]
                 trained = trained_rate(header["trained"], env_name)
-                rates = (args.learning_rate or trained or default,)
+                rates = (args.learning_rate or own or trained or default,)
                 state = "trained" if path == name else "untrained"
                 label = f"{optimizers.title(path, header)} ({state})"
             label = label if label not in labels else name

@@ -8,6 +8,7 @@ Legend: C coordinates in a block (optim4rl.py).
 """
 
 import inspect
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import runs
+from adam4rl import make_adam4rl
+from baselines.momentum4rl import make_momentum4rl
 from baselines.star import make_star
 from baselines.velo import make_velo
-from momentum4rl import make_momentum4rl
 from optim4rl import (
     CELLS,
+    FORMAT,
     LearnedOptimizer,
     clip_and_stop_gradient,
     coordinatewise,
@@ -99,25 +103,7 @@ def make_l2lgd2(
     return one_network(rule, 2, 1, cell, hidden_size, readout_layers)
 
 
-CLASSICAL: dict[str, Callable] = {
-    "adam": optax.adam,
-    "adam_linear": lambda learning_rate: optax.chain(
-        optax.adam(learning_rate), scale_by_remaining_training()
-    ),
-    "rmsprop": optax.rmsprop,
-    "sgd": optax.sgd,
-    "sign_sgd": optax.sign_sgd,
-}
-
-# kind: factory of the LearnedOptimizer; its arguments are the config in a theta file's header
-LEARNED: dict[str, Callable] = {
-    "optim4rl": make_optim4rl,
-    "momentum4rl": make_momentum4rl,
-    "linear_optim": make_linear_optim,
-    "l2lgd2": make_l2lgd2,
-    "star": make_star,
-    "velo": make_velo,
-}
+# --- Classical optimizers: name -> function of the learning rate ---
 
 
 def scale_by_remaining_training() -> optax.GradientTransformationExtraArgs:
@@ -129,6 +115,93 @@ def scale_by_remaining_training() -> optax.GradientTransformationExtraArgs:
         return optax.tree.scale(1.0 - fraction, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def scale_by_num_steps() -> optax.GradientTransformationExtraArgs:
+    """Divides updates by the number of updates of the whole training, the extra argument
+    `num_steps`."""
+
+    def update(updates, state, params=None, *, num_steps, **extra_args):
+        del params, extra_args
+        return optax.tree.scale(1.0 / num_steps, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def falling(make: Callable) -> Callable:
+    """The optimizer with a learning rate that falls linearly to 0."""
+    return lambda learning_rate: optax.chain(make(learning_rate), scale_by_remaining_training())
+
+
+def adam_rel(learning_rate) -> optax.GradientTransformationExtraArgs:
+    """Adam-Rel (Ellis et al. 2024, arXiv 2412.17113): at the first update of a PPO iteration, which
+    has the extra argument iteration_step 0, Adam's count returns to 0; the moments stay."""
+    adam = optax.scale_by_adam()
+
+    def update(grads, state, params=None, *, iteration_step=0, **extra_args):
+        del extra_args
+        state = state._replace(count=jnp.where(iteration_step == 0, 0, state.count))
+        updates, state = adam.update(grads, state, params)
+        return optax.tree.scale(-learning_rate, updates), state
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def adam_kl(learning_rate) -> optax.GradientTransformationExtraArgs:
+    """Adam with an adaptive learning rate, as in RSL-RL and Brax (Schulman et al. 2017, section 4):
+    divided by 1.5 where the policy's divergence from that of the rollout, the extra argument kl, is
+    above 0.02, times 1.5 below 0.005, within 1e-5 .. 1e-2. learning_rate: the initial one."""
+    adam = optax.scale_by_adam()
+
+    def init(params):
+        return adam.init(params), jnp.float32(learning_rate)
+
+    def update(grads, state, params=None, *, kl=0.0, **extra_args):
+        del extra_args
+        adam_state, rate = state
+        factor = jnp.where(kl > 0.02, 1 / 1.5, jnp.where((kl > 0) & (kl < 0.005), 1.5, 1.0))
+        rate = jnp.clip(rate * factor, 1e-5, 1e-2)
+        updates, adam_state = adam.update(grads, adam_state, params)
+        return optax.tree.scale(-rate, updates), (adam_state, rate)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def slow_rmsprop(learning_rate) -> optax.GradientTransformation:
+    return optax.rmsprop(learning_rate, decay=0.99, bias_correction=True)
+
+
+CLASSICAL: dict[str, Callable] = {
+    "adam": optax.adam,
+    "adam_b99": lambda learning_rate: optax.adam(learning_rate, b1=0.99),
+    "adam_linear": falling(optax.adam),
+    "adam_kl": adam_kl,
+    "adam_rel": adam_rel,
+    "muon_linear": falling(optax.contrib.muon),
+    "rmsprop": optax.rmsprop,
+    "rmsprop_linear": falling(slow_rmsprop),
+    # rmsprop_linear at 18 / num_steps, which is near its best on many tasks
+    "rmsprop_auto": lambda multiplier: optax.chain(
+        falling(slow_rmsprop)(18 * multiplier), scale_by_num_steps()
+    ),
+    "sgd": optax.sgd,
+    "sign_sgd": optax.sign_sgd,
+    "sign_linear": falling(optax.sign_sgd),
+}
+OWN_RATE = {"rmsprop_auto": 1.0}
+
+# --- Learned optimizers ---
+
+# kind: factory of the LearnedOptimizer; its arguments are the config in a theta file's header
+LEARNED: dict[str, Callable] = {
+    "optim4rl": make_optim4rl,
+    "adam4rl": make_adam4rl,
+    "momentum4rl": make_momentum4rl,
+    "linear_optim": make_linear_optim,
+    "l2lgd2": make_l2lgd2,
+    "star": make_star,
+    "velo": make_velo,
+}
 
 
 def pretrained_names() -> list[str]:
@@ -181,6 +254,23 @@ def check_theta(path: str, learned: LearnedOptimizer, theta: Any) -> None:
         raise ValueError(f"{path}: some of its numbers are not finite")
 
 
+def save_theta(
+    path: str | os.PathLike, theta: Any, optimizer: str, config: dict, trained: dict
+) -> None:
+    """Write theta (nested dicts of arrays) and a header, for load_theta.
+
+    optimizer: the kind ("optim4rl"). config: the arguments of its factory. trained: how it was
+    trained, any JSON value.
+    """
+    header = {"format": FORMAT, "optimizer": optimizer, "config": config, "trained": trained}
+    paths_and_leaves = jax.tree_util.tree_flatten_with_path(theta)[0]
+    arrays = {
+        "/".join(key.key for key in path): np.asarray(leaf) for path, leaf in paths_and_leaves
+    }
+    header = np.array(json.dumps(header))
+    runs.write_whole(path, lambda file: np.savez(file, header=header, **arrays))
+
+
 def load_learned(path: str) -> tuple[LearnedOptimizer, Any, dict]:
     """A meta-trained optimizer from its .npz -> optimizer, theta, header. Raises a one-line
     ValueError for an invalid file."""
@@ -228,23 +318,34 @@ def check_settings(kind: str, changed: set, theta: str | None) -> None:
             raise ValueError(f"--{flag} is set by {theta}; leave it out")
 
 
+def find_learned(name_or_path: str) -> tuple[LearnedOptimizer, Any] | None:
+    """The learned optimizer with this name, as in make_optimizer, and its theta. None for another
+    name. Raises a one-line ValueError for an invalid file."""
+    untrained, _, kind_or_path = name_or_path.partition(":")
+    if untrained == "untrained":
+        kind = kind_or_path or "optim4rl"
+        learned = LEARNED[kind]() if kind in LEARNED else load_learned(kind)[0]
+        return learned, learned.init_theta(jax.random.key(0))
+    return load_learned(name_or_path)[:2] if is_theta(name_or_path) else None
+
+
+def own_rate(name_or_path: str) -> float | None:
+    """The learning rate of an optimizer that is to have the same in all environments, or None."""
+    found = find_learned(name_or_path)
+    return found[0].own_rate if found else OWN_RATE.get(name_or_path)
+
+
 def make_optimizer(name_or_path: str, learning_rate: float) -> optax.GradientTransformation:
-    """adam, adam_linear (falling to 0), rmsprop, sgd, sign_sgd; pretrained/NAME or the path of a
-    .npz; untrained (Optim4RL with an initial theta), untrained:star (another kind) or
-    untrained:PATH.npz (the kind and settings in that file).
+    """A name in CLASSICAL (_linear: falling to 0); pretrained/NAME or the path of a .npz; untrained
+    (Optim4RL with an initial theta), untrained:star (another kind) or untrained:PATH.npz (the kind
+    and settings in that file).
 
     Raises a one-line ValueError for anything else.
     """
     if name_or_path in CLASSICAL:
         return CLASSICAL[name_or_path](learning_rate)
-    untrained, _, kind_or_path = name_or_path.partition(":")
-    if untrained == "untrained":
-        kind = kind_or_path or "optim4rl"
-        learned = LEARNED[kind]() if kind in LEARNED else load_learned(kind)[0]
-        return to_optax(learned, learned.init_theta(jax.random.key(0)), learning_rate)
-    if is_theta(name_or_path):
-        learned, theta, _ = load_learned(name_or_path)
-        return to_optax(learned, theta, learning_rate)
+    if found := find_learned(name_or_path):
+        return to_optax(*found, learning_rate)
     raise ValueError(
         f"unknown optimizer {name_or_path!r}; choose from {', '.join(CLASSICAL)}, untrained, "
         "pretrained/NAME, the path of a .npz"

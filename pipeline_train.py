@@ -42,7 +42,7 @@ import tasks
 from checkpoints import Checkpoints, resumed_args
 from meta_gradient import ESTIMATORS, Unit
 from networks import all_finite
-from optim4rl import LearnedOptimizer, save_theta, to_optax
+from optim4rl import LearnedOptimizer, to_optax
 
 # --- Pipeline training ---
 
@@ -242,8 +242,8 @@ class Args:
     """the same seed gives the same theta"""
     # --- Optimizer ---
     optimizer: str = "optim4rl"
-    """kind of learned optimizer: optim4rl, momentum4rl (not in the paper), linear_optim, l2lgd2,
-    star or velo"""
+    """kind of learned optimizer: optim4rl, adam4rl and momentum4rl (not in the paper),
+    linear_optim, l2lgd2, star or velo"""
     cell: Literal["lstm", "gru"] = "lstm"
     """recurrent cell (not star, velo); the authors' code has gru"""
     inputs: Literal["raw", "log"] = "raw"
@@ -422,7 +422,7 @@ def main() -> None:
     def save(state):
         iterations = int(state.iteration)
         done = {"iterations": iterations, "env_steps": iterations * tasks.steps_per_iteration(args)}
-        save_theta(
+        optimizers.save_theta(
             folder / "theta.npz",
             state.theta,
             args.optimizer,

@@ -183,7 +183,8 @@ def value(params: dict, obs: jax.Array) -> jax.Array:
 
 
 def ppo_loss(params, normaliser, batch: Batch, key, actions: Distribution, args: Args):
-    """Clipped policy objective, squared critic error, entropy bonus; mean over a batch [B, ...]."""
+    """Clipped policy objective, squared critic error, entropy bonus; mean over a batch [B, ...].
+    -> loss, an estimate of KL(the rollout's policy, this one)"""
     obs = normalise(normaliser, batch.obs[:, :-1])
     ahead = normalise(normaliser, jnp.stack([batch.obs[:, -1], batch.final_obs], axis=1))
     values = value(params, obs)
@@ -197,13 +198,14 @@ def ppo_loss(params, normaliser, batch: Batch, key, actions: Distribution, args:
     targets = jax.lax.stop_gradient(values) + advantages
 
     outputs = mlp(params["policy"], obs)
-    ratio = jnp.exp(actions.log_prob(outputs, batch.x) - batch.log_prob)
+    log_ratio = actions.log_prob(outputs, batch.x) - batch.log_prob
+    ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - args.clip_range, 1 + args.clip_range)
     advantages = (advantages - jnp.mean(advantages)) / (jnp.std(advantages) + 1e-8)
     losses = -jnp.minimum(ratio * advantages, clipped * advantages)
     losses += args.critic_weight * (targets - values) ** 2
     losses -= args.entropy_weight * actions.entropy(key, outputs)
-    return jnp.mean(losses)
+    return jnp.mean(losses), jnp.mean(ratio - 1 - log_ratio)
 
 
 # --- Agent ---
@@ -265,30 +267,30 @@ def learn_epochs(key, state: AgentState, batch: Batch, optimizer, progress, env:
     update = optax.with_extra_args_support(optimizer).update
 
     def gradient_step(carry, minibatch):
-        params, opt_state = carry
-        batch, key, fraction = minibatch
+        (params, opt_state), (batch, key, step) = carry, minibatch
         inputs = (state.normaliser, batch, key, env.distribution, args)
-        loss, grads = jax.value_and_grad(ppo_loss)(params, *inputs)
+        (loss, kl), grads = jax.value_and_grad(ppo_loss, has_aux=True)(params, *inputs)
+        fraction = jnp.float32(progress[0]) + step / total_steps
         extra_args = {"value": loss, "fraction": fraction, "num_steps": total_steps}
+        extra_args |= {"iteration_step": step, "kl": kl}
         updates, opt_state = update(grads, opt_state, params, **extra_args)
         return (optax.apply_updates(params, updates), opt_state), (grads, extra_args)
 
-    def epoch(carry, key_and_fractions):
-        key, fractions = key_and_fractions
+    def epoch(carry, key_and_steps):
+        key, steps = key_and_steps
         key_shuffle, key_entropy = jax.random.split(key)
         order = jax.random.permutation(key_shuffle, args.num_minibatches * args.batch_size)
         order = order.reshape(args.num_minibatches, args.batch_size)
         minibatches = jax.tree.map(lambda x: x[order], batch)
         keys = jax.random.split(key_entropy, args.num_minibatches)
-        return jax.lax.scan(gradient_step, carry, (minibatches, keys, fractions))
+        return jax.lax.scan(gradient_step, carry, (minibatches, keys, steps))
 
     num_steps = args.num_epochs * args.num_minibatches
     total_steps = num_steps / jnp.float32(progress[1] - progress[0])  # of the whole training
-    fractions = progress[0] + (progress[1] - progress[0]) * jnp.arange(num_steps) / num_steps
-    fractions = fractions.reshape(args.num_epochs, args.num_minibatches).astype(jnp.float32)
+    steps = jnp.arange(num_steps).reshape(args.num_epochs, args.num_minibatches)
     keys = jax.random.split(key, args.num_epochs)
     start = (state.params, state.opt_state)
-    (params, opt_state), recorded = jax.lax.scan(epoch, start, (keys, fractions))
+    (params, opt_state), recorded = jax.lax.scan(epoch, start, (keys, steps))
     recorded = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), recorded)
     return state._replace(params=params, opt_state=opt_state), recorded
 
@@ -336,7 +338,7 @@ def make_agent(env: Env, args: Args) -> Agent:
         key_collect, key_entropy = jax.random.split(key)
         params = state.params
         batch, _, state = collect(key_collect, jax.lax.stop_gradient(state), env, args)
-        loss = ppo_loss(params, state.normaliser, batch, key_entropy, env.distribution, args)
+        loss, _ = ppo_loss(params, state.normaliser, batch, key_entropy, env.distribution, args)
         return loss, state._replace(params=params)
 
     return Agent(init, learn, loss, steps_per_update(args))

@@ -223,6 +223,8 @@ def fill_in(args: Any) -> Any:
     }
     optimizers.check_settings(args.optimizer, changed, args.theta)
     paper = meta_settings(args.env_name)
+    if own_rate := optimizers.LEARNED[args.optimizer]().own_rate:
+        paper["learning_rate"] = (own_rate,)
     unset = {name: value for name, value in paper.items() if getattr(args, name) is None}
     args = dataclasses.replace(args, **unset)
     check(args)

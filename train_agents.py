@@ -22,11 +22,12 @@ from checkpoints import Checkpoints, resumed_args
 class RunArgs:
     # --- Optimizer ---
     optimizer: str = "adam"
-    """adam, adam_linear (falling to 0), rmsprop, sgd, sign_sgd, untrained (Optim4RL before
-    meta-training; untrained:star), pretrained/NAME, or the path of a .npz"""
-    learning_rate: float = 3e-4
-    """learning rate (default: the paper's for the environment; on gridworlds try 3e-2 to 1e-4 in
-    half decades)"""
+    """adam, rmsprop, sgd, sign_sgd, and others in optimizers.CLASSICAL (adam_linear: falling to 0),
+    untrained (Optim4RL before meta-training; untrained:star), pretrained/NAME, or the path of a
+    .npz"""
+    learning_rate: float | None = None
+    """learning rate (default: 1 for adam4rl, which is a multiplier; otherwise the paper's for the
+    environment; on gridworlds try 3e-2 to 1e-4 in half decades)"""
     # --- Run ---
     checkpoint_minutes: float = 5.0
     """minutes between two checkpoints of the whole state"""
@@ -71,6 +72,22 @@ def check(agent: ModuleType, args) -> None:
         raise ValueError(f"--total-steps {args.total_steps:g} is less than one update's rollouts")
 
 
+def fill_in(agent: ModuleType, args):
+    """The arguments, with the learning rate of the optimizer or of the environment if none is
+    given. Raises a one-line ValueError for an invalid one."""
+    if args.learning_rate is None:
+        rate = optimizers.own_rate(args.optimizer)
+        rate = rate or tasks.agent_settings(args.env_name, agent)["learning_rate"]
+        args = dataclasses.replace(args, learning_rate=rate)
+    check(agent, args)
+    return args
+
+
+def flag_defaults(env_name: str, agent: ModuleType) -> dict:
+    """The environment's settings, without the learning rate, which may be the optimizer's."""
+    return tasks.agent_settings(env_name, agent) | {"learning_rate": None}
+
+
 def ended_seeds(state) -> set[int]:
     """The seeds that ended early, from PPO's state. A2C's does not have them, so its device is
     not kept waiting."""
@@ -81,11 +98,11 @@ def ended_seeds(state) -> set[int]:
 
 def main(agent: ModuleType) -> None:
     """Train args.num_seeds agents. agent: the module a2c or ppo."""
-    args = runs.parse(ARGS[agent], agent.__doc__, partial(tasks.agent_settings, agent=agent))
+    args = runs.parse(ARGS[agent], agent.__doc__, partial(flag_defaults, agent=agent))
     with runs.bad_input():
         if args.resume:
             args = resumed_args(args.resume, args)
-        check(agent, args)
+        args = fill_in(agent, args)
         optimizer = optimizers.make_optimizer(args.optimizer, args.learning_rate)
         env = tasks.make_env(args.env_name, agent, getattr(args, "backend", None))
         folder = runs.run_folder(args, args.env_name, agent.__name__)

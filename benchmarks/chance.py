@@ -23,7 +23,7 @@ import a2c  # noqa: E402, once the project is on the path
 import gridworld  # noqa: E402
 import runs  # noqa: E402
 import tasks  # noqa: E402
-from momentum4rl import make_momentum4rl  # noqa: E402
+from baselines.momentum4rl import make_momentum4rl  # noqa: E402
 from optim4rl import to_optax  # noqa: E402
 
 

@@ -34,12 +34,13 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 import a2c  # noqa: E402, once the project is on the path
 import gridworld  # noqa: E402
+import optimizers  # noqa: E402
 import ppo  # noqa: E402
 import runs  # noqa: E402
 import tasks  # noqa: E402
 from adam4rl import SIZES, make_adam4rl  # noqa: E402
 from networks import all_finite  # noqa: E402
-from optim4rl import save_theta, to_optax  # noqa: E402
+from optim4rl import to_optax  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,7 @@ def main() -> None:
             log.write(json.dumps(row) + "\n")
         theta = unflatten(np.concatenate(list(SCALES.values())) * strategy.mean)
         trained = {"generations": strategy.countiter, "seed": args.seed}
-        save_theta(out.with_suffix(".npz"), theta, "adam4rl", {}, trained)
+        optimizers.save_theta(out.with_suffix(".npz"), theta, "adam4rl", {}, trained)
         runs.write_whole(state, lambda file: file.write(pickle.dumps((strategy, rng, deck))))  # noqa: B023
     print(f"written: {out}.npz, {out}.jsonl; the same command continues")
 

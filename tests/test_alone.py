@@ -71,12 +71,12 @@ for _ in range(3):
 assert (params["w"] < start["w"]).all()
 """,
     ),
-    "momentum4rl": (
-        ["momentum4rl", "optim4rl"],
+    "adam4rl": (
+        ["adam4rl", "optim4rl"],
         """
-import jax, optax, momentum4rl
-theta = momentum4rl.make_momentum4rl().init_theta(jax.random.key(0))
-optimizer = momentum4rl.momentum4rl(theta, 0.1, num_steps=10)
+import jax, optax, adam4rl
+theta = adam4rl.make_adam4rl().init_theta(jax.random.key(0))
+optimizer = adam4rl.adam4rl(theta, num_steps=10)
 params = {"w": jax.numpy.ones(3)}
 start, opt_state = params, optimizer.init(params)
 for _ in range(3):

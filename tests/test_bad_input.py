@@ -20,7 +20,7 @@ import pytest
 
 import brax_env
 import optimizers
-from optim4rl import load_theta, save_theta
+from optim4rl import load_theta
 
 ROOT = Path(__file__).parent.parent
 
@@ -213,7 +213,7 @@ def good(tmp_path_factory):
     config = {"hidden_size": 1, "grad_clip": 1.0}
     path = tmp_path_factory.mktemp("good") / "good.npz"
     learned = optimizers.LEARNED["optim4rl"](**config)
-    save_theta(path, learned.init_theta(jax.random.key(0)), "optim4rl", config, {})
+    optimizers.save_theta(path, learned.init_theta(jax.random.key(0)), "optim4rl", config, {})
     return path
 
 
@@ -233,7 +233,7 @@ def make_files(good):
     whole, header = good.read_bytes(), load_theta(good)[1]
     with np.load(good) as file:
         arrays = {name: file[name] for name in file.files if name != "header"}
-    save_theta("other.npz", {"w": np.zeros(3)}, "nosuch", {}, {})
+    optimizers.save_theta("other.npz", {"w": np.zeros(3)}, "nosuch", {}, {})
     Path("broken.npz").write_bytes(Path("other.npz").read_bytes()[:100])
     Path("truncated.npz").write_bytes(whole[: len(whole) // 2])
     middle = whole.index(arrays["rnn1/w_x"].tobytes()) + 1

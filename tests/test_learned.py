@@ -15,7 +15,7 @@ import gridworld
 import optimizers
 from baselines import star, velo
 from meta_gradient import replay_gradient
-from optim4rl import save_theta, to_optax
+from optim4rl import to_optax
 
 COORDINATEWISE = ("optim4rl", "momentum4rl", "linear_optim", "l2lgd2")
 KINDS = {
@@ -82,7 +82,7 @@ def test_a_saved_file_is_the_same_optimizer(kind, tmp_path):
         if kind == "star"
         else {"grad_clip": None}
     )
-    save_theta(tmp_path / "theta.npz", theta, kind, config, {})
+    optimizers.save_theta(tmp_path / "theta.npz", theta, kind, config, {})
     params = {"w": jnp.ones((2, 3))}
     one, other = (
         to_optax(learned, theta, 0.1),

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import optimizers
-from momentum4rl import READOUT_GAIN, make_momentum4rl, momentum4rl
+from baselines.momentum4rl import READOUT_GAIN, make_momentum4rl, momentum4rl
 from optim4rl import load_theta, to_optax
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import optim4rl
 import optimizers
 from meta_gradient import streamed_replay_gradient
-from optim4rl import BLOCK, load_theta, make_optim4rl, save_theta, to_optax
+from optim4rl import BLOCK, load_theta, make_optim4rl, to_optax
 
 ROOT = Path(__file__).parent.parent
 KINDS = [
@@ -357,7 +357,7 @@ def saved(tmp_path):
         "grad_clip": None,
     }
     theta = make_theta("gru", "log", (5,))
-    save_theta(
+    optimizers.save_theta(
         tmp_path / "theta.npz", theta, "optim4rl", config, {"env_name": ["catch"], "iterations": 3}
     )
     return tmp_path / "theta.npz", theta, config
@@ -450,7 +450,7 @@ def test_a_failed_save_leaves_the_old_file(saved, fails, monkeypatch):
         monkeypatch.setattr(os, "replace", lambda *_: os.stat("no such file"))
     trained = {"unwritable": object()} if fails == "header" else {}
     with pytest.raises(TypeError if fails == "header" else FileNotFoundError):
-        save_theta(path, make_theta(seed=9), "optim4rl", config, trained)
+        optimizers.save_theta(path, make_theta(seed=9), "optim4rl", config, trained)
     assert path.read_bytes() == old
     assert os.listdir(path.parent) == ["theta.npz"]
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 import pipeline_train
 import runs
 from meta_gradient import inner_loop
-from optim4rl import make_optim4rl, save_theta, to_optax
+from optim4rl import make_optim4rl, to_optax
 from pipeline_train import (
     jit_meta_step,
     keep_if_finite,
@@ -273,7 +273,7 @@ def test_an_annealed_meta_learning_rate_falls_to_zero():
 def test_training_goes_on_from_given_weights(tmp_path):
     learned = make_optim4rl("gru", "log", 4)
     theta = learned.init_theta(jax.random.key(7))
-    save_theta(
+    optimizers.save_theta(
         tmp_path / "x.npz",
         theta,
         "optim4rl",

@@ -224,7 +224,7 @@ def test_loss_is_its_definition():
         jnp.float32(4), jnp.array([0.1, -0.2, 0.3]), jnp.array([4.0, 1.0, 9.0])
     )
     loss = jax.jit(partial(ppo.ppo_loss, actions=networks.TANH_NORMAL, args=args))
-    got = loss(params, normaliser, batch, key)
+    got, kl = loss(params, normaliser, batch, key)
 
     def norm(obs):
         return (obs - np.array([0.1, -0.2, 0.3])) / np.sqrt(np.array([4.0, 1.0, 9.0]) / 4)
@@ -252,8 +252,10 @@ def test_loss_is_its_definition():
     entropy = np.sum(scipy.stats.norm.entropy(mean, std) + np.log(1 - np.tanh(x) ** 2), axis=-1)
     expected = np.mean(-objective + 0.3 * advantages**2 - 0.02 * entropy)
     np.testing.assert_allclose(got, expected, rtol=1e-4)
+    np.testing.assert_allclose(kl, np.mean(ratio - 1 - np.log(ratio)), rtol=1e-4)
     # The critic is drawn to values + advantages; nothing flows through the targets.
-    slope = jax.grad(loss)(params, normaliser, batch, key)["value"]["1"]["b"]
+    slopes, _ = jax.grad(loss, has_aux=True)(params, normaliser, batch, key)
+    slope = slopes["value"]["1"]["b"]
     np.testing.assert_allclose(slope[0], np.mean(-2 * 0.3 * advantages), rtol=1e-3)
 
 

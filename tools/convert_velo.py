@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import optimizers  # noqa: E402, once the project is on the path
 import runs  # noqa: E402
 from baselines.velo import INPUTS, make_velo  # noqa: E402
-from optim4rl import save_theta  # noqa: E402
 
 PUBLISHED = {"lstm_size": 512, "num_bases": 256, "step_size": 1e-3}
 
@@ -96,7 +95,7 @@ def main() -> None:
     with runs.bad_input():
         theta = load_published(args.published)
         optimizers.check_theta(args.published, make_velo(**PUBLISHED), theta)
-        save_theta(args.out, theta, "velo", PUBLISHED, {"published": args.published})
+        optimizers.save_theta(args.out, theta, "velo", PUBLISHED, {"published": args.published})
     print(
         f"written: {args.out}; "
         f"next: python evaluate.py --env-name catch --optimizers {args.out} adam"

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optim4rl import BLOCK, LearnedOptimizer, from_blocks, init_blocks, map_blocks, to_blocks
+from optim4rl import BLOCK, LearnedOptimizer, from_blocks, init_blocks, map_blocks, to_blocks, to_optax
 
 M_DECAYS = (0.5, 0.9, 0.99)
 V_DECAYS = (0.9, 0.99, 0.999)
@@ -128,7 +128,7 @@ def make_adam4rl() -> LearnedOptimizer:
         d = from_blocks(d, jax.tree.map(lambda g: jnp.zeros(jnp.shape(g)), grads))
         return jax.tree.map(scaled, d, grads), state
 
-    return LearnedOptimizer(init_theta, init_state, update, rule=None)
+    return LearnedOptimizer(init_theta, init_state, update, rule=None, own_rate=1.0)
 
 
 def adam4rl(theta: dict, num_steps: int, learning_rate: float | Callable = 1.0):
@@ -136,21 +136,20 @@ def adam4rl(theta: dict, num_steps: int, learning_rate: float | Callable = 1.0):
 
     It counts its updates, of which there are to be num_steps; later ones are as the last.
     learning_rate: a multiplier, 1 as meta-trained, or an optax schedule of it. Raises ValueError
-    for num_steps that is not a number from 1 up.
+    for num_steps that is not a number from 1 up, and as optim4rl.to_optax does.
     """
     if not 1 <= num_steps < math.inf:
         raise ValueError(f"num_steps must be the updates of the whole training, got {num_steps}")
-    learned = make_adam4rl()
+    learned = to_optax(make_adam4rl(), theta, learning_rate)
 
     def init(params):
-        return learned.init_state(params), jnp.zeros((), jnp.int32)
+        return learned.init(params), jnp.zeros((), jnp.int32)
 
     def update(grads, state, params=None, **extra_args):
         del extra_args
         state, count = state
-        rate = learning_rate(count) if callable(learning_rate) else learning_rate
         given = {"fraction": jnp.minimum(count / num_steps, 1.0), "num_steps": float(num_steps)}
-        updates, state = learned.update(theta, grads, state, params, rate, **given)
+        updates, state = learned.update(grads, state, params, **given)
         return updates, (state, count + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -31,6 +31,7 @@ Legend: C coordinates in a block, M blocks, H hidden units.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -50,6 +51,7 @@ from optim4rl import (
     map_blocks,
     readout,
     to_blocks,
+    to_optax,
 )
 
 DECAYS = (0.5, 0.9, 0.99)  # of the means of g
@@ -127,28 +129,25 @@ def make_momentum4rl(
 
 
 def momentum4rl(
-    theta: dict, learning_rate: float, num_steps: int, **config
-) -> optax.GradientTransformation:
+    theta: dict, learning_rate: float | Callable, num_steps: int, **config
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer with these meta-parameters, for any pytree of parameters.
 
     num_steps: updates in total; later ones are 0. config: the theta file's (header["config"]).
-    Raises ValueError for num_steps below 1.
+    Raises ValueError for num_steps that is not a number from 1 up, and as optim4rl.to_optax does.
     """
-    if num_steps < 1:
-        raise ValueError(
-            f"num_steps must be the number of updates of a whole training, got {num_steps}"
-        )
-    learned = make_momentum4rl(**config)
+    if not 1 <= num_steps < math.inf:
+        raise ValueError(f"num_steps must be the updates of the whole training, got {num_steps}")
+    learned = to_optax(make_momentum4rl(**config), theta, learning_rate)
 
     def init(params):
-        return learned.init_state(params), jnp.zeros((), jnp.int32)
+        return learned.init(params), jnp.zeros((), jnp.int32)
 
-    def update(grads, state, params=None):
+    def update(grads, state, params=None, **extra_args):
+        del extra_args
         state, done = state
         fraction = jnp.minimum(done / num_steps, 1.0)
-        updates, state = learned.update(
-            theta, grads, state, params, learning_rate, fraction=fraction
-        )
+        updates, state = learned.update(grads, state, params, fraction=fraction)
         return updates, (state, done + 1)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
