@@ -30,7 +30,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optim4rl import BLOCK, LearnedOptimizer, from_blocks, init_blocks, map_blocks, to_blocks, to_optax
+from optim4rl import (
+    BLOCK,
+    LearnedOptimizer,
+    from_blocks,
+    init_blocks,
+    map_blocks,
+    to_blocks,
+    to_optax,
+)
 
 M_DECAYS = (0.5, 0.9, 0.99)
 V_DECAYS = (0.9, 0.99, 0.999)

@@ -22,7 +22,6 @@ Legend: P coordinates in total, C coordinates in a block, M blocks, H hidden uni
 network (1 raw, 2 log).
 """
 
-import io
 import json
 import os
 import zipfile

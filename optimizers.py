@@ -22,6 +22,7 @@ import optax
 import runs
 from adam4rl import make_adam4rl
 from baselines.momentum4rl import make_momentum4rl
+from baselines.open import make_open
 from baselines.star import make_star
 from baselines.velo import make_velo
 from optim4rl import (
@@ -199,6 +200,7 @@ LEARNED: dict[str, Callable] = {
     "momentum4rl": make_momentum4rl,
     "linear_optim": make_linear_optim,
     "l2lgd2": make_l2lgd2,
+    "open": make_open,
     "star": make_star,
     "velo": make_velo,
 }

@@ -272,19 +272,21 @@ def learn_epochs(key, state: AgentState, batch: Batch, optimizer, progress, env:
         (loss, kl), grads = jax.value_and_grad(ppo_loss, has_aux=True)(params, *inputs)
         fraction = jnp.float32(progress[0]) + step / total_steps
         extra_args = {"value": loss, "fraction": fraction, "num_steps": total_steps}
-        extra_args |= {"iteration_step": step, "kl": kl}
+        extra_args |= {"kl": kl, "iteration_step": step} | sizes
         updates, opt_state = update(grads, opt_state, params, **extra_args)
         return (optax.apply_updates(params, updates), opt_state), (grads, extra_args)
 
     def epoch(carry, key_and_steps):
         key, steps = key_and_steps
-        key_shuffle, key_entropy = jax.random.split(key)
-        order = jax.random.permutation(key_shuffle, args.num_minibatches * args.batch_size)
-        order = order.reshape(args.num_minibatches, args.batch_size)
+        key_order, key_entropy = jax.random.split(key)
+        order = jax.random.permutation(key_order, len(batch.reward)).reshape(
+            args.num_minibatches, -1
+        )
         minibatches = jax.tree.map(lambda x: x[order], batch)
         keys = jax.random.split(key_entropy, args.num_minibatches)
         return jax.lax.scan(gradient_step, carry, (minibatches, keys, steps))
 
+    sizes = {"num_epochs": args.num_epochs, "num_minibatches": args.num_minibatches}
     num_steps = args.num_epochs * args.num_minibatches
     total_steps = num_steps / jnp.float32(progress[1] - progress[0])  # of the whole training
     steps = jnp.arange(num_steps).reshape(args.num_epochs, args.num_minibatches)

@@ -257,7 +257,7 @@ def main() -> None:
         with open(out.with_suffix(".jsonl"), "a") as log:
             log.write(json.dumps(row) + "\n")
         theta = unflatten(np.concatenate(list(SCALES.values())) * strategy.mean)
-        trained = {"generations": strategy.countiter, "seed": args.seed}
+        trained = {"env_name": list(TASKS), "seed": args.seed, "generations": strategy.countiter}
         optimizers.save_theta(out.with_suffix(".npz"), theta, "adam4rl", {}, trained)
         runs.write_whole(state, lambda file: file.write(pickle.dumps((strategy, rng, deck))))  # noqa: B023
     print(f"written: {out}.npz, {out}.jsonl; the same command continues")

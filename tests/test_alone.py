@@ -40,7 +40,9 @@ def test_classical_optimizers_are_those_of_optax_with_these_arguments(name):
 
 
 def test_unknown_optimizer():
-    with pytest.raises(ValueError, match="adam, adam_linear, rmsprop"):
+    with pytest.raises(
+        ValueError, match="choose from adam, .*rmsprop, .*untrained, pretrained/NAME"
+    ):
         optimizers.make_optimizer("adamw", 0.1)
 
 
@@ -137,10 +139,10 @@ def test_a_copied_file_works_alone_in_an_empty_folder(module, tmp_path):
 
 
 def test_the_readmes_code_runs_with_copies_of_two_files_and_learns(tmp_path):
-    for path in ("optim4rl.py", "momentum4rl.py", "pretrained/momentum4rl.npz"):
+    for path in ("optim4rl.py", "adam4rl.py", "pretrained/adam4rl.npz"):
         shutil.copy(ROOT / path, tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    code += 'assert abs(params["w"].sum(1) + params["b"].sum() - 3.0).max() < 1e-3, params'
+    code += 'assert abs(params["w"].sum(1) + params["b"].sum() - 3.0).max() < 0.2, params'
     subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""}
     )

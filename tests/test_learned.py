@@ -257,20 +257,18 @@ SHIPPED = sorted(
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_weights_load_by_name_from_anywhere_and_update(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    optimizer, params = (
-        optimizers.make_optimizer(f"pretrained/{name}", 1e-2),
-        {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)},
-    )
+    params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+    optimizer = optimizers.make_optimizer(f"pretrained/{name}", 1e-2)
     trained = optimizers.load_learned(f"pretrained/{name}")[2]["trained"]
-    assert trained["iterations"] == trained["num_iterations"] > 0 and trained["env_name"]
-    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert trained["env_name"] and trained.get("generations", trained.get("iterations")) > 0
+    extra_args = {"fraction": 0.5, "num_steps": 100.0}
+    updates, _ = optimizer.update(params, optimizer.init(params), params, **extra_args)
     assert (np.asarray(updates["w"]) < 0).all() and np.isfinite(updates["b"]).all()
 
 
 @pytest.mark.slow
-def test_shipped_momentum4rl_is_ahead_of_tuned_adam_where_it_was_trained():
-    """Seeds that meta-training has not seen; 3e-2 is the best of half decades
-    (results/gridworlds)."""
+def test_shipped_adam4rl_is_ahead_of_tuned_adam():
+    """Seeds that its search has not seen; 3e-2 is the best of half decades (results/gridworlds)."""
     args = a2c.Args(env_name="small_dense_long", total_steps=3e6, num_seeds=3, seed=2000)
 
     def scores(name, learning_rate):
@@ -285,4 +283,4 @@ def test_shipped_momentum4rl_is_ahead_of_tuned_adam_where_it_was_trained():
             [returns[54:74].mean(), returns[-20:].mean()]
         )  # at a quarter of the 292 updates, and at the end
 
-    assert (scores("pretrained/momentum4rl", 6e-2) > 1.05 * scores("adam", 3e-2)).all()
+    assert (scores("pretrained/adam4rl", 1.0) > 1.05 * scores("adam", 3e-2)).all()

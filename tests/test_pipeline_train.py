@@ -11,6 +11,7 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
+import optimizers
 import pipeline_train
 import runs
 from meta_gradient import inner_loop

@@ -1,0 +1,125 @@
+"""The learned optimizers in a project of one's own: what cannot be is refused, schedules work, and
+compiling takes no longer for many tensors."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optimizers
+from adam4rl import adam4rl
+from baselines.momentum4rl import momentum4rl
+from optim4rl import BLOCK, from_blocks, optim4rl, to_blocks, to_optax
+
+THETA = {kind: make().init_theta(jax.random.key(0)) for kind, make in optimizers.LEARNED.items()}
+DROP_INS = {
+    "optim4rl": lambda theta=THETA["optim4rl"], rate=0.1, **given: optim4rl(theta, rate, **given),
+    "adam4rl": lambda theta=THETA["adam4rl"], rate=0.1, num_steps=10: adam4rl(
+        theta, num_steps, rate
+    ),
+    "momentum4rl": lambda theta=THETA["momentum4rl"], rate=0.1, num_steps=10: momentum4rl(
+        theta, rate, num_steps
+    ),
+}
+PARAMS = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
+
+
+@pytest.mark.parametrize("kind", DROP_INS)
+@pytest.mark.parametrize("rate", [-1e-3, float("nan"), float("inf")])
+def test_a_learning_rate_that_cannot_be_is_refused(kind, rate):
+    with pytest.raises(ValueError, match=f"learning rate must be a number from 0 up, got {rate}"):
+        DROP_INS[kind](rate=rate)
+
+
+@pytest.mark.parametrize("kind", ["adam4rl", "momentum4rl"])
+@pytest.mark.parametrize("num_steps", [0, -3, float("nan"), float("inf")])
+def test_a_number_of_updates_that_cannot_be_is_refused(kind, num_steps):
+    with pytest.raises(ValueError, match=f"updates of the whole training, got {num_steps}"):
+        DROP_INS[kind](num_steps=num_steps)
+
+
+@pytest.mark.parametrize("kind", DROP_INS)
+@pytest.mark.parametrize("other", [*THETA, None])
+def test_a_theta_of_another_kind_is_refused(kind, other):
+    if other != kind:
+        with pytest.raises(ValueError, match="theta is another optimizer's"):
+            DROP_INS[kind](theta=THETA.get(other))
+
+
+@pytest.mark.parametrize("kind", DROP_INS)
+def test_a_state_of_other_parameters_is_refused(kind):
+    optimizer, larger = DROP_INS[kind](), {"w": jnp.ones((BLOCK, 2))}
+    for made, used, counts in ((PARAMS, larger, "1 .* have 2"), (larger, PARAMS, "2 .* have 1")):
+        with pytest.raises(ValueError, match=rf"of other parameters \({counts}\)"):
+            optimizer.update(used, optimizer.init(made), used)
+
+
+@pytest.mark.parametrize("kind", DROP_INS)
+def test_a_schedule_is_the_learning_rate_of_each_update(kind):
+    schedule = optax.piecewise_constant_schedule(0.1, {1: 0.5, 2: 0.0})  # 0.1, 0.05, 0, 0
+    scheduled, constant = DROP_INS[kind](rate=schedule), DROP_INS[kind](rate=1.0)
+    state, constant_state = scheduled.init(PARAMS), constant.init(PARAMS)
+    for rate in (0.1, 0.05, 0.0, 0.0):
+        updates, state = jax.jit(scheduled.update)(PARAMS, state, PARAMS)
+        full, constant_state = constant.update(PARAMS, constant_state, PARAMS)
+        jax.tree.map(
+            lambda u, f, rate=rate: np.testing.assert_allclose(u, rate * f, rtol=1e-5),
+            updates,
+            full,
+        )
+
+
+def test_a_schedule_does_not_scale_the_part_of_star_that_has_no_learning_rate():
+    star = optimizers.LEARNED["star"]()
+    results = []
+    for rate in (0.3, lambda count: 0.3):
+        optimizer = to_optax(star, THETA["star"], rate)
+        results.append(optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *results)
+
+
+@pytest.mark.parametrize("kind", DROP_INS)
+def test_extra_arguments_of_other_optimizers_are_ignored(kind):
+    optimizer = DROP_INS[kind]()
+    updates = [
+        optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS, **extra)[0]
+        for extra in ({}, {"value": 3.0, "nonsense": 1})
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *updates)
+
+
+# --- Many tensors ---
+
+MANY = [jnp.arange(n % 5 + 2.0) + n for n in range(100)]
+
+
+def test_many_tensors_come_back_from_blocks_also_under_vmap_and_derivatives():
+    jax.tree.map(np.testing.assert_array_equal, from_blocks(to_blocks(MANY), MANY), MANY)
+    two = jax.tree.map(lambda x: jnp.stack([x, -x]), MANY)
+    back = jax.jit(jax.vmap(lambda tree: from_blocks(to_blocks(tree), MANY)))(two)
+    jax.tree.map(np.testing.assert_array_equal, back, two)
+
+    def loss(tree):  # sum of x^3
+        back = from_blocks(to_blocks(tree) ** 2, tree)
+        return sum(jnp.sum(x * y) for x, y in zip(tree, back, strict=True))
+
+    jax.tree.map(
+        lambda d, x: np.testing.assert_allclose(d, 3 * x**2, rtol=1e-6), jax.grad(loss)(MANY), MANY
+    )
+
+
+@pytest.mark.parametrize("kind", DROP_INS)
+def test_compiling_for_600_tensors_takes_little_more_than_adams(kind):
+    """With one slice for each tensor in the program it took five times Adam's time."""
+    params = [jnp.ones((8, 8 + n % 3)) for n in range(600)]
+
+    def seconds(optimizer):
+        lowered = jax.jit(optimizer.update).lower(params, optimizer.init(params), params)
+        began = time.process_time()
+        lowered.compile()
+        return time.process_time() - began
+
+    assert seconds(DROP_INS[kind]()) < 2.5 * seconds(optax.adam(1e-3)) + 0.5

@@ -1,0 +1,134 @@
+"""The optimizers by name: the classical ones against numpy or optax, and their learning rates."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import evaluate
+import optimizers
+import ppo
+import tasks
+import train_agents
+from adam4rl import SIZES
+
+PARAMS = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
+
+
+def gradients(t):
+    keys = jax.random.split(jax.random.key(t))
+    return {
+        name: jax.random.normal(k, PARAMS[name].shape) for name, k in zip("wb", keys, strict=True)
+    }
+
+
+def updates_of(optimizer, extra_args):
+    """One update for each dict of extra arguments."""
+    optimizer = optax.with_extra_args_support(optimizer)
+    state, updates = optimizer.init(PARAMS), []
+    for t, extra in enumerate(extra_args):
+        step, state = optimizer.update(gradients(t), state, PARAMS, **extra)
+        updates.append(step)
+    return updates
+
+
+def assert_same(got, expected):
+    for g, e in zip(got, expected, strict=True):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), g, e)
+
+
+@pytest.mark.parametrize("name", optimizers.CLASSICAL)
+def test_every_classical_optimizer_descends_with_an_agents_extra_arguments(name):
+    extra = {"fraction": 0.1, "num_steps": 100.0, "iteration_step": 0, "kl": 0.01, "value": 0.0}
+    optimizer = optimizers.make_optimizer(name, 1e-2)
+    for step in updates_of(optimizer, [extra]):
+        grads = gradients(0)
+        assert sum(jnp.sum(step[key] * grads[key]) for key in grads) < 0
+
+
+def test_adam_rel_counts_from_the_start_of_an_iteration():
+    steps = [0, 1, 2, 0, 1]
+    m, v, expected = 0.0, 0.0, []
+    for t, count in enumerate(steps):
+        g = np.asarray(gradients(t)["w"])
+        m, v, n = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2, count + 1
+        expected.append(-0.3 * (m / (1 - 0.9**n)) / (np.sqrt(v / (1 - 0.999**n)) + 1e-8))
+    given = [{"iteration_step": jnp.int32(step)} for step in steps]
+    got = [step["w"] for step in updates_of(optimizers.make_optimizer("adam_rel", 0.3), given)]
+    assert_same(got, expected)
+
+
+def test_adam_kl_changes_its_rate_by_the_divergence():
+    kls = [0.0, 0.1, 0.01, 0.001, 0.001]
+    rates = [1e-3, 1e-3 / 1.5, 1e-3 / 1.5, 1e-3, 1.5e-3]
+    got = updates_of(optimizers.make_optimizer("adam_kl", 1e-3), [{"kl": kl} for kl in kls])
+    full = updates_of(optax.adam(1.0), [{}] * 5)
+    assert_same(got, [optax.tree.scale(r, u) for r, u in zip(rates, full, strict=True)])
+
+
+def test_adam_kls_rate_is_bounded():
+    for kl, bound in ((0.1, 1e-5), (1e-4, 1e-2)):
+        got = updates_of(optimizers.make_optimizer("adam_kl", 1e-3), [{"kl": kl}] * 20)[-1]
+        full = updates_of(optax.adam(bound), [{}] * 20)[-1]
+        assert_same([got], [full])
+
+
+@pytest.mark.parametrize("name, made", [("adam", optax.adam), ("sign", optax.sign_sgd)])
+def test_linear_ones_fall_to_zero(name, made):
+    got = updates_of(
+        optimizers.make_optimizer(f"{name}_linear", 0.1), [{"fraction": f} for f in (0, 0.25, 1)]
+    )
+    full = updates_of(made(0.1), [{}] * 3)
+    assert_same(got, [optax.tree.scale(s, u) for s, u in zip((1, 0.75, 0), full, strict=True)])
+
+
+def test_rmsprop_auto_is_rmsprop_linear_at_18_over_the_number_of_updates():
+    given = [{"fraction": f, "num_steps": 900.0} for f in (0, 0.5)]
+    got = updates_of(optimizers.make_optimizer("rmsprop_auto", 1.0), given)
+    expected = updates_of(optimizers.make_optimizer("rmsprop_linear", 0.02), given)
+    assert_same(got, expected)
+    v = 0.01 * np.asarray(gradients(0)["w"]) ** 2 / (1 - 0.99)  # the first, by hand
+    np.testing.assert_allclose(
+        got[0]["w"], -0.02 * np.asarray(gradients(0)["w"]) / np.sqrt(v), rtol=1e-4
+    )
+
+
+# --- Learning rates of optimizers that have their own ---
+
+
+@pytest.fixture
+def adam4rl_file(tmp_path):
+    path = str(tmp_path / "adam4rl.npz")
+    theta = {name: np.zeros(size, np.float32) for name, size in SIZES.items()}
+    optimizers.save_theta(path, theta, "adam4rl", {}, {})
+    return path
+
+
+def test_own_rates(adam4rl_file):
+    for name in (adam4rl_file, f"untrained:{adam4rl_file}", "untrained:adam4rl", "rmsprop_auto"):
+        assert optimizers.own_rate(name) == 1.0
+    for name in ("adam", "untrained", "pretrained/optim4rl_catch", "nosuch"):
+        assert optimizers.own_rate(name) is None
+
+
+def rates_of(**given):
+    return {run.optimizer: run.rates for run in evaluate.plan(evaluate.Args(**given))}
+
+
+def test_evaluate_gives_each_optimizer_its_rate_and_sweeps_those_without(adam4rl_file):
+    names = ("adam", "rmsprop_auto", adam4rl_file)
+    given = {"env_name": ("small_dense_long",), "optimizers": names}
+    assert rates_of(**given) == {"adam": (3e-2,), "rmsprop_auto": (1.0,), adam4rl_file: (1.0,)}
+    swept = rates_of(**given, learning_rates=(0.1, 0.2))
+    assert swept == {"adam": (0.1, 0.2), "rmsprop_auto": (1.0,), adam4rl_file: (1.0,)}
+    assert set(rates_of(**given, learning_rate=0.5).values()) == {(0.5,)}
+
+
+def test_agents_scripts_take_the_optimizers_rate_or_the_environments(adam4rl_file):
+    def rate(optimizer, given=None):
+        args = train_agents.PPOArgs(env_name="pendulum", optimizer=optimizer, learning_rate=given)
+        return train_agents.fill_in(ppo, args).learning_rate
+
+    assert rate("adam") == tasks.agent_settings("pendulum")["learning_rate"]
+    assert (rate(adam4rl_file), rate("rmsprop_auto"), rate(adam4rl_file, 0.5)) == (1.0, 1.0, 0.5)
