@@ -45,6 +45,21 @@ CONTROL = dict(
     policy_layers=(32, 32),
     value_layers=(64, 64),
 )
+# MinAtar's games, as in OPEN's experiments (Goldie et al. 2024)
+MINATAR = dict(
+    total_steps=1e7,
+    num_envs=64,
+    reward_scale=1,
+    rollout_steps=128,
+    num_minibatches=8,
+    batch_size=8,
+    num_epochs=4,
+    entropy_weight=1e-2,
+    discount=0.99,
+    learning_rate=3e-3,
+    policy_layers=(64, 64),
+    value_layers=(64, 64),
+)
 # PPO's agent on gridworlds and Catch, whose default agent is A2C's
 PPO_ON_GRIDWORLDS = CONTROL | dict(entropy_weight=1e-2, discount=0.995, episode_length=1000)
 
@@ -79,6 +94,10 @@ AGENT = {
     "point_mass": CONTROL,
     "two_link_reacher": CONTROL,
     "acrobot": CONTROL,
+    "minatar_asterix": MINATAR,
+    "minatar_breakout": MINATAR,
+    "minatar_freeway": MINATAR | dict(episode_length=2500),
+    "minatar_space_invaders": MINATAR,
     # Brax's usual settings
     "inverted_pendulum": PENDULUM,
     "halfcheetah": OTHER | dict(discount=0.95),

@@ -48,6 +48,44 @@ def flat_gridworld(name: str) -> ppo.Env:
     return ppo.Env(reset, step, size, env.num_actions, CATEGORICAL, resets_itself=True)
 
 
+MINATAR = {
+    "minatar_asterix": "Asterix-MinAtar",
+    "minatar_breakout": "Breakout-MinAtar",
+    "minatar_freeway": "Freeway-MinAtar",
+    "minatar_space_invaders": "SpaceInvaders-MinAtar",
+}
+
+
+def minatar(name: str) -> ppo.Env:
+    """A game of MinAtar (Young & Tian 2019, arXiv 1903.03176) from gymnax, with flat observations
+    and a key in the state. Raises a one-line ValueError without gymnax."""
+    try:
+        import gymnax
+    except ImportError as error:
+        raise ValueError(
+            f"--env-name {name}: it needs gymnax (pip install gymnax, with jax below 0.12): {error}"
+        ) from None
+    env, params = gymnax.make(MINATAR[name])
+    params = params.replace(max_steps_in_episode=2**30)  # the agent sets the limit
+
+    def flat(obs):
+        return obs.reshape(-1).astype(jnp.float32)
+
+    def reset(key):
+        key_reset, key_steps = jax.random.split(key)
+        obs, state = env.reset_env(key_reset, params)
+        return (key_steps, state), flat(obs)
+
+    def step(key_and_state, action):
+        key, state = key_and_state
+        key, key_step = jax.random.split(key)
+        obs, state, reward, done, _ = env.step_env(key_step, state, action, params)
+        return (key, state), flat(obs), reward.astype(jnp.float32), done
+
+    size = math.prod(env.observation_space(params).shape)
+    return ppo.Env(reset, step, size, env.num_actions, CATEGORICAL)
+
+
 class Kind(NamedTuple):
     """Environments of one kind."""
 
@@ -64,6 +102,7 @@ KINDS = (
         },
     ),
     Kind(lambda: control.NAMES, {ppo: lambda name, backend: ppo.Env(*control.make(name))}),
+    Kind(lambda: tuple(MINATAR), {ppo: lambda name, backend: minatar(name)}),
     Kind(brax_env.names, {ppo: brax_env.make}),  # last, because names() imports Brax
 )
 AGENTS = {"a2c": a2c, "ppo": ppo}

@@ -1,5 +1,9 @@
 """From names to agents and environments; the settings against the tables of the paper."""
 
+import sys
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,3 +127,48 @@ def test_an_agent_that_does_not_learn_there_is_refused():
         tasks.make_learner("pendulum", "a2c")
     assert tasks.agent_of("catch") is a2c and tasks.make_learner("catch", "ppo").agent is ppo
     assert tasks.score_window("catch") == 20 and tasks.score_window("catch by ppo") == 2
+
+
+def test_minatar_without_gymnax_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnax", None)  # an import of it fails
+    with pytest.raises(ValueError, match="minatar_freeway: it needs gymnax .pip install gymnax"):
+        tasks.make_learner("minatar_freeway")
+
+
+class FakeGame(NamedTuple):
+    """A game as gymnax has them: the state counts steps, and the key's bits are observed."""
+
+    num_actions = 3
+
+    class Params(NamedTuple):
+        max_steps_in_episode: int = 5
+
+        def replace(self, **changes):
+            return self._replace(**changes)
+
+    def observation_space(self, params):
+        return jax.ShapeDtypeStruct((2, 2, 1), jnp.float32)
+
+    def reset_env(self, key, params):
+        return jnp.zeros((2, 2, 1), bool), jnp.int32(0)
+
+    def step_env(self, key, state, action, params):
+        obs = jax.random.bernoulli(key, 0.5, (2, 2, 1))
+        state += 1
+        done = (action == 2) | (state >= params.max_steps_in_episode)
+        return obs, state, jnp.int32(10 * state + action), done, {}
+
+
+def test_a_minatar_game_is_gymnaxs_without_its_time_limit(monkeypatch):
+    made = lambda name: (FakeGame(), FakeGame.Params())  # noqa: E731
+    monkeypatch.setitem(sys.modules, "gymnax", SimpleNamespace(make=made))
+    agent, args, env = tasks.make_learner("minatar_breakout")
+    assert agent is ppo and (args.rollout_steps, env.obs_size, env.action_size) == (128, 4, 3)
+    state, obs = env.reset(jax.random.key(0))
+    assert obs.shape == (4,) and obs.dtype == jnp.float32
+    seen = []
+    for t in range(1, 9):
+        state, obs, reward, terminated = env.step(state, jnp.int32(2 * (t == 8)))
+        assert reward == 10 * t + 2 * (t == 8) and terminated == (t == 8)
+        seen.append(tuple(obs.tolist()))
+    assert len(set(seen)) > 3  # another key at each step
