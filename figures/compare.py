@@ -1,0 +1,233 @@
+"""Compare one optimizer with others over many environments, from evaluations of evaluate.py:
+
+    python figures/compare.py runs/FOLDER runs/ANOTHER --out results/all_tasks
+
+Each seed has two scores: the final return, and the mean return over all of training (the area under
+its curve). Of an optimizer's learning rates the one with the best mean final return is taken.
+
+Writes scores.csv (both scores of every seed), table.md (means with 90 % bootstrap intervals), and
+compare.png: the probability that the optimizer is better than each other one on a task drawn at
+random, and performance profiles (Agarwal et al. 2021, arXiv 2108.13264). A folder with a scores.csv
+may stand for the evaluations it was made of.
+"""
+
+import csv
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import optimizers  # noqa: E402, once the project is on the path
+import runs  # noqa: E402
+from figures import report  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
+
+COLUMNS = ("env_name", "optimizer", "learning_rate", "seed", "first", "final", "mean")
+KINDS = ("final", "mean")
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Args:
+    folders: tyro.conf.Positional[tuple[str, ...]] = ()
+    """run folders of evaluate.py, or folders with a scores.csv"""
+    of: str = "pretrained/adam4rl (trained)"
+    """the optimizer that is compared with the others, as its row in their tables is called"""
+    out: str = "runs/compare"
+    """folder for scores.csv, table.md and compare.png"""
+
+
+class Scores(NamedTuple):
+    """One optimizer at one learning rate in one environment."""
+
+    env_name: str
+    label: str
+    learning_rate: float
+    first: np.ndarray  # [seeds], the first return of each seed
+    final: np.ndarray  # [seeds]
+    mean: np.ndarray  # [seeds]
+
+
+# --- Statistics ---
+
+
+def scores_of(result: report.Result) -> Scores:
+    first = result.returns[:, np.isfinite(result.returns).all(axis=0).argmax()]
+    return Scores(*result[:3], first, result.scores(), np.nanmean(result.returns, axis=1))
+
+
+def better(x: np.ndarray, y: np.ndarray) -> float:
+    """The probability that a seed of x is above one of y; equal ones count half (Mann-Whitney's U).
+    x, y: [seeds]"""
+    return float(np.mean(x[:, None] > y) + np.mean(x[:, None] == y) / 2)
+
+
+def probability_of_improvement(pairs: list[tuple]) -> tuple[float, float, float]:
+    """The mean of `better` over tasks, and its 90 % interval from resampled seeds within each task.
+    pairs: x, y of each task"""
+    rng = np.random.default_rng(0)
+    drawn = [
+        np.mean([better(rng.choice(x, len(x)), rng.choice(y, len(y))) for x, y in pairs])
+        for _ in range(RESAMPLES)
+    ]
+    return np.mean([better(*pair) for pair in pairs]), *np.quantile(drawn, [0.05, 0.95])
+
+
+def best_classical(scores: list[Scores], kind: str) -> Scores:
+    """The classical optimizer with the highest mean of these scores of one environment."""
+    classical = [s for s in scores if s.label in optimizers.CLASSICAL]
+    return max(classical, key=lambda s: getattr(s, kind).mean())
+
+
+def normalised(scores: list[Scores], kind: str) -> dict:
+    """label -> [seeds], 0 at the first return of training and 1 at the mean of the best classical
+    optimizer. scores: of one environment"""
+    low = np.mean(np.concatenate([s.first for s in scores]))
+    high = getattr(best_classical(scores, kind), kind).mean()
+    return {s.label: (getattr(s, kind) - low) / (high - low) for s in scores}
+
+
+# --- Table and figure ---
+
+
+def cell(values: np.ndarray) -> str:
+    low, high = report.bootstrap_interval(values)
+    return f"{values.mean():.4g} ({low:.4g} to {high:.4g})"
+
+
+def verdicts(by_env: dict, of: str) -> list[str]:
+    """For each kind of score: on how many tasks `of` is above, level with, or below the best
+    classical optimizer. Level: their intervals overlap."""
+    lines = []
+    for kind in KINDS:
+        places: dict = {"above": [], "level": [], "below": []}
+        for name, scores in by_env.items():
+            ours = next(getattr(s, kind) for s in scores if s.label == of)
+            theirs = getattr(best_classical(scores, kind), kind)
+            (low, high), (their_low, their_high) = map(report.bootstrap_interval, (ours, theirs))
+            place = "above" if low > their_high else "below" if high < their_low else "level"
+            places[place].append(name)
+        counts = "; ".join(
+            f"{place} on {len(names)}{': ' if names else ''}{', '.join(names)}"
+            for place, names in places.items()
+        )
+        lines.append(
+            f"- {kind} return, against the best classical optimizer of each task: {counts}"
+        )
+    return lines
+
+
+def table(by_env: dict, of: str) -> str:
+    parts = ["\n".join(verdicts(by_env, of))]
+    for name, scores in by_env.items():
+        rows = [f"### {name}, {max(len(s.final) for s in scores)} seeds", ""]
+        rows += ["| optimizer | learning rate | final return | mean return |", "|---" * 4 + "|"]
+        for s in sorted(scores, key=lambda s: -s.final.mean()):
+            label = f"**{s.label}**" if s.label == of else s.label
+            rows.append(f"| {label} | {s.learning_rate:g} | {cell(s.final)} | {cell(s.mean)} |")
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def draw(path: Path, by_env: dict, of: str) -> None:
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    for kind, (left, right) in zip(KINDS, axes, strict=True):
+        pairs: dict = {}
+        profile: dict = {}
+        for scores in by_env.values():
+            by_label = {s.label: getattr(s, kind) for s in scores}
+            for label, values in by_label.items():
+                pairs.setdefault(label, []).append((by_label[of], values))
+            for label, values in normalised(scores, kind).items():
+                profile.setdefault(label, []).append(values)
+        others = [label for label in pairs if label != of]
+        for row, label in enumerate(others):
+            middle, low, high = probability_of_improvement(pairs[label])
+            left.plot([low, high], [row, row], color="C0", linewidth=5, alpha=0.4)
+            left.plot(middle, row, "o", color="C0")
+        names = [f"{report.short(x)} ({len(pairs[x])})" for x in others]
+        left.set(yticks=range(len(others)), yticklabels=names, xlim=(0, 1))
+        left.axvline(0.5, color="0.5", linewidth=0.8)
+        left.set(title=f"P({report.short(of)} is better), {kind} return (tasks)")
+        at = np.linspace(0, 1.5, 200)
+        most = len(by_env)
+        for label, values in profile.items():
+            if len(values) == most:  # profiles are over the same tasks
+                share = np.mean([[np.mean(v > x) for x in at] for v in values], axis=0)
+                right.plot(at, share, label=report.short(label), linewidth=2 if label == of else 1)
+        right.set(xlabel="return (0: first, 1: best classical)", ylabel="share of seeds above")
+        right.legend(fontsize="x-small", frameon=False)
+        right.grid(alpha=0.3)
+    runs.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    plt.close(figure)
+
+
+# --- Files ---
+
+
+def read_scores(path: Path) -> list[Scores]:
+    """Raises a one-line ValueError for a file in another format."""
+    rows: dict = {}
+    try:
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                env_name, label, rate, _, *values = (row[name] for name in COLUMNS)
+                rows.setdefault((env_name, label, float(rate)), []).append(list(map(float, values)))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a scores.csv of compare.py ({error})") from None
+    return [Scores(*key, *np.array(values).T) for key, values in rows.items()]
+
+
+def read(folders: tuple[str, ...]) -> dict:
+    """-> environment: its Scores, each optimizer at its best learning rate"""
+    all_scores, results = [], []
+    for folder in map(Path, folders):
+        if (folder / "scores.csv").exists():
+            all_scores += read_scores(folder / "scores.csv")
+        else:
+            results.append(folder / "results.csv")
+    all_scores += [scores_of(result) for result in report.read_results(*results)]
+    best: dict = {}
+    for s in all_scores:
+        here = best.setdefault(s.env_name, {})
+        if s.label not in here or s.final.mean() > here[s.label].final.mean():
+            here[s.label] = s
+    return {name: list(here.values()) for name, here in best.items()}
+
+
+def main() -> None:
+    args = runs.parse(Args, __doc__)
+    with runs.bad_input():
+        by_env = read(args.folders)
+        if not by_env:
+            raise ValueError("give at least one folder of evaluate.py")
+        for name, scores in by_env.items():
+            labels = [s.label for s in scores]
+            if args.of not in labels or not set(labels) & set(optimizers.CLASSICAL):
+                wanted = f"{args.of} and a classical optimizer"
+                raise ValueError(f"{name}: needs {wanted}, has {', '.join(labels)}")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [
+        (name, s.label, f"{s.learning_rate:g}", seed, *(f"{x:.5g}" for x in values))
+        for name, scores in by_env.items()
+        for s in scores
+        for seed, values in enumerate(zip(s.first, s.final, s.mean, strict=True))
+    ]
+    report.write_csv(out / "scores.csv", COLUMNS, rows)
+    report.write_text(out / "table.md", table(by_env, args.of))
+    draw(out / "compare.png", by_env, args.of)
+    print("\n".join(verdicts(by_env, args.of)))
+    print(f"written: {out}/scores.csv, table.md, compare.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Comparisons over tasks: statistics by hand, and the script on small evaluations."""
+
+import sys
+
+import numpy as np
+import pytest
+import scipy.stats
+
+import compare
+from figures import report
+
+OURS = "pretrained/adam4rl (trained)"
+
+
+def test_the_probability_of_being_better_counts_pairs():
+    x, y = np.array([1.0, 2.0, 3.0]), np.array([2.0, 0.0])
+    assert compare.better(x, y) == pytest.approx((4 + 0.5) / 6)  # 1>0, 2>0, 3>2, 3>0; 2 = 2
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=20), rng.normal(size=30)
+    u = scipy.stats.mannwhitneyu(x, y).statistic
+    assert compare.better(x, y) == pytest.approx(u / 600)
+
+
+def test_the_probability_of_improvement_is_the_mean_over_tasks():
+    always, never = np.array([2.0, 3.0]), np.array([0.0, 1.0])
+    assert compare.probability_of_improvement([(always, never)] * 2) == (1.0, 1.0, 1.0)
+    middle, low, high = compare.probability_of_improvement([(always, never), (never, always)])
+    assert middle == low == high == 0.5
+    rng = np.random.default_rng(1)
+    same = [(rng.normal(size=10), rng.normal(size=10)) for _ in range(5)]
+    middle, low, high = compare.probability_of_improvement(same)
+    assert low < middle < high and high - low > 0.1
+
+
+def write_evaluation(folder, finals):
+    """finals: (environment, optimizer, learning rate) -> the final return of each of 4 seeds. A
+    curve goes from 0 to it in a straight line."""
+    folder.mkdir()
+    results = [
+        report.Result(*key, np.arange(1, 6), np.outer(final, np.linspace(0, 1, 5)))
+        for key, final in finals.items()
+    ]
+    report.write_results(folder / "results.csv", results, 0)
+
+
+@pytest.fixture
+def evaluation(tmp_path):
+    spread = np.array([0.97, 0.99, 1.01, 1.03])
+    finals = {}
+    for env_name, ours, adam in (("ant", 20, 10), ("hopper", 10, 10), ("humanoid", 5, 10)):
+        finals |= {(env_name, OURS, 1.0): ours * spread}
+        finals |= {(env_name, "adam", 0.1): adam * spread, (env_name, "adam", 0.2): 0.1 * spread}
+    write_evaluation(tmp_path / "run", finals)
+    return tmp_path
+
+
+def run_script(*args):
+    sys.argv = ["compare", *map(str, args)]
+    compare.main()
+
+
+def test_the_script_says_where_it_is_above_level_and_below(evaluation, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [])
+    run_script(evaluation / "run", "--out", evaluation / "out")
+    out = capsys.readouterr().out
+    for kind in ("final", "mean"):
+        wanted = "above on 1: ant; level on 1: hopper; below on 1: humanoid"
+        assert f"{kind} return, against the best classical optimizer of each task: {wanted}" in out
+    table = (evaluation / "out" / "table.md").read_text()
+    # The last two evaluations of a line from 0 are at 3/4 and 1; the mean is a half.
+    assert f"| **{OURS}** | 1 | 17.5 (" in table and "| adam | 0.1 | 8.75 (" in table
+    assert "| 0.2 |" not in table and "10 (" in table
+    run_script(evaluation / "out", "--out", evaluation / "again")  # from scores.csv
+    assert (evaluation / "again" / "table.md").read_text() == table
+
+
+def test_normalised_returns_are_0_at_the_first_and_1_at_the_best_classical(evaluation):
+    scores = compare.read((str(evaluation / "run"),))["ant"]
+    found = compare.normalised(scores, "final")
+    np.testing.assert_allclose([found["adam"].mean(), found[OURS].mean()], [1, 2], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "args, said", [((), "at least one folder"), (("run", "--of", "x"), "ant: needs x and")]
+)
+def test_bad_input_is_one_line(args, said, evaluation, monkeypatch, capsys):
+    monkeypatch.chdir(evaluation)
+    monkeypatch.setattr(sys, "argv", [])
+    with pytest.raises(SystemExit) as end:
+        run_script(*args)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and said in err and err.count("\n") == 1
