@@ -1,0 +1,92 @@
+"""The search for adam4rl's theta: its tasks, its lifetimes and its fitness."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import search
+import tasks
+from adam4rl import SIZES, make_adam4rl
+from optim4rl import to_optax
+
+NUMBERS = sum(SIZES.values())
+
+
+def test_ranks_are_symmetric_and_equal_scores_share_one():
+    np.testing.assert_allclose(search.ranks(np.array([3.0, 1.0, 2.0])), [1 / 3, -1 / 3, 0])
+    np.testing.assert_allclose(search.ranks(np.array([1.0, 1.0, 5.0, 0.0])), [0, 0, 3 / 8, -3 / 8])
+    assert (search.ranks(np.full(4, 2.0)) == 0).all()
+
+
+def test_a_vector_is_theta_in_the_order_of_its_names():
+    theta = search.unflatten(jnp.arange(NUMBERS))
+    assert {name: len(x) for name, x in theta.items()} == SIZES
+    assert np.concatenate([*theta.values()]).tolist() == list(range(NUMBERS))
+    assert len(np.concatenate([*search.SCALES.values()])) == NUMBERS
+
+
+def test_several_environments_are_independent_copies():
+    one = tasks.make_learner("cartpole").env
+    three = search.several(one, 3)
+    state, obs = three.reset(jax.random.key(0))
+    assert obs.shape == (three.obs_size,) and three.action_size == 3 * one.action_size
+    action = jnp.array([0.5, -1.0, 1.0])
+    state, obs, reward, terminated = three.step(state, action)
+    _, start = three.reset(jax.random.key(0))
+    keys = jax.random.split(jax.random.key(0), 3)
+    expected = [one.step(one.reset(key)[0], action[i : i + 1]) for i, key in enumerate(keys)]
+    np.testing.assert_allclose(obs, np.concatenate([e[1] for e in expected]), rtol=1e-6)
+    np.testing.assert_allclose(reward, np.mean([e[2] for e in expected]), rtol=1e-6)
+    assert not terminated and np.unique(start).size > one.obs_size  # other starts
+    for _ in range(200):  # all the way to the right: only the last copy leaves the track
+        state, *_, terminated = three.step(state, jnp.array([0.0, 0.0, 1.0]))
+        if terminated:
+            break
+    assert terminated
+
+
+def test_mixed_observations_are_of_the_same_environment():
+    plain = tasks.make_learner("pendulum").env
+    mixed = search.mixed(plain, 50)
+    state, obs = mixed.reset(jax.random.key(0))
+    same, plain_obs = plain.reset(jax.random.key(0))
+    step = mixed.step(state, jnp.ones(1)), plain.step(same, jnp.ones(1))
+    assert step[0][2] == step[1][2] and obs.shape == (mixed.obs_size,) == (50,)
+    # Invertible: the plain observation is a linear function of the mixed one.
+    mixing = jax.random.normal(jax.random.key(0), (3, 50)) / np.sqrt(3)
+    found = np.linalg.lstsq(np.asarray(mixing).T, np.arctanh(obs), rcond=None)[0]
+    np.testing.assert_allclose(found, plain_obs, rtol=1e-3, atol=1e-3)
+
+
+SMALL = {"num_envs": 4, "batch_size": 2, "num_minibatches": 2, "num_epochs": 1, "rollout_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def lifetimes():
+    small = search.Search(lambda: search.ppo_on("cartpole", **SMALL), "reward", 2, 4)
+    return search.make_lifetimes(small)
+
+
+def test_candidates_share_seeds_and_one_that_diverges_scores_lowest(lifetimes):
+    thetas = np.zeros((4, NUMBERS))
+    thetas[2, 0] = 1.0  # another rate
+    thetas[3, 0] = 200.0  # e^200 times the rate
+    scores = lifetimes(jnp.float32(thetas), jax.random.key(1), 12)
+    assert (scores[0] == scores[1]).all() and (scores[0] != scores[2]).any()
+    assert (scores[3] == -1e9).all() and np.isfinite(scores[:3]).all()
+
+
+def test_a_lifetimes_scores_are_the_means_of_all_and_of_the_last_tenth(lifetimes):
+    agent = search.ppo_on("cartpole", **SMALL)
+    theta = jnp.zeros(NUMBERS).at[0].set(-4.0)  # small steps, so that rounding does not grow
+    optimizer = to_optax(make_adam4rl(), search.unflatten(theta), 1.0)
+    learn = jax.jit(agent.learn, static_argnums=2)
+    key_init, key_learn = jax.random.split(jax.random.key(1))
+    state, rewards = agent.init(key_init, optimizer), []
+    for n in range(12):
+        key = jax.random.fold_in(key_learn, n)
+        state, _, metrics = learn(key, state, optimizer, (n / 12, (n + 1) / 12))
+        rewards.append(metrics["reward"])
+    scores = lifetimes(theta[None], jax.random.key(1), 12)
+    np.testing.assert_allclose(scores[0], [np.mean(rewards), rewards[-1]], rtol=1e-3)
