@@ -12,6 +12,8 @@ import logging
 import os
 import re
 import shutil
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,15 @@ from orbax.checkpoint import multihost
 
 import runs
 
-# orbax logs every step, and an error's traceback from each of its threads before it raises it.
+
+def only_in_main_thread(error) -> None:
+    if threading.current_thread() is threading.main_thread():
+        sys.__unraisablehook__(error)
+
+
+# orbax logs every step. An error that it raises comes from its threads, which print it too.
 logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
+sys.unraisablehook = only_in_main_thread
 
 OF_A_START = ("resume", "process_id", "coordinator")  # arguments of one start, not of the run
 
