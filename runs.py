@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -162,6 +163,8 @@ def interruptible():
     try:
         yield lambda: 128 + asked[0] if asked else 0
     except OSError as error:
+        # TensorBoard's thread, and its function at exit, would print the same of a full disk.
+        sys.unraisablehook = threading.excepthook = lambda _: None
         fail(error, code=1)
     finally:
         for number, handler in before.items():
