@@ -1,10 +1,10 @@
-"""Two processes train like one; killed and resumed they end where they would have ended."""
+"""Two processes train like one; resumed, they end where they would have ended."""
 
-import signal
+import os
+import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -13,8 +13,10 @@ import numpy as np
 from optim4rl import load_theta
 
 ROOT = Path(__file__).parent.parent
-FLAGS = "--env-name catch --num-units 4 --num-iterations 12 --inner-updates 2 --num-devices 1"
+FLAGS = "--env-name catch --num-units 4 --num-iterations 3 --inner-updates 2 --num-devices 1"
 TOGETHER = "--num-processes 2 --checkpoint-minutes 1e-4"
+# Programs of several processes are not all in jax's cache: compile them in less time.
+ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 def start_two(cwd, *flags):
@@ -22,7 +24,8 @@ def start_two(cwd, *flags):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, str(ROOT / "pipeline_train.py"), *flags, "--coordinator", address]
-    options = {"cwd": cwd, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    options = {"cwd": cwd, "env": ENVIRONMENT, "text": True}
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return [subprocess.Popen([*command, "--process-id", str(i)], **options) for i in range(2)]
 
 
@@ -40,10 +43,10 @@ def theta_of(folder):
     return load_theta(folder / "theta.npz")[0]
 
 
-def test_two_processes_give_the_theta_of_one_also_when_killed_and_resumed(tmp_path):
+def test_two_processes_give_the_theta_of_one_also_when_resumed(tmp_path):
     both = start_two(tmp_path, *f"{FLAGS} {TOGETHER} --runs-dir two".split())
     alone = [sys.executable, str(ROOT / "pipeline_train.py"), *f"{FLAGS} --runs-dir one".split()]
-    subprocess.run(alone, cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run(alone, cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)
     finish(both)
     (one,), (two,) = (list((tmp_path / name).iterdir()) for name in ("one", "two"))
     jax.tree.map(
@@ -52,16 +55,11 @@ def test_two_processes_give_the_theta_of_one_also_when_killed_and_resumed(tmp_pa
         theta_of(two),
     )
 
-    both = start_two(tmp_path, *f"{FLAGS} {TOGETHER} --runs-dir killed".split())
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("killed/*/checkpoint/[0-9]")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    for process in both:
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
-    (killed,) = (tmp_path / "killed").iterdir()
-    assert not (killed / "theta.npz").exists()
+    killed = tmp_path / "killed"  # as if between its second checkpoint and the end
+    shutil.copytree(two, killed)
+    (killed / "theta.npz").unlink()
+    (killed / "checkpoint" / "3" / "digest").unlink()
     for out in finish(start_two(tmp_path, "--resume", str(killed))):
-        assert "resumed at" in out
+        assert "the checkpoint at 3 is damaged" in out and "resumed at 2" in out
     jax.tree.map(np.testing.assert_array_equal, theta_of(killed), theta_of(two))
     assert (killed / "metrics.csv").read_text() == (two / "metrics.csv").read_text()
