@@ -97,7 +97,10 @@ class Checkpoints:
         for number in reversed(self.numbers()):
             folder = self.folder / str(number)
             try:
-                if reason := damage(folder):
+                reason = damage(folder)
+                wait_for_all(f"checkpoint {number} checked")
+                if runs.largest_of_processes(reason is not None):
+                    reason = reason or "for another process"
                     print(
                         f"the checkpoint at {number} is damaged ({reason}); trying the one before"
                     )

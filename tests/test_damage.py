@@ -103,6 +103,11 @@ def test_a_checkpoint_with_a_part_missing_is_damaged(saved, lost, capsys):
     assert "the checkpoint at 20 is damaged" in capsys.readouterr().out
 
 
+def test_a_checkpoint_with_a_file_under_another_name_is_damaged(saved):
+    (saved / "checkpoint" / "20" / "run.json").rename(saved / "checkpoint" / "20" / "run.jso")
+    assert_same(Checkpoints(saved, Args()).restore(state_of(0)), state_of(10))
+
+
 def test_with_no_intact_checkpoint_all_stay(saved, capsys):
     for number in ("10", "20"):
         (saved / "checkpoint" / number / "digest").unlink()
