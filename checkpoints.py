@@ -1,62 +1,218 @@
-"""Checkpoints of a run's whole state, to resume it: the last two, in <run folder>/checkpoint, by
-orbax."""
+"""Checkpoints of a run's whole state, to resume it: the last two, in <run folder>/checkpoint.
+
+checkpoint/<number>/state is orbax's, run.json describes the state and the run's arguments, and
+digest is that of both. All are written in <number>.tmp, which is then renamed: a kill at any moment
+leaves no <number> without a digest. What is not of its digest is damaged.
+"""
 
 import dataclasses
+import hashlib
 import json
 import logging
+import os
+import re
+import shutil
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import multihost
 
 import runs
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax logs every step
+
+def only_in_main_thread(error) -> None:
+    if threading.current_thread() is threading.main_thread():
+        sys.__unraisablehook__(error)
+
+
+# orbax logs every step. An error that it raises comes from its threads, which print it too.
+logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
+sys.unraisablehook = only_in_main_thread
+
+OF_A_START = ("resume", "process_id", "coordinator")  # arguments of one start, not of the run
 
 
 class Checkpoints:
-    """Written at most every `minutes`; orbax writes under a temporary name and renames."""
+    """Of the run in run_folder with these arguments: every args.checkpoint_minutes, the first after
+    a minute at most.
 
-    def __init__(self, run_folder: Path, minutes: float):
-        # Not in the background: the next iteration reuses the state's buffers.
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        self.manager = ocp.CheckpointManager(run_folder.resolve() / "checkpoint", options=options)
-        self.seconds, self.last = 60 * minutes, time.monotonic()
+    With several processes, all of them must call save_if_due and restore, at the same number. A
+    disk or memory that fails or is full is a one-line OSError.
+    """
+
+    def __init__(self, run_folder: Path, args: Any):
+        self.folder, self.args = run_folder.resolve() / "checkpoint", args
+        self.seconds = 60 * args.checkpoint_minutes
+        self.due = time.monotonic() + min(60, self.seconds)
+        self.orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        self.shared = not runs.largest_of_processes(not run_folder.is_dir())
+        if not self.shared:
+            print(f"no checkpoints: not all processes have {run_folder}")
 
     def save_if_due(self, number: int, state: Any, log: runs.Log, now: bool = False) -> None:
         """Write a checkpoint if it is due, or `now`, and log its size and time. number: iterations
         or updates done."""
         began = time.monotonic()
-        if not now and began - self.last < self.seconds:
+        if not self.shared or not runs.largest_of_processes(now or began >= self.due):
             return
         log.flush()  # a resumed run writes only the rows after its checkpoint
-        self.manager.save(number, args=ocp.args.StandardSave(state))
-        self.last = time.monotonic()
+        try:
+            self.save(number, state)
+        except Exception as error:  # orbax has a ValueError for a full disk
+            self.remove_unfinished()
+            raise one_line(f"{self.folder / str(number)} could not be written", error) from error
+        ended = time.monotonic()
+        self.due = ended + self.seconds
         megabytes = sum(x.nbytes for x in jax.tree.leaves(state) if hasattr(x, "nbytes")) / 1e6
-        log.say(f"checkpoint at {number}: {megabytes:.1f} MB in {self.last - began:.2f} s")
+        log.say(f"checkpoint at {number}: {megabytes:.1f} MB in {ended - began:.2f} s")
+
+    def save(self, number: int, state: Any) -> None:
+        new = self.folder / f"{number}.tmp"
+        new.mkdir(parents=True, exist_ok=True)
+        self.orbax.save(new / "state", args=ocp.args.StandardSave(state))
+        if jax.process_index() == 0:
+            description = {"arguments": arguments(self.args), "arrays": arrays(state)}
+            (new / "run.json").write_text(json.dumps(description, indent=2))
+            (new / "digest").write_text(digest(new))
+            os.replace(new, self.folder / str(number))
+            for old in self.numbers()[:-2]:
+                shutil.rmtree(self.folder / str(old))
+        wait_for_all(f"checkpoint {number} written")
 
     def restore(self, like: Any) -> Any:
-        """The newest intact state. Prints a line for each newer, damaged one; exits if there is
-        none.
+        """The newest intact state. Prints a line for each newer, damaged one, and moves it aside.
 
-        like: a state of the same shapes, on the target devices.
+        Exits, and changes nothing, if there is none, or if it is of another structure than this
+        run's state. like: a state of the same shapes, on the target devices.
         """
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        for number in sorted(self.manager.all_steps(), reverse=True):
+        if not self.shared:
+            runs.fail(f"--resume {self.args.resume}: not all processes have this folder")
+        damaged = []
+        for number in reversed(self.numbers()):
+            folder = self.folder / str(number)
             try:
-                state = self.manager.restore(number, args=ocp.args.StandardRestore(abstract))
-            except Exception as error:  # whatever a damaged file makes the reader raise
-                print(
-                    f"the checkpoint at {number} is damaged ({type(error).__name__}); "
-                    "trying the one before"
-                )
-                self.manager.delete(number)
-                continue
+                reason = damage(folder)
+                wait_for_all(f"checkpoint {number} checked")
+                if runs.largest_of_processes(reason is not None):
+                    reason = reason or "for another process"
+                    print(
+                        f"the checkpoint at {number} is damaged ({reason}); trying the one before"
+                    )
+                    damaged.append(folder)
+                    continue
+                self.check_structure(folder, like)
+                abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+                args = ocp.args.StandardRestore(abstract)
+                state = jax.block_until_ready(self.orbax.restore(folder / "state", args=args))
+            except Exception as error:  # the disk or memory: the files have their digest
+                raise one_line(f"{folder} could not be read", error) from error
+            wait_for_all("restored")
+            if jax.process_index() == 0:
+                self.remove_unfinished()
+                for path in damaged:
+                    aside = path.with_suffix(".damaged")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.replace(path, aside)
             print(f"resumed at {number}")
             return state
-        runs.fail(f"{self.manager.directory} has no intact checkpoint")
+        runs.fail(f"{self.folder} has no intact checkpoint")
+
+    def numbers(self) -> list[int]:
+        paths = self.folder.iterdir() if self.folder.exists() else ()
+        return sorted(int(path.name) for path in paths if path.name.isdigit())
+
+    def remove_unfinished(self) -> None:
+        for path in self.folder.iterdir() if self.folder.exists() else ():
+            if path.suffix == ".tmp" or ".orbax-checkpoint-tmp" in path.name:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def check_structure(self, folder: Path, like: Any) -> None:
+        """Exit unless the checkpoint's arrays have the names, shapes and dtypes of `like`. Print
+        the arguments, and files that they name, that have changed."""
+        stored, here = json.loads((folder / "run.json").read_text()), arrays(like)
+        changed = "; ".join(differences(stored["arguments"], arguments(self.args)))
+        if unlike := differences(stored["arrays"], here):
+            cause = changed or "the arguments are the same, the code or its packages may not be"
+            runs.fail(f"{folder} is not of this run's state: {cause}. In the state, {unlike[0]}")
+        if changed:
+            print(f"changed since the checkpoint: {changed}")
+
+
+def arrays(state: Any) -> dict[str, str]:
+    """name -> dtype and shape of each array and number."""
+    return {
+        jax.tree_util.keystr(path): f"{getattr(x, 'dtype', type(x).__name__)}{list(np.shape(x))}"
+        for path, x in jax.tree.leaves_with_path(state)
+    }
+
+
+def arguments(args: Any) -> dict[str, str]:
+    """flag -> value, with a digest of the file that it names."""
+    found = {}
+    for name, value in dataclasses.asdict(args).items():
+        found[f"--{name.replace('_', '-')}"] = str(value)
+        if isinstance(value, str) and Path(value).is_file():
+            found[f"--{name.replace('_', '-')}"] += f" with digest {file_digest(Path(value))[:8]}"
+    return {
+        flag: value for flag, value in found.items() if flag[2:].replace("-", "_") not in OF_A_START
+    }
+
+
+def differences(stored: dict[str, str], here: dict[str, str]) -> list[str]:
+    return [
+        f"{name} is {here.get(name, 'missing')}, and was {stored.get(name, 'missing')}"
+        for name in stored | here
+        if stored.get(name) != here.get(name)
+    ]
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def digest(folder: Path) -> str:
+    """Of the names and contents of the files of a checkpoint. Raises OSError if one cannot be
+    read."""
+
+    def refuse(error):
+        raise error
+
+    files = [
+        Path(root) / name for root, _, names in os.walk(folder, onerror=refuse) for name in names
+    ]
+    lines = [
+        f"{path.relative_to(folder)} {file_digest(path)}\n"
+        for path in sorted(files)
+        if path != folder / "digest"
+    ]
+    return hashlib.blake2b("".join(lines).encode()).hexdigest()
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, if anything. Raises OSError if it cannot be read."""
+    path = folder / "digest"
+    if not path.is_file():
+        return "it has no digest: an older version wrote it"
+    return None if path.read_bytes() == digest(folder).encode() else "its files have changed"
+
+
+def one_line(what: str, error: Exception) -> OSError:
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's
+    number = int(code[1]) if code else getattr(error, "errno", None)
+    text = f"{type(error).__name__} {error}".split("\n")[0][:200]
+    return OSError(f"{what}: {os.strerror(number) if number else text}")
+
+
+def wait_for_all(key: str) -> None:
+    """Of the processes. A collective would fail if one is 30 s late."""
+    multihost.get_barrier_sync_fn()(key=key, timeout_ms=3_600_000)
 
 
 def resumed_args(run_folder: str, given: Any) -> Any:
@@ -86,7 +242,8 @@ def resumed_args(run_folder: str, given: Any) -> Any:
         )
     for field in dataclasses.fields(args_class):
         new, old = getattr(given, field.name), getattr(run, field.name)
-        if field.name != "resume" and new not in (field.default, old):
+        if field.name not in OF_A_START and new not in (field.default, old):
             flag = field.name.replace("_", "-")
             raise ValueError(f"--{flag} is {new} here, and {old} in the run to resume")
-    return dataclasses.replace(run, resume=run_folder)
+    of_this_start = {name: getattr(given, name) for name in OF_A_START if hasattr(given, name)}
+    return dataclasses.replace(run, **of_this_start | {"resume": run_folder})

@@ -32,14 +32,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from orbax.checkpoint import multihost
 
 import a2c
 import optimizers
 import ppo
 import runs
 import tasks
-from checkpoints import Checkpoints, resumed_args
+from checkpoints import Checkpoints, resumed_args, wait_for_all
 from meta_gradient import ESTIMATORS, Unit
 from networks import all_finite
 from optim4rl import LearnedOptimizer, to_optax
@@ -311,7 +310,7 @@ class Args:
     save_theta_every: int = 20
     """iterations between two writes of theta.npz"""
     checkpoint_minutes: float = 5.0
-    """minutes between two checkpoints of the whole state"""
+    """minutes between two checkpoints of the whole state; the first comes after one at most"""
     resume: str | None = None
     """continue the run in this folder, with its arguments"""
     runs_dir: str = "runs"
@@ -368,7 +367,7 @@ def meta_train(
     step = step.lower(key_train, state).compile()
     print(f"compiled in {time.perf_counter() - began:.1f} s")
     # On CPUs a collective fails if a process is 30 s late, as one may be that has to compile.
-    multihost.get_barrier_sync_fn()(key="compiled", timeout_ms=3_600_000)
+    wait_for_all("compiled")
     for iteration in range(done + 1, args.num_iterations + 1):
         began = time.perf_counter()
         # One iteration in flight at a time: with more, XLA's CPU devices have deadlocked.
@@ -393,8 +392,9 @@ def summarise(args: Args, folder: Path, state: MetaState, interrupted: int) -> N
         message = f"{MOST_BAD_UPDATES} meta-gradients in a row were not finite"
         runs.fail(f"{message}; the last good theta is in {theta_path}", code=1)
     print(f"written: {theta_path}, and metrics.csv, config.json and TensorBoard events beside it")
-    if interrupted and args.num_processes == 1:
-        print(f"to go on: python pipeline_train.py --resume {folder}")
+    if interrupted:
+        each = " in each process, with its --process-id" if args.num_processes > 1 else ""
+        print(f"to go on: python pipeline_train.py --resume {folder}{each}")
     others = "untrained sign_sgd adam rmsprop"
     env_name = args.env_name[0]
     print(f"next: python evaluate.py --env-name {env_name} --optimizers {theta_path} {others}")
@@ -409,17 +409,15 @@ def main() -> None:
         )
         args = dataclasses.replace(args, num_devices=mesh.size // args.num_processes)
         all_tasks, learned, config = set_up(args)
-        if args.process_id != 0:
-            meta_train(args, all_tasks, learned, mesh, lambda *_: None)
-            return
-        folder = runs.run_folder(args, "+".join(args.env_name), "pipeline_train")
-        # Several processes write theta.npz only: orbax would wait for all of them to write.
-        checkpoints = (
-            Checkpoints(folder, args.checkpoint_minutes) if args.num_processes == 1 else None
-        )
-    print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
+        name = "+".join(args.env_name)
+        folder = runs.folder_of_all(lambda: runs.run_folder(args, name, "pipeline_train"))
+        checkpoints = Checkpoints(folder, args)
+    if args.process_id == 0:
+        print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
 
     def save(state):
+        if args.process_id != 0:
+            return
         iterations = int(state.iteration)
         done = {"iterations": iterations, "env_steps": iterations * tasks.steps_per_iteration(args)}
         optimizers.save_theta(
@@ -430,26 +428,33 @@ def main() -> None:
             dataclasses.asdict(args) | done,
         )
 
-    with runs.interruptible() as interrupted:
-        with runs.Log(folder, args.num_iterations) as log:
+    with runs.interruptible() as interrupted, runs.Log(folder, args.num_iterations) as log:
 
-            def on_iteration(iteration, state, row):
-                log.write(iteration, row)
-                if iteration % args.save_theta_every == 0:
-                    save(state)
-                if checkpoints:
-                    checkpoints.save_if_due(iteration, state, log, interrupted())
-                if row["bad_updates"]:
-                    log.say(
-                        f"iteration {iteration}: the meta-gradient is not finite; "
-                        "theta is unchanged"
-                    )
-                return interrupted() or row["bad_updates"] == MOST_BAD_UPDATES
+        def on_iteration(iteration, state, row):
+            log.write(iteration, row)
+            if iteration % args.save_theta_every == 0:
+                save(state)
+            stop = runs.largest_of_processes(interrupted())
+            checkpoints.save_if_due(iteration, state, log, stop)
+            if row["bad_updates"]:
+                log.say(
+                    f"iteration {iteration}: the meta-gradient is not finite; theta is unchanged"
+                )
+            return stop or row["bad_updates"] == MOST_BAD_UPDATES
 
-            state = meta_train(args, all_tasks, learned, mesh, on_iteration, checkpoints)
+        def on_iteration_or_save(iteration, state, row):
+            try:
+                return on_iteration(iteration, state, row)
+            except OSError:
+                save(state)  # a disk too full for a checkpoint may have room for theta
+                raise
+
+        state = meta_train(args, all_tasks, learned, mesh, on_iteration_or_save, checkpoints)
         save(state)
-    summarise(args, folder, state, interrupted())
-    sys.exit(interrupted())
+    stopped = runs.largest_of_processes(interrupted())
+    if args.process_id == 0:
+        summarise(args, folder, state, stopped)
+    sys.exit(stopped)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,9 @@ from typing import Annotated, Any, get_type_hints
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -160,6 +163,8 @@ def interruptible():
     try:
         yield lambda: 128 + asked[0] if asked else 0
     except OSError as error:
+        # TensorBoard's thread, and its function at exit, would print the same of a full disk.
+        sys.unraisablehook = threading.excepthook = lambda _: None
         fail(error, code=1)
     finally:
         for number, handler in before.items():
@@ -325,6 +330,26 @@ def run_folder(args: Any, env_name: str, script: str) -> Path:
     )
 
 
+def folder_of_all(make: Callable[[], Path]) -> Path:
+    """The folder that process 0 makes with make(), in all processes."""
+    if jax.process_count() == 1:
+        return make()
+    name = np.zeros(4096, np.uint8)
+    if jax.process_index() == 0:
+        folder = make()
+        text = os.fsencode(folder.resolve())
+        name[: len(text)] = list(text)
+    name = multihost_utils.broadcast_one_to_all(name)
+    return folder if jax.process_index() == 0 else Path(os.fsdecode(name.tobytes().rstrip(b"\0")))
+
+
+def largest_of_processes(number: int) -> int:
+    """The largest of all processes' numbers. All must call it."""
+    if jax.process_count() == 1:
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
 def progress(total: int, title: str = "") -> tqdm:
     """A progress bar with the remaining time."""
     return tqdm(total=total, desc=title, dynamic_ncols=True)
@@ -348,44 +373,47 @@ def rows_before(path: Path, number: int) -> str:
 
 
 class Log:
-    """metrics.csv, TensorBoard events and a progress bar, all from write().
+    """metrics.csv, TensorBoard events and a progress bar, all from write(). They start with the
+    first row, so what fails before it changes nothing. With several processes, process 0's.
 
     Numbers are fetched from the device at intervals, not at every call, so the device never waits.
     """
 
     def __init__(self, folder: Path, total: int, seconds: float = 0.5):
-        self.path = folder / "metrics.csv"
-        self.events = SummaryWriter(str(folder))
-        self.bar = progress(total)
+        self.folder, self.total = folder, total
         self.waiting: list[tuple[int, dict]] = []
         self.seconds, self.last_flush = seconds, time.monotonic()
         self.rows: csv.DictWriter | None = None
-        self.file: Any = None
+        self.opened = contextlib.ExitStack()
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_) -> None:
-        self.flush()
-        self.bar.close()
-        if self.file:
-            self.file.close()
-        self.events.close()
+        with self.opened:  # closes all, also if a disk is full
+            self.flush()
 
     def write(self, number: int, metrics: dict) -> None:
         """Log a row. number: updates or iterations done; metrics: scalars, on the device or not."""
+        if jax.process_index() != 0:
+            return
         self.waiting.append((number, metrics))
         if time.monotonic() - self.last_flush > self.seconds:
             self.flush()
 
     def say(self, message: str) -> None:
-        self.bar.write(message)
+        if jax.process_index() == 0:
+            tqdm.write(message)
 
     def open(self, number: int, names: list[str]) -> None:
-        """Start metrics.csv; in a resumed run continue after the rows before this number."""
-        before = rows_before(self.path, number)
-        write_whole(self.path, lambda file: file.write(before.encode()))
-        self.file = open(self.path, "a", newline="")  # noqa: SIM115, closed in __exit__
+        """Start all; in a resumed run metrics.csv continues after the rows before this number."""
+        path = self.folder / "metrics.csv"
+        before = rows_before(path, number)
+        write_whole(path, lambda file: file.write(before.encode()))
+        self.file = self.opened.enter_context(open(path, "a", newline=""))  # noqa: SIM115
+        self.events = SummaryWriter(str(self.folder))
+        self.opened.callback(self.events.close)
+        self.bar = self.opened.enter_context(progress(self.total))
         self.rows = csv.DictWriter(self.file, names)
         if not before:
             self.rows.writeheader()

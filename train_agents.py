@@ -30,7 +30,7 @@ class RunArgs:
     environment; on gridworlds try 3e-2 to 1e-4 in half decades)"""
     # --- Run ---
     checkpoint_minutes: float = 5.0
-    """minutes between two checkpoints of the whole state"""
+    """minutes between two checkpoints of the whole state; the first comes after one at most"""
     resume: str | None = None
     """continue the run in this folder, with its arguments"""
     runs_dir: str = "runs"
@@ -106,7 +106,7 @@ def main(agent: ModuleType) -> None:
         optimizer = optimizers.make_optimizer(args.optimizer, args.learning_rate)
         env = tasks.make_env(args.env_name, agent, getattr(args, "backend", None))
         folder = runs.run_folder(args, args.env_name, agent.__name__)
-        checkpoints = Checkpoints(folder, args.checkpoint_minutes)
+        checkpoints = Checkpoints(folder, args)
     print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
     metric, last = agent.SCORE
     mean = jnp.nanmean if agent is ppo else jnp.mean  # a seed of PPO's that ended is NaN

@@ -5,7 +5,6 @@ import csv
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -396,27 +395,6 @@ def test_help_teaches(script, tmp_path):
         and "--env-name" in done.stdout
         and f"python {script}.py" in done.stdout
     )
-
-
-def test_two_processes_give_the_theta_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = "--env-name catch --num-units 4 --num-iterations 3".split()
-    flags += "--inner-updates 2 --num-devices 1".split()
-    together = [*flags, "--runs-dir", "two", "--num-processes", "2", "--coordinator", address]
-    command = [sys.executable, str(ROOT / "pipeline_train.py"), *together, "--process-id"]
-    both = [
-        subprocess.Popen([*command, str(i)], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    assert run_script("pipeline_train", *flags, "--runs-dir", "one", cwd=tmp_path).returncode == 0
-    for process in both:
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-    (one,), (two,) = (list((tmp_path / name).iterdir()) for name in ("one", "two"))
-    one, two = load_theta(one / "theta.npz")[0], load_theta(two / "theta.npz")[0]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), one, two)
 
 
 def test_more_devices_than_there_are(tmp_path):
