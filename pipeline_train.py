@@ -343,6 +343,7 @@ def make_learned(args: Args) -> tuple[LearnedOptimizer, dict]:
     }
     if "grad_clip" in config:
         config["grad_clip"] = None if np.isinf(args.grad_clip) else args.grad_clip
+    optimizers.check_config(args.optimizer, config)
     return optimizers.LEARNED[args.optimizer](**config), config
 
 

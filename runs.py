@@ -33,6 +33,7 @@ COMPILER_OPTIONS = {
     "xla_disable_hlo_passes": "cpu-parallel-task-assigner",
 }
 SECTION = re.compile(r" *# --- (.*) ---")
+LARGEST = 3.4e38  # of numbers in float32
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "chex", "brax")
 
 
