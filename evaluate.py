@@ -180,9 +180,10 @@ def make_learner(args: Args, env_name: str) -> tasks.Learner:
     """Raises a one-line ValueError for arguments that do not fit the environment."""
     given = {name: getattr(args, name) for name in AGENT_ARGS}
     learner = tasks.make_learner(env_name, args.agent, args.backend, **given)
-    if not learner.agent.num_updates(learner.args):
-        steps = f"--total-steps {learner.args.total_steps:g}"
-        raise ValueError(f"{steps} is less than one update's rollouts")
+    steps = learner.agent.steps_per_update(learner.args)
+    runs.check_total_steps(learner.args.total_steps, steps, "update")
+    most = max(args.num_seeds, args.sweep_seeds if args.learning_rates else 0)
+    tasks.check_memory(learner, optimizers.make_optimizer("sgd", 1.0), most)
     return learner
 
 
@@ -238,6 +239,7 @@ def main() -> None:
             "num_envs",
         )
         runs.check_positive(args, "batch_size", "value_layers", "num_evals")
+        runs.check_seed(args)
         if not args.optimizers or not args.env_name or len(set(args.env_name)) < len(args.env_name):
             raise ValueError(
                 "--optimizers and --env-name must name at least one, and each environment once"
