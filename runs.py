@@ -277,13 +277,15 @@ def choose_devices(
         raise ValueError(
             f"--num-units {num_units} must be a multiple of the number of devices ({asked.strip()})"
         )
-    jax.config.update("jax_num_cpu_devices", num_devices or len(os.sched_getaffinity(0)))
     if num_processes > 1:
         try:
-            socket.getaddrinfo(coordinator.rpartition(":")[0], None)
+            socket.getaddrinfo(
+                coordinator.rpartition(":")[0], None
+            )  # jax aborts without an address
             jax.distributed.initialize(coordinator, num_processes, process_id)
-        except (OSError, RuntimeError) as error:
+        except (OSError, UnicodeError, RuntimeError) as error:
             raise ValueError(f"--coordinator {coordinator}: {error}") from None
+    jax.config.update("jax_num_cpu_devices", num_devices or len(os.sched_getaffinity(0)))
     # The backend's threads start here and inherit this mask: only the main thread sees interrupts.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     here = jax.local_device_count()

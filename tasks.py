@@ -86,7 +86,7 @@ def kind_of(name: str) -> Kind:
     known = [name for kind in KINDS for name in kind.names()]
     close = difflib.get_close_matches(name, known, 1, cutoff=0.7)
     hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
-    raise ValueError(f"unknown environment {name!r}; {hint}")
+    raise ValueError(f"unknown environment {name!r:.60}; {hint}")
 
 
 def agent_of(name: str) -> ModuleType:
