@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import multihost
 
 import runs
+from optim4rl import brief
 
 
 def only_in_main_thread(error) -> None:
@@ -215,25 +216,29 @@ def wait_for_all(key: str) -> None:
     multihost.get_barrier_sync_fn()(key=key, timeout_ms=3_600_000)
 
 
-def resumed_args(run_folder: str, given: Any) -> Any:
+def resumed_args(run_folder: str, given: Any, script: str) -> Any:
     """The arguments of the run in this folder.
 
-    Raises a one-line ValueError if there is no such run, or if a value in `given` is neither the
-    run's nor the default.
+    Raises a one-line ValueError if there is no such run of this script, or if a value in `given` is
+    neither the run's nor the default.
     """
     path, args_class = Path(run_folder) / "config.json", type(given)
     try:
-        stored = json.loads(path.read_text())["args"]
-        names = {field.name for field in dataclasses.fields(args_class)}
+        config = json.loads(path.read_text())
+        stored, other = config["args"], config.get("script", script)
+        if other != script:
+            raise ValueError(f"a run of {brief(other, 40)}.py, not of {script}.py")
+        hints = get_type_hints(args_class)
+        known = {name: value for name, value in stored.items() if name in hints}
+        for name, value in known.items():
+            if not runs.fits(value, hints[name]):
+                raise ValueError(f"the {name} in its config.json is {brief(repr(value), 40)}")
         run = args_class(
-            **{
-                name: tuple(v) if isinstance(v, list) else v
-                for name, v in stored.items()
-                if name in names
-            }
+            **{name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--resume {run_folder}: not a run's folder ({error})") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = brief(error)
+        raise ValueError(f"--resume {run_folder}: not a run's folder ({reason})") from None
     # A checkpoint that was not written to its end has a temporary name, not a number.
     if not any(path.name.isdigit() for path in (Path(run_folder) / "checkpoint").glob("*")):
         raise ValueError(

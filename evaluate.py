@@ -19,7 +19,7 @@ import dataclasses
 import sys
 import time
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -144,7 +144,7 @@ def plan(args: Args) -> list[Run]:
                 rates = args.learning_rates
             elif optimizers.is_theta(path := name.removeprefix("untrained:")):
                 header = load_theta(optimizers.theta_path(path))[1]
-                trained = trained_rate(header["trained"], env_name)
+                trained = trained_rate(header.get("trained"), env_name)
                 rates = (args.learning_rate or own or trained or default,)
                 state = "trained" if path == name else "untrained"
                 label = f"{optimizers.title(path, header)} ({state})"
@@ -159,14 +159,20 @@ def default_rate(args: Args, env_name: str) -> float:
     return tasks.agent_settings(env_name, agent)["learning_rate"]
 
 
-def trained_rate(trained: dict, env_name: str) -> float | None:
-    """The learning rate of meta-training: for a gridworld the one that several training
-    environments have in common, otherwise this environment's, or None."""
-    rates = dict(zip(trained.get("env_name", ()), trained.get("learning_rate", ()), strict=False))
+def trained_rate(trained: Any, env_name: str) -> float | None:
+    """The learning rate of meta-training, from the "trained" of a theta file's header: for a
+    gridworld the one that several training environments have in common, otherwise this
+    environment's. None if it is not there."""
+    try:
+        pairs = zip(trained["env_name"], trained["learning_rate"], strict=False)
+        rates = {str(name): float(rate) for name, rate in pairs}
+    except (LookupError, TypeError, ValueError, OverflowError):
+        return None
     same = set(rates.values())
     if tasks.agent_of(env_name) is a2c and len(rates) > 1 and len(same) == 1:
-        return same.pop()
-    return rates.get(env_name)
+        rates[env_name] = same.pop()
+    rate = rates.get(env_name)
+    return rate if rate and 0 < rate <= runs.LARGEST else None
 
 
 AGENT_ARGS = "num_seeds seed total_steps num_envs batch_size value_layers num_evals".split()
@@ -176,9 +182,10 @@ def make_learner(args: Args, env_name: str) -> tasks.Learner:
     """Raises a one-line ValueError for arguments that do not fit the environment."""
     given = {name: getattr(args, name) for name in AGENT_ARGS}
     learner = tasks.make_learner(env_name, args.agent, args.backend, **given)
-    if not learner.agent.num_updates(learner.args):
-        steps = f"--total-steps {learner.args.total_steps:g}"
-        raise ValueError(f"{steps} is less than one update's rollouts")
+    steps = learner.agent.steps_per_update(learner.args)
+    runs.check_total_steps(learner.args.total_steps, steps, "update")
+    most = max(args.num_seeds, args.sweep_seeds if args.learning_rates else 0)
+    tasks.check_memory(learner, optimizers.make_optimizer("sgd", 1.0), most)
     return learner
 
 
@@ -234,6 +241,7 @@ def main() -> None:
             "num_envs",
         )
         runs.check_positive(args, "batch_size", "value_layers", "num_evals")
+        runs.check_seed(args)
         if not args.optimizers or not args.env_name or len(set(args.env_name)) < len(args.env_name):
             raise ValueError(
                 "--optimizers and --env-name must name at least one, and each environment once"

@@ -24,6 +24,7 @@ network (1 raw, 2 log).
 
 import json
 import os
+import warnings
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -440,7 +441,8 @@ def optim4rl(
 
 
 def load_theta(path: str | os.PathLike) -> tuple[dict, dict]:
-    """-> theta, nested dicts of arrays; header. No code in the file is run.
+    """-> theta, nested dicts of arrays in this machine's byte order; header. No code in the file is
+    run.
 
     Raises a one-line ValueError for a file that is missing, damaged, from another program, or would
     unpack to over MAX_BYTES.
@@ -452,7 +454,8 @@ def load_theta(path: str | os.PathLike) -> tuple[dict, dict]:
                 raise ValueError(f"too large: it would unpack to {size:,} bytes")
             if damaged := file.testzip():
                 raise ValueError(f"{damaged} in it is damaged")
-        with np.load(path, allow_pickle=False) as file:
+        # NumPy warns of what it finds odd in a file.
+        with warnings.catch_warnings(action="ignore"), np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(str(arrays.pop("header")))
         if header["format"] != FORMAT:
@@ -465,14 +468,28 @@ def load_theta(path: str | os.PathLike) -> tuple[dict, dict]:
             node = theta
             for parent in parents:
                 node = node.setdefault(parent, {})
-            node[last] = array
+            node[last] = native_floats(name, array)
         return theta, header
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except KeyError as error:
         raise ValueError(
-            f"{path}: not a theta file of this project: no {error.args[0]!r} in it"
+            f"{path}: not a theta file of this project: no {brief(error.args[0])!r} in it"
         ) from None
     except Exception as error:  # whatever a damaged file makes a reader raise
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = brief(error) or type(error).__name__
         raise ValueError(f"{path}: not a whole theta file ({reason})") from None
+
+
+def native_floats(name: str, array: Any) -> np.ndarray:
+    """The array in this machine's byte order. Raises ValueError unless it is of float16, float32 or
+    float64."""
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise ValueError(f"{brief(name)} in it is not an array of float16, float32 or float64")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def brief(text: Any, most: int = 120) -> str:
+    """A text of anyone's on one line of at most `most` characters."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= most else f"{line[: most - 3]}..."

@@ -28,7 +28,9 @@ from baselines.velo import make_velo
 from optim4rl import (
     CELLS,
     FORMAT,
+    INPUTS,
     LearnedOptimizer,
+    brief,
     clip_and_stop_gradient,
     coordinatewise,
     init_cell_state,
@@ -243,7 +245,8 @@ def title(path: str, header: dict) -> str:
 
 
 def check_theta(path: str, learned: LearnedOptimizer, theta: Any) -> None:
-    """Raises a one-line ValueError unless theta has this optimizer's arrays, all finite."""
+    """Raises a one-line ValueError unless theta has this optimizer's arrays, all finite in
+    float32."""
     expected = jax.eval_shape(learned.init_theta, jax.random.key(0))
     same_tree = jax.tree.structure(theta) == jax.tree.structure(expected)
 
@@ -252,8 +255,51 @@ def check_theta(path: str, learned: LearnedOptimizer, theta: Any) -> None:
 
     if not same_tree or any(jax.tree.leaves(jax.tree.map(unlike, theta, expected))):
         raise ValueError(f"{path}: its arrays are not those of the optimizer that it says it is")
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(theta)):
-        raise ValueError(f"{path}: some of its numbers are not finite")
+    with np.errstate(over="ignore"):
+        as_used = [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(theta)]
+    if not all(np.isfinite(leaf).all() for leaf in as_used):
+        raise ValueError(f"{path}: some of its numbers are not finite in float32")
+
+
+MOST_UNITS, MOST_LAYERS = 2**16, 16
+
+
+def is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value <= MOST_UNITS
+
+
+def is_bound(value: Any) -> bool:
+    most = {int: 2**31 - 1, float: np.finfo(np.float32).max}
+    return value is None or (type(value) in most and 0 < value <= most[type(value)])
+
+
+def are_sizes(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple) and len(value) <= MOST_LAYERS and all(map(is_size, value))
+    )
+
+
+SIZE = (is_size, f"a whole number from 1 to {MOST_UNITS}")
+BOUND = (is_bound, "a number above 0, or null")
+# argument of a factory in LEARNED: whether a value fits, what would
+FITTING: dict[str, tuple[Callable, str]] = {
+    "cell": (lambda value: value in [*CELLS], " or ".join(CELLS)),
+    "inputs": (lambda value: value in [*INPUTS], " or ".join(INPUTS)),
+    "readout_layers": (are_sizes, f"a list of at most {MOST_LAYERS} sizes up to {MOST_UNITS}"),
+    **dict.fromkeys(("hidden_size", "mlp_size", "lstm_size", "num_bases", "width"), SIZE),
+    **dict.fromkeys(("grad_clip", "step_size"), BOUND),
+}
+
+
+def check_config(kind: str, config: dict) -> None:
+    """Raises a one-line ValueError unless these arguments fit the factory of this kind."""
+    known = kind_settings(kind)
+    for name, value in config.items():
+        if name not in known:
+            raise ValueError(f"{brief(name, 40)!r} is not a setting of {kind}")
+        fits, wanted = FITTING.get(name, (lambda value: True, ""))
+        if not fits(value):
+            raise ValueError(f"{name} of {kind} must be {wanted}, got {brief(repr(value), 40)}")
 
 
 def save_theta(
@@ -278,16 +324,12 @@ def load_learned(path: str) -> tuple[LearnedOptimizer, Any, dict]:
     ValueError for an invalid file."""
     path = theta_path(path)
     theta, header = load_theta(path)
-    kind = header["optimizer"]
-    if kind not in LEARNED:
-        raise ValueError(f"{path}: holds the optimizer {kind!r}; known are {', '.join(LEARNED)}")
+    kind, config = header["optimizer"], header["config"]
     try:
-        learned = LEARNED[kind](**header["config"])
-        jax.eval_shape(learned.init_theta, jax.random.key(0))
-    except Exception as error:  # whatever a foreign header makes the factory raise
-        raise ValueError(
-            f"{path}: {kind} cannot be made from its header {header['config']} ({error})"
-        ) from None
+        check_config(kind, config)
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot be made from its header: {error}") from None
+    learned = LEARNED[kind](**config)
     check_theta(path, learned, theta)
     return learned, jax.tree.map(jnp.asarray, theta), header
 
@@ -299,7 +341,7 @@ def kind_settings(kind: str) -> dict:
     """The settings of a learned kind and their defaults. Raises ValueError for an unknown kind."""
     if kind not in LEARNED:
         known = ", ".join(LEARNED)
-        raise ValueError(f"unknown learned optimizer {kind!r}; choose from {known}")
+        raise ValueError(f"unknown learned optimizer {brief(kind, 40)!r}; choose from {known}")
     parameters = inspect.signature(LEARNED[kind]).parameters
     return {name: parameter.default for name, parameter in parameters.items()}
 

@@ -41,7 +41,7 @@ import tasks
 from checkpoints import Checkpoints, resumed_args, wait_for_all
 from meta_gradient import ESTIMATORS, Unit
 from networks import all_finite
-from optim4rl import LearnedOptimizer, to_optax
+from optim4rl import MAX_BYTES, LearnedOptimizer, to_optax
 
 # --- Pipeline training ---
 
@@ -319,16 +319,31 @@ class Args:
 
 def set_up(args: Args) -> tuple[list[Task], LearnedOptimizer, dict]:
     """-> tasks, optimizer, config of its theta file. Raises a one-line ValueError for an invalid
-    --theta."""
+    --theta, or what surely does not fit into memory."""
     learned, config = make_learned(args)
-    all_tasks = []
+    all_tasks, needed = [], 0
     for name, rate, unit_args in zip(
         args.env_name, args.learning_rate, tasks.all_unit_args(args), strict=True
     ):
         agent = tasks.agent_of(name)
         env = tasks.make_env(name, agent, args.backend)
         all_tasks.append(Task(agent.make_agent(env, unit_args), rate))
+        quick = Task(agent.make_agent(tasks.without_steps(env), unit_args), rate)
+        needed += bytes_of_units(quick, learned, args)
+    runs.check_memory("the units", needed, "--num-units, --envs-per-unit or --inner-updates")
     return all_tasks, learned, config
+
+
+def bytes_of_units(task: Task, learned: LearnedOptimizer, args: Args) -> int:
+    """Of this process's units, and of the gradients that backprop records of one."""
+
+    def unit():
+        key = jax.random.key(0)
+        return new_unit(key, learned.init_theta(key), task, learned, args)
+
+    recorded = args.inner_updates if args.meta_estimator == "backprop" else 0
+    units = args.num_units // args.num_processes * runs.size_of(unit)
+    return units + recorded * runs.size_of(lambda: unit().agent.params)
 
 
 def make_learned(args: Args) -> tuple[LearnedOptimizer, dict]:
@@ -342,7 +357,12 @@ def make_learned(args: Args) -> tuple[LearnedOptimizer, dict]:
     }
     if "grad_clip" in config:
         config["grad_clip"] = None if np.isinf(args.grad_clip) else args.grad_clip
-    return optimizers.LEARNED[args.optimizer](**config), config
+    optimizers.check_config(args.optimizer, config)
+    learned = optimizers.LEARNED[args.optimizer](**config)
+    size = runs.size_of(lambda: learned.init_theta(jax.random.key(0)))
+    if size > MAX_BYTES:
+        raise ValueError(f"theta would take {size:,} bytes, a file of it at most {MAX_BYTES:,}")
+    return learned, config
 
 
 def meta_train(
@@ -403,7 +423,11 @@ def summarise(args: Args, folder: Path, state: MetaState, interrupted: int) -> N
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
-        args = resumed_args(args.resume, args) if args.resume else tasks.fill_in(args)
+        if args.resume:
+            args = resumed_args(args.resume, args, "pipeline_train")
+            tasks.check_filled_in(args)
+        else:
+            args = tasks.fill_in(args)
         mesh = runs.choose_devices(
             args.num_units, args.num_devices, args.num_processes, args.process_id, args.coordinator
         )

@@ -469,6 +469,8 @@ def check(args: Args) -> None:
         raise ValueError(f"{product} must be a multiple of --num-envs {args.num_envs}")
     if args.rollout_steps > args.episode_length:
         raise ValueError(f"--rollout-steps is above --episode-length {args.episode_length}")
+    if args.num_epochs * args.num_minibatches >= 2**31:
+        raise ValueError(f"--num-epochs {args.num_epochs} times --num-minibatches is too large")
 
 
 def main() -> None:

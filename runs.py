@@ -10,15 +10,17 @@ import inspect
 import io
 import itertools
 import json
+import math
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,7 @@ COMPILER_OPTIONS = {
     "xla_disable_hlo_passes": "cpu-parallel-task-assigner",
 }
 SECTION = re.compile(r" *# --- (.*) ---")
+MOST, LARGEST = 2**31 - 1, 3.4e38  # in int32 and float32
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "chex", "brax")
 
 
@@ -73,7 +76,9 @@ def parse(args_class: type, description: str, settings: Callable | None = None) 
     except SystemExit as end:
         if not end.code:
             raise
-        message = re.sub(r"\x1b\[[0-9;]*m|╭.*╮|[╰╯│─]", " ", stderr.getvalue())
+        # Without the box, its title, and colours; a terminal without Unicode has rows of dashes.
+        box = r"\x1b\[[0-9;]*m|╭.*╮|[╰╯│─]|\A.*\n\s*-{5,}|-{5,}"
+        message = re.sub(box, " ", stderr.getvalue())
         fail(re.split("Argument helptext|For full helptext", message)[0])
     args = args_class(
         **{
@@ -82,6 +87,9 @@ def parse(args_class: type, description: str, settings: Callable | None = None) 
             for name, value in vars(section).items()
         }
     )
+    for name, value in vars(args).items():
+        if value == "" or isinstance(value, tuple) and "" in value:
+            fail(f"{name.replace('_', '-')} must not be empty")
     runs_dir = Path(getattr(args, "runs_dir", "."))
     there = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
     if not there.is_dir():
@@ -92,7 +100,7 @@ def parse(args_class: type, description: str, settings: Callable | None = None) 
 def environment_settings(args_class: type, settings: Callable | None) -> dict:
     """The settings of the environment on the command line, for the flags of args_class. --help
     shows them too."""
-    if settings is None or "--resume" in sys.argv:
+    if settings is None or any(word.split("=")[0] == "--resume" for word in sys.argv):
         return {}
     fields = {field.name: field for field in dataclasses.fields(args_class)}
     name = fields["env_name"]
@@ -172,12 +180,16 @@ def interruptible():
 
 
 def check_positive(args: Any, *names: str) -> None:
-    """Raises ValueError unless each of these arguments is None or above 0."""
+    """Raises ValueError unless each of these arguments is None, or above 0 and fits int32 or
+    float32."""
     for name in names:
-        value = getattr(args, name)
+        value, flag = getattr(args, name), name.replace("_", "-")
         for number in value if isinstance(value, tuple | list) else (value,):
-            if number is not None and not 0 < number < float("inf"):
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {number:g}")
+            most = MOST if isinstance(number, int) else LARGEST
+            if number is not None and not number > 0:
+                raise ValueError(f"--{flag} must be above 0, got {shown(number)}")
+            if number is not None and number > most:
+                raise ValueError(f"--{flag} must be at most {shown(most)}, got {shown(number)}")
 
 
 def check_between(args: Any, low: float, high: float, *names: str) -> None:
@@ -186,14 +198,71 @@ def check_between(args: Any, low: float, high: float, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise ValueError(
-                f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, got {value:g}"
+                f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, got {shown(value)}"
             )
 
 
 def check_grad_clip(value: float) -> None:
-    """Raises ValueError unless it is above 0, perhaps infinite."""
-    if not value > 0:
+    """Raises ValueError unless it is above 0 and fits float32, or infinite."""
+    if not 0 < value <= LARGEST and value != float("inf"):
         raise ValueError(f"--grad-clip must be above 0, or inf for no clipping, got {value:g}")
+
+
+def check_seed(args: Any) -> None:
+    """Raises ValueError unless the seeds of all agents, from --seed on, fit int32."""
+    most = MOST + 1 - getattr(args, "num_seeds", 1) - getattr(args, "sweep_seeds", 0)
+    if not 0 <= args.seed <= most:
+        raise ValueError(f"--seed must be from 0 to {most}, got {args.seed}")
+
+
+def check_total_steps(total_steps: float, steps: int, unit: str) -> None:
+    """Raises ValueError unless this is from one unit, an update or iteration of so many steps, to
+    as many units as fit int32."""
+    if total_steps < steps:
+        raise ValueError(f"--total-steps {total_steps:g} is less than one {unit} ({steps} steps)")
+    if steps > MOST:
+        raise ValueError(f"one {unit} would be {steps} steps, and can be {MOST} at most")
+    if total_steps // steps > MOST:
+        raise ValueError(f"--total-steps {total_steps:g} is more than {MOST} {unit}s")
+
+
+def shown(number: float) -> str:
+    return f"{number:g}" if isinstance(number, float) else str(number)
+
+
+def size_of(make: Callable) -> float:
+    """Bytes of the arrays that make() returns, without making them; infinite if a size does not fit
+    int32."""
+    try:
+        leaves = jax.tree.leaves(jax.eval_shape(make))
+    except OverflowError:
+        return float("inf")
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def check_memory(what: str, needed: float, flags: str) -> None:
+    """Raises ValueError if so many bytes surely do not fit into this machine's memory. flags: those
+    that make it less."""
+    on_devices = sum((d.memory_stats() or {}).get("bytes_limit", 0) for d in jax.local_devices())
+    there = max(on_devices, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if needed > there:
+        sizes = f"{needed / 1e9:,.0f} GB, and this machine has {there / 1e9:,.0f}"
+        raise ValueError(f"{what} would take {sizes}; lower {flags}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value from a JSON file is of an argument's type."""
+    inner = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in inner
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            return False
+        each = inner[:1] * len(value) if inner[-1] is ... else inner
+        return len(value) == len(each) and all(map(fits, value, each))
+    if inner:  # a union
+        return any(fits(value, option) for option in inner)
+    return type(value) in ((int, float) if hint is float else (hint,))
 
 
 def choose_devices(
@@ -203,30 +272,34 @@ def choose_devices(
     default the most that divide the units.
 
     Makes each core of a CPU a device, so it must be called before anything runs on one. Raises a
-    one-line ValueError if the units cannot be split like this.
+    one-line ValueError if the units cannot be split like this, or the processes cannot meet.
     """
     if not 0 <= process_id < num_processes:
         raise ValueError(f"--process-id must be from 0 to {num_processes - 1}, got {process_id}")
-    jax.config.update("jax_num_cpu_devices", num_devices or len(os.sched_getaffinity(0)))
+    if num_units % ((num_devices or 1) * num_processes):
+        asked = f"--num-devices {num_devices}" if num_devices else ""
+        asked += f" --num-processes {num_processes}" if num_processes > 1 else ""
+        raise ValueError(
+            f"--num-units {num_units} must be a multiple of the number of devices ({asked.strip()})"
+        )
     if num_processes > 1:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        try:
+            socket.getaddrinfo(
+                coordinator.rpartition(":")[0], None
+            )  # jax aborts without an address
+            jax.distributed.initialize(coordinator, num_processes, process_id)
+        except (OSError, UnicodeError, RuntimeError) as error:
+            raise ValueError(f"--coordinator {coordinator}: {error}") from None
+    jax.config.update("jax_num_cpu_devices", num_devices or len(os.sched_getaffinity(0)))
     # The backend's threads start here and inherit this mask: only the main thread sees interrupts.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     here = jax.local_device_count()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    fitting = [n for n in range(1, here + 1) if num_units % (n * num_processes) == 0]
     if num_devices and num_devices > here:
         raise ValueError(f"--num-devices {num_devices}: there are {here}")
-    if num_devices and num_devices not in fitting or not fitting:
-        asked = (
-            f"--num-devices {num_devices}"
-            if num_processes == 1
-            else f"--num-processes {num_processes}"
-        )
-        raise ValueError(
-            f"--num-units {num_units} must be a multiple of the number of devices ({asked})"
-        )
-    num_devices = num_devices or fitting[-1]
+    num_devices = num_devices or max(
+        n for n in range(1, here + 1) if num_units % (n * num_processes) == 0
+    )
     devices = [
         [d for d in jax.devices() if d.process_index == i][:num_devices]
         for i in range(num_processes)
@@ -295,15 +368,16 @@ def write_whole(path: str | os.PathLike, write: Callable) -> None:
 
 
 def make_folder(runs_dir: str, env_name: str, script: str, seed: int, args: Any) -> Path:
-    """Make <runs_dir>/<env>__<script>__<seed>__<time> with config.json: arguments, packages'
-    versions, machine."""
+    """Make <runs_dir>/<env>__<script>__<seed>__<time> with config.json: script, arguments,
+    packages' versions, machine."""
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     machine = {
         "backend": jax.default_backend(),
         "devices": jax.device_count(),
         "cores": os.cpu_count(),
     }
-    config = {"args": dataclasses.asdict(args), "versions": versions, "machine": machine}
+    config = {"script": script, "args": dataclasses.asdict(args)}
+    config |= {"versions": versions, "machine": machine}
     name = f"{env_name}__{script}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     for count in range(1, 100):
         folder = Path(runs_dir) / (name if count == 1 else f"{name}-{count}")

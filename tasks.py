@@ -8,6 +8,7 @@ SCORE, make_agent, train, steps_per_update, num_updates, check) and use it in a 
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -122,9 +123,9 @@ def kind_of(name: str) -> Kind:
         if name in kind.names():
             return kind
     known = [name for kind in KINDS for name in kind.names()]
-    close = difflib.get_close_matches(name, known, 1)
+    close = difflib.get_close_matches(name, known, 1, cutoff=0.7)
     hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}"
-    raise ValueError(f"unknown environment {name!r}; {hint}")
+    raise ValueError(f"unknown environment {name!r:.60}; {hint}")
 
 
 def agent_of(name: str) -> ModuleType:
@@ -177,6 +178,33 @@ def make_learner(name: str, agent: str | None = None, backend=None, **given: Any
     module = AGENTS[agent] if agent else agent_of(name)
     args = agent_args(name, module, **given)
     return Learner(module, args, make_env(name, module, backend))
+
+
+def without_steps(env: Any) -> Any:
+    """An environment of the same arrays whose step is a reset, which is quick to trace."""
+
+    def step(*_):
+        return *env.reset(jax.random.key(0)), jnp.zeros(()), jnp.array(False)
+
+    return env._replace(step=step)
+
+
+def check_memory(learner: Learner, optimizer: Any, num_seeds: int) -> None:
+    """Raises a one-line ValueError if the agents surely do not fit into this machine's memory."""
+    module, args, env = learner
+
+    def agent_and_metrics():
+        key, agent = jax.random.key(0), module.make_agent(without_steps(env), args)
+        return agent.init(key, optimizer), jnp.zeros((3, module.num_updates(args)))
+
+    def evaluated():
+        return jax.vmap(env.reset)(jax.random.split(jax.random.key(0), args.eval_envs))
+
+    needed = num_seeds * runs.size_of(agent_and_metrics)
+    if module is ppo:
+        needed += runs.size_of(evaluated)
+    flags = "--num-seeds, --num-envs, the networks' sizes or --total-steps"
+    runs.check_memory("the agents", needed, flags)
 
 
 def score_window(env_name: str) -> int:
@@ -238,6 +266,8 @@ def steps_per_iteration(args: Any) -> int:
 
 
 PER_ENVIRONMENT = ("learning_rate", "reward_scale", "envs_per_unit")
+MOST_DEVICES = 1024  # of one process; a CPU can be as many as it is told to
+MAY_BE_UNSET = ("theta", "num_devices", "resume")
 RANGES = ("reward_scale_range", "learning_rate_range")
 POSITIVE = (
     "num_units envs_per_unit inner_updates reset_interval num_iterations total_steps learning_rate "
@@ -272,12 +302,27 @@ def fill_in(args: Any) -> Any:
             values = getattr(args, name) * len(args.env_name)
             args = dataclasses.replace(args, **{name: values})
     steps = steps_per_iteration(args)
+    if not args.num_iterations:
+        runs.check_total_steps(args.total_steps, steps, "iteration")
     num_iterations = args.num_iterations or int(args.total_steps) // steps
-    if not num_iterations:
-        total = f"--total-steps {args.total_steps:g}"
-        raise ValueError(f"{total} is less than one iteration ({steps} steps)")
     total_steps = float(num_iterations * steps)
-    return dataclasses.replace(args, num_iterations=num_iterations, total_steps=total_steps)
+    args = dataclasses.replace(args, num_iterations=num_iterations, total_steps=total_steps)
+    check_filled_in(args)
+    return args
+
+
+def check_filled_in(args: Any) -> None:
+    """Raises a one-line ValueError unless pipeline_train.Args, perhaps of a run to resume, are
+    those of a run."""
+    for field in dataclasses.fields(args):
+        if getattr(args, field.name) is None and field.name not in MAY_BE_UNSET:
+            raise ValueError(f"{field.name} is not set")
+    check(args)
+    lifetime, flag = args.num_iterations, "--num-iterations"
+    if args.pipeline:
+        lifetime, flag = args.reset_interval, "--reset-interval"
+    if args.inner_updates * lifetime > runs.MOST:
+        raise ValueError(f"--inner-updates times {flag} must be at most {runs.MOST}")
 
 
 def check(args: Any) -> None:
@@ -289,10 +334,16 @@ def check(args: Any) -> None:
             raise ValueError(f"--{flag} takes 1 value or {len(args.env_name)}, got {len(values)}")
     for name in RANGES:
         (low, high), flag = getattr(args, name), name.replace("_", "-")
-        if not 0 < low <= high < float("inf"):
-            wanted = "two numbers above 0, the lower first"
+        if not 1e-38 <= low <= high <= runs.LARGEST:
+            wanted = "two numbers from 1e-38 to 3.4e38, the lower first"
             raise ValueError(f"--{flag} must be {wanted}, got {low:g} {high:g}")
     if args.meta_estimator != "backprop" and args.num_units % 2:
         pairs = f"even with {args.meta_estimator} (antithetic pairs)"
         raise ValueError(f"--num-units must be {pairs}, got {args.num_units}")
     runs.check_grad_clip(args.grad_clip)
+    runs.check_seed(args)
+    port = re.fullmatch(r"\S+:([1-9]\d{0,4})", args.coordinator)
+    if not port or int(port[1]) >= 2**16:
+        wanted = "HOST:PORT, such as 127.0.0.1:9876"
+        raise ValueError(f"--coordinator must be {wanted}, got {args.coordinator}")
+    runs.check_between(args, 1, MOST_DEVICES, "num_devices")

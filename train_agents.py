@@ -67,9 +67,9 @@ def check(agent: ModuleType, args) -> None:
         runs.check_grad_clip(args.grad_clip)
     runs.check_between(args, 0, 1e6, *(name for name in NOT_NEGATIVE if name in names))
     runs.check_between(args, 0, 1, *(name for name in FRACTIONS if name in names))
+    runs.check_seed(args)
     agent.check(args)
-    if not agent.num_updates(args):
-        raise ValueError(f"--total-steps {args.total_steps:g} is less than one update's rollouts")
+    runs.check_total_steps(args.total_steps, agent.steps_per_update(args), "update")
 
 
 def fill_in(agent: ModuleType, args):
@@ -101,10 +101,11 @@ def main(agent: ModuleType) -> None:
     args = runs.parse(ARGS[agent], agent.__doc__, partial(flag_defaults, agent=agent))
     with runs.bad_input():
         if args.resume:
-            args = resumed_args(args.resume, args)
+            args = resumed_args(args.resume, args, agent.__name__)
         args = fill_in(agent, args)
         optimizer = optimizers.make_optimizer(args.optimizer, args.learning_rate)
         env = tasks.make_env(args.env_name, agent, getattr(args, "backend", None))
+        tasks.check_memory(tasks.Learner(agent, args, env), optimizer, args.num_seeds)
         folder = runs.run_folder(args, args.env_name, agent.__name__)
         checkpoints = Checkpoints(folder, args)
     print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))

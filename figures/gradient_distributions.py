@@ -214,17 +214,24 @@ def draw(path: Path, layers: list[str], counts: np.ndarray, title: str) -> None:
     plt.close(figure)
 
 
+def checked_updates(args: Args, optimizer: optax.GradientTransformation) -> int:
+    """The number of A2C's updates. Raises a one-line ValueError for arguments that do not fit."""
+    learner = tasks.Learner(a2c, a2c_args(args), tasks.make_env(args.env_name, a2c))
+    runs.check_total_steps(learner.args.total_steps, a2c.steps_per_update(learner.args), "update")
+    tasks.check_memory(learner, optimizer, num_seeds=1)
+    return a2c.num_updates(learner.args)
+
+
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
-        args = dataclasses.replace(
-            args, learning_rate=args.learning_rate or (3e-3 if args.task == "a2c" else 3e-4)
-        )
+        if args.learning_rate is None:
+            args = dataclasses.replace(args, learning_rate=3e-3 if args.task == "a2c" else 3e-4)
         runs.check_positive(args, "learning_rate", "total_steps", "num_epochs", "batch_size")
+        runs.check_seed(args)
         optimizer = optimizers.make_optimizer(args.optimizer, args.learning_rate)
         if args.task == "a2c":
-            gridworld.make(args.env_name)
-            total, name, data = a2c.num_updates(a2c_args(args)), args.env_name, None
+            total, name, data = checked_updates(args, optimizer), args.env_name, None
         else:
             data = (
                 classifier.load_mnist(Path(args.data_dir).expanduser())

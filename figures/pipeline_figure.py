@@ -144,7 +144,7 @@ def main() -> None:
                 "no --resume"
             )
         args = tasks.fill_in(args)
-        mesh = runs.choose_devices(args.num_units, args.num_devices)
+        mesh = runs.choose_devices(args.num_units, args.num_devices, process_id=args.process_id)
         pipeline_train.set_up(args)
         folder = runs.make_folder(
             args.runs_dir, args.env_name[0], "pipeline_figure", args.seed, args

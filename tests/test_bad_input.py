@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -23,6 +24,8 @@ import optimizers
 from optim4rl import load_theta
 
 ROOT = Path(__file__).parent.parent
+
+DEVICES = "jax_num_cpu_devices"
 
 # script, flags, what the line must hold
 BAD = [
@@ -176,6 +179,65 @@ BAD = [
     ("convert_velo", "a_folder", "a_folder"),
     ("convert_velo", "broken.npz", "broken.npz"),
     ("convert_velo", "", "published weights"),
+    ("a2c", "--bogus", "error: Unrecognized options: --bogus\n"),
+    ("a2c", "--num-env 3", "--num-envs"),
+    ("a2c", "--env-name nope", "choose from small_sparse_short"),
+    ("ppo", "--env-name nope", "choose from small_sparse_short"),
+    ("evaluate", "--env-name nope", "choose from small_sparse_short"),
+    ("pipeline_train", "--env-name nope", "choose from small_sparse_short"),
+    ("pipeline_figure", "--env-name nope", "choose from small_sparse_short"),
+    ("gradient_distributions", "--env-name nope", "choose from small_sparse_short"),
+    ("gradient_distributions", "--env-name ant", "ppo.py learns there"),
+    # empty values
+    ("a2c", "--resume ''", "resume must not be empty"),
+    ("a2c", "--resume=", "resume must not be empty"),
+    ("a2c", "--optimizer ''", "optimizer must not be empty"),
+    ("pipeline_train", "--resume ''", "resume must not be empty"),
+    ("pipeline_train", "--theta ''", "theta must not be empty"),
+    ("pipeline_train", "--inspect ''", "Unrecognized options: --inspect"),
+    ("pipeline_train", "--env-name ''", "env-name must not be empty"),
+    ("evaluate", "--runs-dir ''", "runs-dir must not be empty"),
+    ("evaluate", "--optimizers adam ''", "optimizers must not be empty"),
+    ("inspection", "''", "optimizer must not be empty"),
+    ("inspection", "nosuch", "no such file"),
+    ("report", "''", "folders must not be empty"),
+    ("convert_velo", "''", "published must not be empty"),
+    # numbers that do not fit int32 or float32
+    ("a2c", "--total-steps 1e30", "--total-steps 1e+30 is more than 2147483647 updates"),
+    ("ppo", "--total-steps 1e30", "more than 2147483647 updates"),
+    ("evaluate", "--total-steps 1e30", "more than 2147483647 updates"),
+    ("pipeline_train", "--total-steps 1e30", "more than 2147483647 iterations"),
+    ("gradient_distributions", "--total-steps 1e30", "more than 2147483647 updates"),
+    ("a2c", "--seed 2147483648", "--seed must be from 0 to 2147483647, got 2147483648"),
+    ("ppo", "--seed 2147483647 --num-seeds 2", "--seed must be from 0 to 2147483646"),
+    ("evaluate", "--seed 2147483640", "--seed must be from 0 to 2147483636"),
+    ("pipeline_train", "--seed -1", "--seed must be from 0"),
+    ("pipeline_figure", "--seed 99999999999999999999", "--seed must be from 0"),
+    ("gradient_distributions", "--seed -1", "--seed must be from 0"),
+    ("gradient_distributions", "--learning-rate 0", "--learning-rate must be above 0"),
+    ("ppo", "--num-epochs 1000000000", "--num-epochs"),
+    ("pipeline_train", "--reset-interval 1000000000", "--reset-interval"),
+    ("pipeline_train", "--no-pipeline --num-iterations 1000000000", "--num-iterations"),
+    ("pipeline_train", "--num-iterations 1 --inner-updates 1000000000", "--inner-updates"),
+    ("pipeline_train", "--learning-rate-range 1e-300 1", "--learning-rate-range"),
+    # processes and devices
+    ("pipeline_train", "--coordinator nonsense", "--coordinator must be HOST:PORT"),
+    ("pipeline_train", "--coordinator localhost:99999", "--coordinator must be HOST:PORT"),
+    ("pipeline_train", "--num-processes 2 --coordinator a..b:99", "--coordinator a..b:99: "),
+    ("pipeline_train", "--num-processes 1000000007", "multiple"),
+    ("pipeline_train", "--num-units 7 --num-devices 2", "multiple"),
+    ("pipeline_train", "--num-devices 1000000000", "--num-devices must be from 1 to 1024"),
+    # more than any machine's memory
+    ("a2c", "--num-seeds 1000000000", "lower --num-seeds"),
+    ("a2c", "--hidden-size 2147483647 --conv-filters 1000000", "this machine has"),
+    ("ppo", "--env-name pendulum --num-seeds 1000000000", "this machine has"),
+    ("ppo", "--env-name pendulum --policy-layers 1000000 1000000", "this machine has"),
+    ("evaluate", "--num-seeds 1000000000", "this machine has"),
+    ("evaluate", "--learning-rates 1 --sweep-seeds 1000000000", "this machine has"),
+    ("pipeline_train", "--num-iterations 1 --num-units 1000000000", "this machine has"),
+    ("pipeline_train", "--hidden-size 1000000", "hidden_size of optim4rl must be a whole number"),
+    ("pipeline_train", "--hidden-size 60000", "theta would take"),
+    ("pipeline_train", "--num-iterations 1 --inner-updates 60000000", "this machine has"),
 ]
 
 
@@ -189,11 +251,11 @@ FILES = {
     "bomb.npz": "too large",
     "pickled.npz": "not a whole theta file",
     "foreign.npz": "no 'header' in it",
-    "other.npz": "known are optim4rl",
+    "other.npz": "choose from optim4rl",
     "newer.npz": "reads format",
     "shapes.npz": "its arrays are not those",
     "fewer.npz": "its arrays are not those",
-    "strings.npz": "its arrays are not those",
+    "strings.npz": "rnn1/w_x in it is not an array of float16, float32 or float64",
     "nan.npz": "not finite",
     "config.npz": "cannot be made from its header",
     "list.npz": "does not say which optimizer",
@@ -269,6 +331,9 @@ def run_in_vain(script, flags, hint, folder, monkeypatch, capsys):
     before, module = sorted(os.listdir(folder)), importlib.import_module(script)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+    change = jax.config.update  # but not the number of devices, which are there already
+    unless_devices = lambda key, value: key == DEVICES or change(key, value)  # noqa: E731
+    monkeypatch.setattr(jax.config, "update", unless_devices)
     began = time.process_time()
     with pytest.raises(SystemExit) as end:
         module.main()
@@ -281,7 +346,7 @@ def run_in_vain(script, flags, hint, folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize("script, flags, hint", BAD)
 def test_bad_input_is_one_line_and_exit_2(script, flags, hint, files, monkeypatch, capsys):
-    run_in_vain(script, flags.split(), hint, files, monkeypatch, capsys)
+    run_in_vain(script, shlex.split(flags), hint, files, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("name", FILES)

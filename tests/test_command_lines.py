@@ -1,0 +1,183 @@
+"""Odd numbers for every flag that takes one, and damaged runs to resume: refused in one line before
+any folder is made, with exit code 2."""
+
+import dataclasses
+import importlib
+import json
+import os
+import random
+import sys
+import typing
+
+import jax
+import pytest
+
+import evaluate
+import gradient_distributions
+import pipeline_train
+import runs
+import tasks
+import train_agents
+
+# script: its arguments, and flags for a start that is quick
+SCRIPTS = {
+    "a2c": (train_agents.A2CArgs, "--env-name catch"),
+    "ppo": (train_agents.PPOArgs, "--env-name pendulum"),
+    "evaluate": (evaluate.Args, "--env-name pendulum --optimizers adam"),
+    "pipeline_train": (pipeline_train.Args, "--env-name catch"),
+    "pipeline_figure": (pipeline_train.Args, "--env-name catch"),
+    "gradient_distributions": (gradient_distributions.Args, "--env-name catch"),
+}
+NEVER = {int: ("-1", "nan", "2147483648"), float: ("-1", "nan", "1e300")}
+
+
+make_folder = runs.make_folder  # the fixture `run` replaces it
+
+
+class Began(BaseException):
+    """The work would begin here."""
+
+
+def begin(*_):
+    raise Began
+
+
+def numeric_flags(script):
+    """-> (name, int or float, how many values it needs)"""
+    for name, hint in typing.get_type_hints(SCRIPTS[script][0]).items():
+        inner = [hint, *typing.get_args(hint)]
+        if typing.get_origin(hint) is not typing.Literal:
+            inner += [x for option in inner for x in typing.get_args(option)]
+            for number in {int, float} & set(inner):
+                yield name, number, 2 if name in tasks.RANGES else 1
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(script, flags) -> its error message, or None if the work would have begun."""
+    change = jax.config.update
+    unless_devices = lambda key, value: "cpu_devices" in key or change(key, value)  # noqa: E731
+    monkeypatch.setattr(jax.config, "update", unless_devices)  # they are there already
+    monkeypatch.setattr(runs, "make_folder", begin)
+    monkeypatch.setattr(train_agents, "Checkpoints", begin)
+    monkeypatch.setattr(pipeline_train, "Checkpoints", begin)
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, flags):
+        before = sorted(os.listdir())
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+        try:
+            importlib.import_module(script).main()
+        except Began:
+            return None
+        except SystemExit as end:
+            out, err = capsys.readouterr()
+            assert (end.code, out, sorted(os.listdir())) == (2, "", before)
+            assert err.startswith("error: ") and err.count("\n") == 1, err
+            return err
+        raise AssertionError("it ended without an error")
+
+    return run
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_flag_takes_what_cannot_be_its_number(script, run):
+    assert run(script, SCRIPTS[script][1].split()) is None
+    for name, number, count in numeric_flags(script):
+        for value in NEVER[number]:
+            flag = "--" + name.replace("_", "-")
+            err = run(script, [*SCRIPTS[script][1].split(), flag, *[value] * count])
+            assert err, f"{script} began with {flag} {value}"
+
+
+# --- Runs to resume ---
+
+
+def make_run(script):
+    """A folder as of a run that was stopped at update 3. -> its path, its config.json"""
+    args = SCRIPTS[script][0]()
+    env_name = "pendulum" if script == "ppo" else "catch"
+    if script == "pipeline_train":
+        args = tasks.fill_in(dataclasses.replace(args, env_name=(env_name,)))
+    else:
+        args = dataclasses.replace(args, env_name=env_name, num_seeds=2)
+    folder = make_folder(".", env_name, script, 0, args)
+    (folder / "checkpoint" / "3").mkdir(parents=True)
+    return folder, json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("script", ["a2c", "ppo", "pipeline_train"])
+def test_only_a_run_of_the_same_script_is_resumed(script, run):
+    for other in ("a2c", "ppo", "pipeline_train"):
+        err = run(script, ["--resume", str(make_run(other)[0])])
+        if other == script:
+            assert err is None
+        else:
+            assert f"a run of {other}.py, not of {script}.py" in err
+
+
+def test_a_run_of_before_config_had_the_scripts_name_is_resumed_or_its_other_type_is_named(run):
+    for script, hint in (("a2c", None), ("pipeline_train", "the env_name in its config.json is [")):
+        folder, config = make_run(script)
+        del config["script"]
+        (folder / "config.json").write_text(json.dumps(config))
+        err = run("a2c", ["--resume", str(folder)])
+        assert (err is None) if hint is None else (hint in err)
+
+
+# script, what changed in the arguments of its run, what the line must hold
+CHANGED = [
+    ("a2c", {"num_envs": "64"}, "the num_envs in its config.json is '64'"),
+    ("a2c", {"num_envs": 64.5}, "num_envs"),
+    ("a2c", {"num_envs": True}, "num_envs"),
+    ("a2c", {"num_envs": None}, "num_envs"),
+    ("a2c", {"num_envs": 0}, "--num-envs"),
+    ("a2c", {"num_envs": 10**400}, "--num-envs"),
+    ("a2c", {"num_seeds": 10**9}, "this machine has"),
+    ("a2c", {"discount": [0.9]}, "discount"),
+    ("a2c", {"total_steps": float("nan")}, "--total-steps"),
+    ("a2c", {"env_name": {}}, "env_name"),
+    ("a2c", {"env_name": "x\n" * 999}, "unknown environment"),
+    ("ppo", {"policy_layers": [32, "x"]}, "the policy_layers in its config.json is [32, 'x']"),
+    ("ppo", {"policy_layers": 32}, "policy_layers"),
+    ("ppo", {"backend": "nosuch"}, "backend"),
+    ("pipeline_train", {"num_units": "4"}, "num_units"),
+    ("pipeline_train", {"num_units": None}, "num_units is not set"),
+    ("pipeline_train", {"reward_scale_range": [1.0]}, "reward_scale_range"),
+    ("pipeline_train", {"pipeline": 1}, "pipeline"),
+    ("pipeline_train", {"learning_rate": [1e-3, 1e-3]}, "--learning-rate"),
+    ("pipeline_train", {"coordinator": "x"}, "--coordinator"),
+]
+
+
+@pytest.mark.parametrize("script, changed, hint", CHANGED)
+def test_a_changed_config_is_refused_and_what_is_wrong_in_it_is_named(script, changed, hint, run):
+    folder, config = make_run(script)
+    config["args"] |= changed
+    (folder / "config.json").write_text(json.dumps(config))
+    assert hint in run(script, ["--resume", str(folder)])
+
+
+ODD = (None, True, "", "x", "1", [], [1], ["x"], {}, 0, -1, 2.5, 1e300, 2**63, 10**400)
+ODD += (float("nan"), float("inf"), [[1]], {"a": {"b": 1}}, "a\nb", [float("nan")], [0], 1e-300)
+TEXTS = ("", "[]", "null", "1", '"x"', "{", '{"args": 1}', '{"args": {}}', "[" * 10**5, "\0")
+
+
+def damage(rng, config):
+    """-> the text of a config.json with one thing changed"""
+    if rng.random() < 0.1:
+        return rng.choice(TEXTS)
+    changed = rng.choice((config, config["args"], config["args"], config["args"]))
+    name = rng.choice(sorted(changed))
+    changed.pop(name) if rng.random() < 0.1 else changed.update({name: rng.choice(ODD)})
+    return json.dumps(config)
+
+
+@pytest.mark.parametrize("script", ["a2c", "ppo", "pipeline_train"])
+def test_a_damaged_config_is_refused_in_one_line_or_makes_no_difference(script, run):
+    folder, config = make_run(script)
+    rng, refused = random.Random(0), 0
+    for _ in range(40):
+        (folder / "config.json").write_text(damage(rng, json.loads(json.dumps(config))))
+        refused += run(script, ["--resume", str(folder)]) is not None
+    assert 20 < refused < 40
