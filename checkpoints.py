@@ -23,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import multihost
 
+import checks
 import runs
 from optim4rl import brief
 
@@ -231,7 +232,7 @@ def resumed_args(run_folder: str, given: Any, script: str) -> Any:
         hints = get_type_hints(args_class)
         known = {name: value for name, value in stored.items() if name in hints}
         for name, value in known.items():
-            if not runs.fits(value, hints[name]):
+            if not checks.fits(value, hints[name]):
                 raise ValueError(f"the {name} in its config.json is {brief(repr(value), 40)}")
         run = args_class(
             **{name: tuple(v) if isinstance(v, list) else v for name, v in known.items()}

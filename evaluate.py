@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 import a2c
+import checks
 import optimizers
 import runs
 import settings
@@ -39,7 +40,8 @@ SHORTER = "fewer --num-seeds or --total-steps shorten it; Ctrl-C keeps the optim
 class Args:
     # --- What to compare ---
     env_name: tuple[str, ...] = ("catch",)
-    """one or more of the eight gridworlds, catch, the tasks of control.py, and Brax's tasks"""
+    """one or more of the eight gridworlds, catch, control tasks, MinAtar's games, and Brax's
+    tasks"""
     optimizers: tuple[str, ...] = ("untrained", "sign_sgd", "adam", "rmsprop")
     """names (adam, rmsprop, sgd, sign_sgd, and others in optimizers.CLASSICAL; untrained,
     untrained:star, pretrained/NAME, untrained:pretrained/NAME) and paths of theta files (.npz)"""
@@ -172,7 +174,7 @@ def trained_rate(trained: Any, env_name: str) -> float | None:
     if tasks.agent_of(env_name) is a2c and len(rates) > 1 and len(same) == 1:
         rates[env_name] = same.pop()
     rate = rates.get(env_name)
-    return rate if rate and 0 < rate <= runs.LARGEST else None
+    return rate if rate and 0 < rate <= checks.LARGEST else None
 
 
 AGENT_ARGS = "num_seeds seed total_steps num_envs batch_size value_layers num_evals".split()
@@ -183,7 +185,7 @@ def make_learner(args: Args, env_name: str) -> tasks.Learner:
     given = {name: getattr(args, name) for name in AGENT_ARGS}
     learner = tasks.make_learner(env_name, args.agent, args.backend, **given)
     steps = learner.agent.steps_per_update(learner.args)
-    runs.check_total_steps(learner.args.total_steps, steps, "update")
+    checks.total_steps(learner.args.total_steps, steps, "update")
     most = max(args.num_seeds, args.sweep_seeds if args.learning_rates else 0)
     tasks.check_memory(learner, optimizers.make_optimizer("sgd", 1.0), most)
     return learner
@@ -231,7 +233,7 @@ def sweep(learner: tasks.Learner, run: Run, args: Args, title: str, interrupted)
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
-        runs.check_positive(
+        checks.positive(
             args,
             "num_seeds",
             "sweep_seeds",
@@ -240,8 +242,8 @@ def main() -> None:
             "total_steps",
             "num_envs",
         )
-        runs.check_positive(args, "batch_size", "value_layers", "num_evals")
-        runs.check_seed(args)
+        checks.positive(args, "batch_size", "value_layers", "num_evals")
+        checks.seed(args)
         if not args.optimizers or not args.env_name or len(set(args.env_name)) < len(args.env_name):
             raise ValueError(
                 "--optimizers and --env-name must name at least one, and each environment once"

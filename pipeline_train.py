@@ -34,6 +34,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import a2c
+import checks
 import optimizers
 import ppo
 import runs
@@ -330,7 +331,7 @@ def set_up(args: Args) -> tuple[list[Task], LearnedOptimizer, dict]:
         all_tasks.append(Task(agent.make_agent(env, unit_args), rate))
         quick = Task(agent.make_agent(tasks.without_steps(env), unit_args), rate)
         needed += bytes_of_units(quick, learned, args)
-    runs.check_memory("the units", needed, "--num-units, --envs-per-unit or --inner-updates")
+    checks.memory("the units", needed, "--num-units, --envs-per-unit or --inner-updates")
     return all_tasks, learned, config
 
 
@@ -342,8 +343,8 @@ def bytes_of_units(task: Task, learned: LearnedOptimizer, args: Args) -> int:
         return new_unit(key, learned.init_theta(key), task, learned, args)
 
     recorded = args.inner_updates if args.meta_estimator == "backprop" else 0
-    units = args.num_units // args.num_processes * runs.size_of(unit)
-    return units + recorded * runs.size_of(lambda: unit().agent.params)
+    units = args.num_units // args.num_processes * checks.size_of(unit)
+    return units + recorded * checks.size_of(lambda: unit().agent.params)
 
 
 def make_learned(args: Args) -> tuple[LearnedOptimizer, dict]:
@@ -359,7 +360,7 @@ def make_learned(args: Args) -> tuple[LearnedOptimizer, dict]:
         config["grad_clip"] = None if np.isinf(args.grad_clip) else args.grad_clip
     optimizers.check_config(args.optimizer, config)
     learned = optimizers.LEARNED[args.optimizer](**config)
-    size = runs.size_of(lambda: learned.init_theta(jax.random.key(0)))
+    size = checks.size_of(lambda: learned.init_theta(jax.random.key(0)))
     if size > MAX_BYTES:
         raise ValueError(f"theta would take {size:,} bytes, a file of it at most {MAX_BYTES:,}")
     return learned, config

@@ -41,7 +41,7 @@ class Args:
     # --- Training ---
     env_name: str = "inverted_pendulum"
     """a Brax task: ant, halfcheetah, hopper, humanoid, inverted_pendulum, inverted_double_pendulum,
-    humanoidstandup, pusher, reacher, walker2d; a task of control.py; a gridworld, or catch"""
+    humanoidstandup, pusher, reacher, walker2d; a control task; a gridworld, or catch"""
     grad_clip: float = 1.0
     """elementwise bound on gradients; inf: no clipping"""
     total_steps: float = 2e6
@@ -469,8 +469,6 @@ def check(args: Args) -> None:
         raise ValueError(f"{product} must be a multiple of --num-envs {args.num_envs}")
     if args.rollout_steps > args.episode_length:
         raise ValueError(f"--rollout-steps is above --episode-length {args.episode_length}")
-    if args.num_epochs * args.num_minibatches >= 2**31:
-        raise ValueError(f"--num-epochs {args.num_epochs} times --num-minibatches is too large")
 
 
 def main() -> None:

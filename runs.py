@@ -1,5 +1,4 @@
-"""The parts that all scripts share: command line, run folder, log, devices, and the refusal of bad
-input."""
+"""The parts that all scripts share: command line, devices, run folder, log."""
 
 import ast
 import contextlib
@@ -10,7 +9,6 @@ import inspect
 import io
 import itertools
 import json
-import math
 import os
 import re
 import signal
@@ -20,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +36,6 @@ COMPILER_OPTIONS = {
     "xla_disable_hlo_passes": "cpu-parallel-task-assigner",
 }
 SECTION = re.compile(r" *# --- (.*) ---")
-MOST, LARGEST = 2**31 - 1, 3.4e38  # in int32 and float32
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "chex", "brax")
 
 
@@ -177,92 +174,6 @@ def interruptible():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def check_positive(args: Any, *names: str) -> None:
-    """Raises ValueError unless each of these arguments is None, or above 0 and fits int32 or
-    float32."""
-    for name in names:
-        value, flag = getattr(args, name), name.replace("_", "-")
-        for number in value if isinstance(value, tuple | list) else (value,):
-            most = MOST if isinstance(number, int) else LARGEST
-            if number is not None and not number > 0:
-                raise ValueError(f"--{flag} must be above 0, got {shown(number)}")
-            if number is not None and number > most:
-                raise ValueError(f"--{flag} must be at most {shown(most)}, got {shown(number)}")
-
-
-def check_between(args: Any, low: float, high: float, *names: str) -> None:
-    """Raises ValueError unless each of these arguments is None or from low to high."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise ValueError(
-                f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, got {shown(value)}"
-            )
-
-
-def check_grad_clip(value: float) -> None:
-    """Raises ValueError unless it is above 0 and fits float32, or infinite."""
-    if not 0 < value <= LARGEST and value != float("inf"):
-        raise ValueError(f"--grad-clip must be above 0, or inf for no clipping, got {value:g}")
-
-
-def check_seed(args: Any) -> None:
-    """Raises ValueError unless the seeds of all agents, from --seed on, fit int32."""
-    most = MOST + 1 - getattr(args, "num_seeds", 1) - getattr(args, "sweep_seeds", 0)
-    if not 0 <= args.seed <= most:
-        raise ValueError(f"--seed must be from 0 to {most}, got {args.seed}")
-
-
-def check_total_steps(total_steps: float, steps: int, unit: str) -> None:
-    """Raises ValueError unless this is from one unit, an update or iteration of so many steps, to
-    as many units as fit int32."""
-    if total_steps < steps:
-        raise ValueError(f"--total-steps {total_steps:g} is less than one {unit} ({steps} steps)")
-    if steps > MOST:
-        raise ValueError(f"one {unit} would be {steps} steps, and can be {MOST} at most")
-    if total_steps // steps > MOST:
-        raise ValueError(f"--total-steps {total_steps:g} is more than {MOST} {unit}s")
-
-
-def shown(number: float) -> str:
-    return f"{number:g}" if isinstance(number, float) else str(number)
-
-
-def size_of(make: Callable) -> float:
-    """Bytes of the arrays that make() returns, without making them; infinite if a size does not fit
-    int32."""
-    try:
-        leaves = jax.tree.leaves(jax.eval_shape(make))
-    except OverflowError:
-        return float("inf")
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def check_memory(what: str, needed: float, flags: str) -> None:
-    """Raises ValueError if so many bytes surely do not fit into this machine's memory. flags: those
-    that make it less."""
-    on_devices = sum((d.memory_stats() or {}).get("bytes_limit", 0) for d in jax.local_devices())
-    there = max(on_devices, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    if needed > there:
-        sizes = f"{needed / 1e9:,.0f} GB, and this machine has {there / 1e9:,.0f}"
-        raise ValueError(f"{what} would take {sizes}; lower {flags}")
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value from a JSON file is of an argument's type."""
-    inner = get_args(hint)
-    if get_origin(hint) is Literal:
-        return value in inner
-    if get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            return False
-        each = inner[:1] * len(value) if inner[-1] is ... else inner
-        return len(value) == len(each) and all(map(fits, value, each))
-    if inner:  # a union
-        return any(fits(value, option) for option in inner)
-    return type(value) in ((int, float) if hint is float else (hint,))
 
 
 def choose_devices(

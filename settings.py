@@ -88,7 +88,7 @@ AGENT = {
     ),
     "inverted_double_pendulum": PENDULUM | dict(total_steps=2e7),
     "walker2d": OTHER | dict(reward_scale=5, discount=0.997, learning_rate=3e-5),
-    # control.py's tasks, which are not in the paper
+    # control tasks, which are not in the paper
     "pendulum": CONTROL,
     "cartpole": CONTROL,
     "point_mass": CONTROL,

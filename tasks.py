@@ -17,13 +17,12 @@ import jax
 import jax.numpy as jnp
 
 import a2c
-import brax_env
-import control
+import checks
 import gridworld
 import optimizers
 import ppo
-import runs
 import settings
+from environments import brax_env, control, minatar
 from networks import CATEGORICAL
 
 
@@ -49,44 +48,6 @@ def flat_gridworld(name: str) -> ppo.Env:
     return ppo.Env(reset, step, size, env.num_actions, CATEGORICAL, resets_itself=True)
 
 
-MINATAR = {
-    "minatar_asterix": "Asterix-MinAtar",
-    "minatar_breakout": "Breakout-MinAtar",
-    "minatar_freeway": "Freeway-MinAtar",
-    "minatar_space_invaders": "SpaceInvaders-MinAtar",
-}
-
-
-def minatar(name: str) -> ppo.Env:
-    """A game of MinAtar (Young & Tian 2019, arXiv 1903.03176) from gymnax, with flat observations
-    and a key in the state. Raises a one-line ValueError without gymnax."""
-    try:
-        import gymnax
-    except ImportError as error:
-        raise ValueError(
-            f"--env-name {name}: it needs gymnax (pip install gymnax, with jax below 0.12): {error}"
-        ) from None
-    env, params = gymnax.make(MINATAR[name])
-    params = params.replace(max_steps_in_episode=2**30)  # the agent sets the limit
-
-    def flat(obs):
-        return obs.reshape(-1).astype(jnp.float32)
-
-    def reset(key):
-        key_reset, key_steps = jax.random.split(key)
-        obs, state = env.reset_env(key_reset, params)
-        return (key_steps, state), flat(obs)
-
-    def step(key_and_state, action):
-        key, state = key_and_state
-        key, key_step = jax.random.split(key)
-        obs, state, reward, done, _ = env.step_env(key_step, state, action, params)
-        return (key, state), flat(obs), reward.astype(jnp.float32), done
-
-    size = math.prod(env.observation_space(params).shape)
-    return ppo.Env(reset, step, size, env.num_actions, CATEGORICAL)
-
-
 class Kind(NamedTuple):
     """Environments of one kind."""
 
@@ -103,7 +64,7 @@ KINDS = (
         },
     ),
     Kind(lambda: control.NAMES, {ppo: lambda name, backend: ppo.Env(*control.make(name))}),
-    Kind(lambda: tuple(MINATAR), {ppo: lambda name, backend: minatar(name)}),
+    Kind(lambda: minatar.NAMES, {ppo: lambda name, backend: ppo.Env(*minatar.make(name))}),
     Kind(brax_env.names, {ppo: brax_env.make}),  # last, because names() imports Brax
 )
 AGENTS = {"a2c": a2c, "ppo": ppo}
@@ -200,11 +161,11 @@ def check_memory(learner: Learner, optimizer: Any, num_seeds: int) -> None:
     def evaluated():
         return jax.vmap(env.reset)(jax.random.split(jax.random.key(0), args.eval_envs))
 
-    needed = num_seeds * runs.size_of(agent_and_metrics)
+    needed = num_seeds * checks.size_of(agent_and_metrics)
     if module is ppo:
-        needed += runs.size_of(evaluated)
+        needed += checks.size_of(evaluated)
     flags = "--num-seeds, --num-envs, the networks' sizes or --total-steps"
-    runs.check_memory("the agents", needed, flags)
+    checks.memory("the agents", needed, flags)
 
 
 def score_window(env_name: str) -> int:
@@ -303,7 +264,7 @@ def fill_in(args: Any) -> Any:
             args = dataclasses.replace(args, **{name: values})
     steps = steps_per_iteration(args)
     if not args.num_iterations:
-        runs.check_total_steps(args.total_steps, steps, "iteration")
+        checks.total_steps(args.total_steps, steps, "iteration")
     num_iterations = args.num_iterations or int(args.total_steps) // steps
     total_steps = float(num_iterations * steps)
     args = dataclasses.replace(args, num_iterations=num_iterations, total_steps=total_steps)
@@ -321,29 +282,29 @@ def check_filled_in(args: Any) -> None:
     lifetime, flag = args.num_iterations, "--num-iterations"
     if args.pipeline:
         lifetime, flag = args.reset_interval, "--reset-interval"
-    if args.inner_updates * lifetime > runs.MOST:
-        raise ValueError(f"--inner-updates times {flag} must be at most {runs.MOST}")
+    if args.inner_updates * lifetime > checks.MOST:
+        raise ValueError(f"--inner-updates times {flag} must be at most {checks.MOST}")
 
 
 def check(args: Any) -> None:
     """Raises a one-line ValueError for invalid values in pipeline_train.Args."""
-    runs.check_positive(args, *POSITIVE)
+    checks.positive(args, *POSITIVE)
     for name in PER_ENVIRONMENT:
         values, flag = getattr(args, name), name.replace("_", "-")
         if len(values) not in (1, len(args.env_name)):
             raise ValueError(f"--{flag} takes 1 value or {len(args.env_name)}, got {len(values)}")
     for name in RANGES:
         (low, high), flag = getattr(args, name), name.replace("_", "-")
-        if not 1e-38 <= low <= high <= runs.LARGEST:
+        if not 1e-38 <= low <= high <= checks.LARGEST:
             wanted = "two numbers from 1e-38 to 3.4e38, the lower first"
             raise ValueError(f"--{flag} must be {wanted}, got {low:g} {high:g}")
     if args.meta_estimator != "backprop" and args.num_units % 2:
         pairs = f"even with {args.meta_estimator} (antithetic pairs)"
         raise ValueError(f"--num-units must be {pairs}, got {args.num_units}")
-    runs.check_grad_clip(args.grad_clip)
-    runs.check_seed(args)
+    checks.grad_clip(args.grad_clip)
+    checks.seed(args)
     port = re.fullmatch(r"\S+:([1-9]\d{0,4})", args.coordinator)
     if not port or int(port[1]) >= 2**16:
         wanted = "HOST:PORT, such as 127.0.0.1:9876"
         raise ValueError(f"--coordinator must be {wanted}, got {args.coordinator}")
-    runs.check_between(args, 1, MOST_DEVICES, "num_devices")
+    checks.between(args, 1, MOST_DEVICES, "num_devices")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import a2c
+import checks
 import optimizers
 import ppo
 import runs
@@ -62,14 +63,16 @@ FRACTIONS = ("discount", "td_lambda", "gae_lambda")
 def check(agent: ModuleType, args) -> None:
     """Raises a one-line ValueError for an invalid argument."""
     names = {field.name for field in dataclasses.fields(args)}
-    runs.check_positive(args, *(name for name in POSITIVE if name in names))
+    checks.positive(args, *(name for name in POSITIVE if name in names))
     if "grad_clip" in names:
-        runs.check_grad_clip(args.grad_clip)
-    runs.check_between(args, 0, 1e6, *(name for name in NOT_NEGATIVE if name in names))
-    runs.check_between(args, 0, 1, *(name for name in FRACTIONS if name in names))
-    runs.check_seed(args)
+        checks.grad_clip(args.grad_clip)
+    checks.between(args, 0, 1e6, *(name for name in NOT_NEGATIVE if name in names))
+    checks.between(args, 0, 1, *(name for name in FRACTIONS if name in names))
+    checks.seed(args)
+    if agent is ppo:
+        checks.between(args, 1, 10_000, "num_epochs")
     agent.check(args)
-    runs.check_total_steps(args.total_steps, agent.steps_per_update(args), "update")
+    checks.total_steps(args.total_steps, agent.steps_per_update(args), "update")
 
 
 def fill_in(agent: ModuleType, args):

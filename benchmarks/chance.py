@@ -20,6 +20,7 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import a2c  # noqa: E402, once the project is on the path
+import checks  # noqa: E402
 import gridworld  # noqa: E402
 import runs  # noqa: E402
 import tasks  # noqa: E402
@@ -73,7 +74,7 @@ def make_life(args: Args):
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
-        runs.check_positive(args, "sigma", "num_noises", "num_updates", "num_envs", "learning_rate")
+        checks.positive(args, "sigma", "num_noises", "num_updates", "num_envs", "learning_rate")
         if args.num_noises < 3:
             raise ValueError(
                 f"--num-noises must be at least 3 for a correlation, got {args.num_noises}"

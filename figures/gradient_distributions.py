@@ -29,6 +29,7 @@ import optax
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import a2c  # noqa: E402, once the project is on the path
+import checks  # noqa: E402
 import classifier  # noqa: E402
 import gridworld  # noqa: E402
 import optimizers  # noqa: E402
@@ -217,7 +218,7 @@ def draw(path: Path, layers: list[str], counts: np.ndarray, title: str) -> None:
 def checked_updates(args: Args, optimizer: optax.GradientTransformation) -> int:
     """The number of A2C's updates. Raises a one-line ValueError for arguments that do not fit."""
     learner = tasks.Learner(a2c, a2c_args(args), tasks.make_env(args.env_name, a2c))
-    runs.check_total_steps(learner.args.total_steps, a2c.steps_per_update(learner.args), "update")
+    checks.total_steps(learner.args.total_steps, a2c.steps_per_update(learner.args), "update")
     tasks.check_memory(learner, optimizer, num_seeds=1)
     return a2c.num_updates(learner.args)
 
@@ -227,8 +228,8 @@ def main() -> None:
     with runs.bad_input():
         if args.learning_rate is None:
             args = dataclasses.replace(args, learning_rate=3e-3 if args.task == "a2c" else 3e-4)
-        runs.check_positive(args, "learning_rate", "total_steps", "num_epochs", "batch_size")
-        runs.check_seed(args)
+        checks.positive(args, "learning_rate", "total_steps", "num_epochs", "batch_size")
+        checks.seed(args)
         optimizer = optimizers.make_optimizer(args.optimizer, args.learning_rate)
         if args.task == "a2c":
             total, name, data = checked_updates(args, optimizer), args.env_name, None

@@ -15,7 +15,7 @@ import pytest
 
 import evaluate
 import optimizers
-from optim4rl import load_theta, save_theta
+from optim4rl import load_theta
 
 SMALLEST = {
     "optim4rl": {"hidden_size": 1, "grad_clip": 1.0},
@@ -150,7 +150,7 @@ def whole_theta(path, kind):
     config = SMALLEST[kind]
     theta = optimizers.LEARNED[kind](**config).init_theta(jax.random.key(0))
     trained = {"env_name": ["catch"], "learning_rate": [1e-3]}
-    save_theta(path, theta, kind, config, trained)
+    optimizers.save_theta(path, theta, kind, config, trained)
     with np.load(path) as file:
         return load_theta(path)[1], {name: file[name] for name in file.files if name != "header"}
 

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 import pytest
 
-import brax_env
 import optimizers
+from environments import brax_env
 from optim4rl import load_theta
 
 ROOT = Path(__file__).parent.parent

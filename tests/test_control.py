@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
-
-import control
 from control import GRAVITY, State
+
+from environments import control
 
 every_task = pytest.mark.parametrize("name", control.NAMES)
 

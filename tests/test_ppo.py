@@ -12,10 +12,10 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
-import brax_env
 import networks
 import optimizers
 import ppo
+from environments import brax_env
 
 PROBE = ppo.Args(
     total_steps=40_000,

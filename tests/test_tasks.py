@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import a2c
-import control
 import gridworld
 import ppo
 import tasks
+from environments import control
 from pipeline_train import Args
 from tasks import fill_in
 
