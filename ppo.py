@@ -270,9 +270,8 @@ def learn_epochs(key, state: AgentState, batch: Batch, optimizer, progress, env:
         (params, opt_state), (batch, key, step) = carry, minibatch
         inputs = (state.normaliser, batch, key, env.distribution, args)
         (loss, kl), grads = jax.value_and_grad(ppo_loss, has_aux=True)(params, *inputs)
-        fraction = jnp.float32(progress[0]) + step / total_steps
-        extra_args = {"value": loss, "fraction": fraction, "num_steps": total_steps}
-        extra_args |= {"kl": kl, "iteration_step": step} | sizes
+        extra_args = {"value": loss, "kl": kl, "iteration_step": step, "num_steps": total_steps}
+        extra_args |= {"fraction": jnp.float32(progress[0]) + step / total_steps} | sizes
         updates, opt_state = update(grads, opt_state, params, **extra_args)
         return (optax.apply_updates(params, updates), opt_state), (grads, extra_args)
 
@@ -291,10 +290,9 @@ def learn_epochs(key, state: AgentState, batch: Batch, optimizer, progress, env:
     total_steps = num_steps / jnp.float32(progress[1] - progress[0])  # of the whole training
     steps = jnp.arange(num_steps).reshape(args.num_epochs, args.num_minibatches)
     keys = jax.random.split(key, args.num_epochs)
-    start = (state.params, state.opt_state)
-    (params, opt_state), recorded = jax.lax.scan(epoch, start, (keys, steps))
-    recorded = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), recorded)
-    return state._replace(params=params, opt_state=opt_state), recorded
+    carry, recorded = jax.lax.scan(epoch, (state.params, state.opt_state), (keys, steps))
+    state = state._replace(params=carry[0], opt_state=carry[1])
+    return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), recorded)
 
 
 def init_state(key: jax.Array, optimizer, env: Env, args: Args) -> AgentState:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
-from control import GRAVITY, State
 
 from environments import control
+from environments.control import GRAVITY, State
 
 every_task = pytest.mark.parametrize("name", control.NAMES)
 
