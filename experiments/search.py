@@ -79,6 +79,7 @@ SCALES = {
     "shape": (0.15,) * 4,
 }
 SPREAD = 0.4  # of the initial distribution, in these scales
+CHUNKS = 3  # jobs of a task, so that all cores are busy to the end of a generation
 
 
 def a2c_on(grid: gridworld.Grid, num_envs: int, **sizes) -> a2c.Agent:
@@ -186,16 +187,17 @@ def make_lifetimes(search: Search):
 
 
 def work(core: int, jobs, results) -> None:
-    """A process on one core: (task, thetas, seed, updates) -> (task, scores)."""
+    """A process on one core: (task, numbers of candidates, thetas, seed, updates) -> (task,
+    numbers, scores)."""
     os.sched_setaffinity(0, {core})
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/optim4rl-jax"))
     compiled: dict = {}
     while (job := jobs.get()) is not None:
-        name, thetas, seed, num_updates = job
+        name, numbers, thetas, seed, num_updates = job
         if name not in compiled:
             compiled[name] = make_lifetimes(TASKS[name])
         scores = compiled[name](jnp.float32(thetas), jax.random.key(seed), num_updates)
-        results.put((name, np.asarray(scores)))
+        results.put((name, numbers, np.asarray(scores)))
 
 
 # --- Search ---
@@ -213,16 +215,22 @@ def generation(strategy, rng, names: list, args: Args, jobs, results) -> dict:
     scale = np.concatenate(list(SCALES.values()))
     candidates = strategy.ask()
     thetas = scale * np.array([*candidates, strategy.mean, np.zeros(len(scale))])
+    chunks = np.array_split(np.arange(len(thetas)), CHUNKS)
     for name in names:
         search = TASKS[name]
         num_updates = int(np.exp(rng.uniform(np.log(search.fewest), np.log(search.most))))
-        jobs.put((name, thetas, int(rng.integers(2**31)), num_updates))
+        seed = int(rng.integers(2**31))
+        for chunk in chunks:
+            jobs.put((name, chunk, thetas[chunk], seed, num_updates))
+    scores = {name: np.zeros((len(thetas), 2)) for name in names}
+    for _ in range(len(names) * CHUNKS):
+        name, chunk, found = results.get()
+        scores[name][chunk] = found
     fitness, row = np.zeros(len(thetas)), {}
-    for _ in names:
-        name, scores = results.get()
-        fitness += sum(ranks(scores[:, i]) for i in (0, 1)) / 2 / len(names)
-        middle = np.median(scores[:-2], axis=0)
-        row[name] = {"mean": scores[-2].tolist(), "adam": scores[-1].tolist()}
+    for name, found in scores.items():
+        fitness += sum(ranks(found[:, i]) for i in (0, 1)) / 2 / len(names)
+        middle = np.median(found[:-2], axis=0)
+        row[name] = {"mean": found[-2].tolist(), "adam": found[-1].tolist()}
         row[name]["median"] = middle.tolist()
     strategy.tell(candidates, list(-fitness[: len(candidates)]))
     return {"rank of the mean": fitness[-2], "rank of adam": fitness[-1], **row}
