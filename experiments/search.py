@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import queue
 import sys
 import time
 from collections.abc import Callable
@@ -192,8 +193,11 @@ def work(core: int, jobs, results) -> None:
     os.sched_setaffinity(0, {core})
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/optim4rl-jax"))
     compiled: dict = {}
-    while (job := jobs.get()) is not None:
-        name, numbers, thetas, seed, num_updates = job
+    while multiprocessing.parent_process().is_alive():
+        try:
+            name, numbers, thetas, seed, num_updates = jobs.get(timeout=5)
+        except queue.Empty:
+            continue
         if name not in compiled:
             compiled[name] = make_lifetimes(TASKS[name])
         scores = compiled[name](jnp.float32(thetas), jax.random.key(seed), num_updates)
