@@ -241,9 +241,12 @@ def generation(strategy, rng, names: list, args: Args, jobs, results) -> dict:
 
 
 def main() -> None:
+    args = runs.parse(Args, __doc__)
+    with runs.bad_input():
+        runs.check_positive(args, "minutes", "population", "tasks_per_generation")
+        runs.check_seed(args)
     import cma
 
-    args = runs.parse(Args, __doc__)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     state = out.with_suffix(".pkl")
