@@ -34,6 +34,7 @@ import numpy as np
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import a2c  # noqa: E402, once the project is on the path
+import checks  # noqa: E402
 import gridworld  # noqa: E402
 import optimizers  # noqa: E402
 import ppo  # noqa: E402
@@ -243,8 +244,8 @@ def generation(strategy, rng, names: list, args: Args, jobs, results) -> dict:
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
-        runs.check_positive(args, "minutes", "population", "tasks_per_generation")
-        runs.check_seed(args)
+        checks.positive(args, "minutes", "population", "tasks_per_generation")
+        checks.seed(args)
     import cma
 
     out = Path(args.out)
