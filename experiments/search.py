@@ -167,6 +167,7 @@ def make_lifetimes(search: Search):
 
     def lifetime(theta, key, num_updates):
         optimizer = to_optax(learned, unflatten(theta), 1.0)
+        last = jnp.maximum(1, num_updates // 10)
         key_init, key_learn = jax.random.split(key)
 
         def update(n, carry):
@@ -175,7 +176,7 @@ def make_lifetimes(search: Search):
             key = jax.random.fold_in(key_learn, n)
             state, _, metrics = agent.learn(key, state, optimizer, progress)
             value = metrics[metric]
-            use = jnp.isfinite(value) & jnp.array([True, n >= 0.9 * num_updates])
+            use = jnp.isfinite(value) & jnp.array([True, n >= num_updates - last])
             return state, sums + jnp.where(use, value, 0), counts + use
 
         start = (agent.init(key_init, optimizer), jnp.zeros(2), jnp.zeros(2))

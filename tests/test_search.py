@@ -77,16 +77,17 @@ def test_candidates_share_seeds_and_one_that_diverges_scores_lowest(lifetimes):
     assert (scores[3] == -1e9).all() and np.isfinite(scores[:3]).all()
 
 
-def test_a_lifetimes_scores_are_the_means_of_all_and_of_the_last_tenth(lifetimes):
+@pytest.mark.parametrize("num_updates", [8, 12])  # the last tenth is one update at least
+def test_a_lifetimes_scores_are_the_means_of_all_and_of_the_last_tenth(lifetimes, num_updates):
     agent = search.ppo_on("cartpole", **SMALL)
     theta = jnp.zeros(NUMBERS).at[0].set(-4.0)  # small steps, so that rounding does not grow
     optimizer = to_optax(make_adam4rl(), search.unflatten(theta), 1.0)
     learn = jax.jit(agent.learn, static_argnums=2)
     key_init, key_learn = jax.random.split(jax.random.key(1))
     state, rewards = agent.init(key_init, optimizer), []
-    for n in range(12):
+    for n in range(num_updates):
         key = jax.random.fold_in(key_learn, n)
-        state, _, metrics = learn(key, state, optimizer, (n / 12, (n + 1) / 12))
+        state, _, metrics = learn(key, state, optimizer, (n / num_updates, (n + 1) / num_updates))
         rewards.append(metrics["reward"])
-    scores = lifetimes(theta[None], jax.random.key(1), 12)
+    scores = lifetimes(theta[None], jax.random.key(1), num_updates)
     np.testing.assert_allclose(scores[0], [np.mean(rewards), rewards[-1]], rtol=1e-3)
