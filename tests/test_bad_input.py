@@ -237,7 +237,11 @@ BAD = [
     ("pipeline_train", "--num-iterations 1 --num-units 1000000000", "this machine has"),
     ("pipeline_train", "--hidden-size 1000000", "hidden_size of optim4rl must be a whole number"),
     ("pipeline_train", "--hidden-size 60000", "theta would take"),
-    ("pipeline_train", "--num-iterations 1 --inner-updates 60000000", "this machine has"),
+    (
+        "pipeline_train",
+        "--num-iterations 1 --inner-updates 999999999 --reset-interval 1",
+        "this machine has",
+    ),
 ]
 
 
