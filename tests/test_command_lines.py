@@ -10,8 +10,11 @@ import sys
 import typing
 
 import jax
+import numpy as np
+import optax
 import pytest
 
+import a2c
 import evaluate
 import gradient_distributions
 import pipeline_train
@@ -88,6 +91,22 @@ def test_no_flag_takes_what_cannot_be_its_number(script, run):
             flag = "--" + name.replace("_", "-")
             err = run(script, [*SCRIPTS[script][1].split(), flag, *[value] * count])
             assert err, f"{script} began with {flag} {value}"
+
+
+def test_agents_are_refused_from_the_size_of_their_arrays_on(monkeypatch):
+    learner, optimizer = tasks.make_learner("catch"), optax.adam(1e-3)
+    agent = a2c.make_agent(learner.env, learner.args)
+    state = jax.jit(lambda key: agent.init(key, optimizer))(jax.random.key(0))
+    metrics = np.zeros((3, a2c.num_updates(learner.args)), np.float32)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves((state, metrics)))
+    pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 5 * size}
+    monkeypatch.setattr(os, "sysconf", pages.get)
+    tasks.check_memory(learner, optimizer, num_seeds=5)
+    with pytest.raises(ValueError, match="lower --num-seeds"):
+        tasks.check_memory(learner, optimizer, num_seeds=6)
+    pages["SC_PHYS_PAGES"] -= 1
+    with pytest.raises(ValueError, match="lower --num-seeds"):
+        tasks.check_memory(learner, optimizer, num_seeds=5)
 
 
 # --- Runs to resume ---
