@@ -190,20 +190,20 @@ def make_lifetimes(search: Search):
 
 
 def work(core: int, jobs, results) -> None:
-    """A process on one core: (task, numbers of candidates, thetas, seed, updates) -> (task,
-    numbers, scores)."""
+    """A process on one core: (name of the task, place, thetas, seed, updates) -> (place, scores).
+    place: where the scores belong in all scores."""
     os.sched_setaffinity(0, {core})
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/optim4rl-jax"))
     compiled: dict = {}
     while multiprocessing.parent_process().is_alive():
         try:
-            name, numbers, thetas, seed, num_updates = jobs.get(timeout=5)
+            name, place, thetas, seed, num_updates = jobs.get(timeout=5)
         except queue.Empty:
             continue
         if name not in compiled:
             compiled[name] = make_lifetimes(TASKS[name])
         scores = compiled[name](jnp.float32(thetas), jax.random.key(seed), num_updates)
-        results.put((name, numbers, np.asarray(scores)))
+        results.put((place, np.asarray(scores)))
 
 
 # --- Search ---
@@ -222,18 +222,18 @@ def generation(strategy, rng, names: list, args: Args, jobs, results) -> dict:
     candidates = strategy.ask()
     thetas = scale * np.array([*candidates, strategy.mean, np.zeros(len(scale))])
     chunks = np.array_split(np.arange(len(thetas)), CHUNKS)
-    for name in names:
+    for task, name in enumerate(names):
         search = TASKS[name]
         num_updates = int(np.exp(rng.uniform(np.log(search.fewest), np.log(search.most))))
         seed = int(rng.integers(2**31))
         for chunk in chunks:
-            jobs.put((name, chunk, thetas[chunk], seed, num_updates))
-    scores = {name: np.zeros((len(thetas), 2)) for name in names}
+            jobs.put((name, (task, chunk), thetas[chunk], seed, num_updates))
+    scores = np.zeros((len(names), len(thetas), 2))
     for _ in range(len(names) * CHUNKS):
-        name, chunk, found = results.get()
-        scores[name][chunk] = found
+        place, found = results.get()
+        scores[place] = found
     fitness, row = np.zeros(len(thetas)), {}
-    for name, found in scores.items():
+    for name, found in zip(names, scores, strict=True):
         fitness += sum(ranks(found[:, i]) for i in (0, 1)) / 2 / len(names)
         middle = np.median(found[:-2], axis=0)
         row[name] = {"mean": found[-2].tolist(), "adam": found[-1].tolist()}

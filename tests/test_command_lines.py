@@ -165,7 +165,6 @@ CHANGED = [
     ("pipeline_train", {"reward_scale_range": [1.0]}, "reward_scale_range"),
     ("pipeline_train", {"pipeline": 1}, "pipeline"),
     ("pipeline_train", {"learning_rate": [1e-3, 1e-3]}, "--learning-rate"),
-    ("pipeline_train", {"coordinator": "x"}, "--coordinator"),
 ]
 
 
