@@ -1,6 +1,6 @@
 """Inspection: has an optimizer learned more than a learning rate?
 
-    python figures/inspection.py pretrained/momentum4rl
+    python figures/inspection.py pretrained/adam4rl
 
 Draws the size of its updates, in learning rates, with those of Adam, RMSProp and sign descent:
 against the gradient's magnitude, and over time. The gradients are constant, alternating in sign, or
@@ -32,6 +32,7 @@ SHOWN = 16  # the magnitude 1e-3, whose updates are shown over time
 NUM_STEPS = 200
 WINDOW = 10  # updates
 STEP_SIZE = 1e-3
+TRAINING = 9000.0  # updates of the whole training, where untrained adam4rl has that step size
 CLASSICAL = ("adam", "rmsprop", "sign_sgd")
 LOOKS = {"adam": ("0.0", "--"), "rmsprop": ("0.45", "-."), "sign_sgd": ("0.7", ":")}
 
@@ -60,13 +61,13 @@ def sequences() -> dict[str, np.ndarray]:
 def steps_made(name: str, grads: np.ndarray) -> np.ndarray:
     """The optimizer's movement against the gradient's usual sign, in learning rates. grads:
     [steps, magnitudes] -> the same shape"""
-    optimizer = optax.with_extra_args_support(optimizers.make_optimizer(name, STEP_SIZE))
+    rate = optimizers.own_rate(name) or STEP_SIZE
+    optimizer = optax.with_extra_args_support(optimizers.make_optimizer(name, rate))
     params = jnp.zeros(grads.shape[1])
+    extra_args = {"value": jnp.float32(0), "fraction": jnp.float32(0), "num_steps": TRAINING}
 
     def step(state, g):
-        updates, state = optimizer.update(
-            g, state, params, value=jnp.float32(0), fraction=jnp.float32(0)
-        )
+        updates, state = optimizer.update(g, state, params, **extra_args)
         return state, -updates / STEP_SIZE
 
     return np.asarray(

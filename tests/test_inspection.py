@@ -19,9 +19,15 @@ def test_steps_of_adam_and_sign_descent_are_those_of_their_equations():
     assert MAGNITUDES[SHOWN] == pytest.approx(1e-3)
 
 
+def test_untrained_adam4rl_is_shown_as_adam():
+    grads = sequences()["always the same"]
+    ours, adam = steps_made("untrained:adam4rl", grads), steps_made("adam", grads)
+    np.testing.assert_allclose(ours * inspection.STEP_SIZE, adam * inspection.STEP_SIZE, rtol=1e-3)
+
+
 def test_inspect_to_its_files(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["inspection.py", "pretrained/momentum4rl"])
+    monkeypatch.setattr("sys.argv", ["inspection.py", "pretrained/adam4rl"])
     inspection.main()
     (folder,) = (tmp_path / "runs").iterdir()
     assert (folder / "inspection.png").read_bytes()[1:4] == b"PNG" and str(
