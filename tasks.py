@@ -126,14 +126,14 @@ def agent_args(name: str, agent: ModuleType | None = None, **given: Any) -> Any:
     return args
 
 
-def make_env(name: str, agent: ModuleType, backend: str | None = None) -> Any:
+def make_env(name: str, agent: ModuleType, backend: str = "spring") -> Any:
     """The environment, as this agent takes it. backend: physics of Brax's tasks. Raises a one-line
     ValueError if the agent does not learn there, or the task cannot be made."""
     agent_settings(name, agent)
     return kind_of(name).make[agent](name, backend)
 
 
-def make_learner(name: str, agent: str | None = None, backend=None, **given: Any) -> Learner:
+def make_learner(name: str, agent: str | None = None, backend="spring", **given: Any) -> Learner:
     """The agent, its arguments (given: as in agent_args) and the environment. agent: its name, or
     None for the default one. Raises a one-line ValueError if they do not fit."""
     module = AGENTS[agent] if agent else agent_of(name)

@@ -249,15 +249,9 @@ def test_a_suite_takes_what_has_weights_and_says_what_it_leaves_out(monkeypatch)
     for env_name, runs in shown.items():
         trained = {name for name in runs if name.startswith("pretrained/optim4rl_")}
         assert trained == {"pretrained/optim4rl_gridworlds", f"pretrained/optim4rl_{env_name}"}
-        both = {
-            "pretrained/momentum4rl",
-            "untrained:pretrained/momentum4rl",
-            "untrained",
-            "sign_sgd",
-            "adam",
-            "rmsprop",
-        }
-        assert set(runs) == both | trained
+        both = {"pretrained/adam4rl", "pretrained/momentum4rl"}
+        both |= {f"untrained:{name}" for name in both} | {"untrained", *evaluate.Args.optimizers}
+        assert set(runs) == both | trained and runs["pretrained/adam4rl"] == (1.0,)
         assert len(runs["adam"]) > 1 and len(runs["pretrained/momentum4rl"]) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for suite, seen in (
