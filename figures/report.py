@@ -33,8 +33,11 @@ COLUMNS = ("env_name", "optimizer", "learning_rate", "seed", "env_steps", "retur
 REFERENCE = "adam"  # the others are compared with it
 # Color, line, marker: the same in every figure, and distinct in grey.
 LOOKS = {
-    "pretrained/momentum4rl (trained)": ("C3", "-", None),
+    "pretrained/adam4rl (trained)": ("C3", "-", None),
+    "pretrained/adam4rl (untrained)": ("C3", "--", None),
+    "pretrained/momentum4rl (trained)": ("C1", "-", None),
     "pretrained/momentum4rl (untrained)": ("C1", "--", None),
+    "rmsprop_auto": ("0.4", ":", "D"),
     "pretrained/optim4rl_gridworlds (trained)": ("C0", "-", "o"),
     "pretrained/optim4rl_catch (trained)": ("C2", "-", "s"),
     "pretrained/optim4rl_small_dense_long (trained)": ("C2", "-", "s"),
