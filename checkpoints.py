@@ -132,7 +132,7 @@ class Checkpoints:
     def remove_unfinished(self) -> None:
         for path in self.folder.iterdir() if self.folder.exists() else ():
             if path.suffix == ".tmp" or ".orbax-checkpoint-tmp" in path.name:
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
 
     def check_structure(self, folder: Path, like: Any) -> None:
         """Exit unless the checkpoint's arrays have the names, shapes and dtypes of `like`. Print
@@ -144,6 +144,15 @@ class Checkpoints:
             runs.fail(f"{folder} is not of this run's state: {cause}. In the state, {unlike[0]}")
         if changed:
             print(f"changed since the checkpoint: {changed}")
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, which threads of orbax may make again for a moment after an error."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.3)
+        if not folder.exists():
+            return
 
 
 def arrays(state: Any) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The learned optimizers in a project of one's own: what cannot be is refused, schedules work, and
 compiling takes no longer for many tensors."""
 
-import time
+import re
 
 import jax
 import jax.numpy as jnp
@@ -112,14 +112,11 @@ def test_many_tensors_come_back_from_blocks_also_under_vmap_and_derivatives():
 
 
 @pytest.mark.parametrize("kind", DROP_INS)
-def test_compiling_for_600_tensors_takes_little_more_than_adams(kind):
-    """With one slice for each tensor in the program it took five times Adam's time."""
-    params = [jnp.ones((8, 8 + n % 3)) for n in range(600)]
-
-    def seconds(optimizer):
-        lowered = jax.jit(optimizer.update).lower(params, optimizer.init(params), params)
-        began = time.process_time()
-        lowered.compile()
-        return time.process_time() - began
-
-    assert seconds(DROP_INS[kind]()) < 2.5 * seconds(optax.adam(1e-3)) + 0.5
+def test_the_compiled_program_has_no_slice_of_its_own_for_each_of_many_tensors(kind):
+    """XLA compiles slices at places that it knows one by one: for 300 tensors it took 2 s."""
+    params = [jnp.ones((8, 8 + n % 3)) for n in range(100)]
+    optimizer = DROP_INS[kind]()
+    lowered = jax.jit(optimizer.update).lower(params, optimizer.init(params), params)
+    program = lowered.compile().as_text()
+    assert len(re.findall(r" slice\(", program)) < 50
+    assert len(re.findall(r" dynamic-slice\(", program)) >= 100
