@@ -109,31 +109,21 @@ def make_l2lgd2(
 # --- Classical optimizers: name -> function of the learning rate ---
 
 
-def scale_by_remaining_training() -> optax.GradientTransformationExtraArgs:
-    """Scales updates by one minus the fraction of training done, optax's extra argument
-    `fraction`."""
+def scale_by(factor: Callable) -> optax.GradientTransformationExtraArgs:
+    """Scales updates by factor(**extra_args)."""
 
-    def update(updates, state, params=None, *, fraction=0.0, **extra_args):
-        del params, extra_args
-        return optax.tree.scale(1.0 - fraction, updates), state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-
-
-def scale_by_num_steps() -> optax.GradientTransformationExtraArgs:
-    """Divides updates by the number of updates of the whole training, the extra argument
-    `num_steps`."""
-
-    def update(updates, state, params=None, *, num_steps, **extra_args):
-        del params, extra_args
-        return optax.tree.scale(1.0 / num_steps, updates), state
+    def update(updates, state, params=None, **extra_args):
+        del params
+        return optax.tree.scale(factor(**extra_args), updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def falling(make: Callable) -> Callable:
-    """The optimizer with a learning rate that falls linearly to 0."""
-    return lambda learning_rate: optax.chain(make(learning_rate), scale_by_remaining_training())
+    """The optimizer with a learning rate that falls linearly to 0 over training, of which
+    `fraction`, an extra argument, is done."""
+    remaining = scale_by(lambda fraction=0.0, **_: 1.0 - fraction)
+    return lambda learning_rate: optax.chain(make(learning_rate), remaining)
 
 
 def adam_rel(learning_rate) -> optax.GradientTransformationExtraArgs:
@@ -185,7 +175,7 @@ CLASSICAL: dict[str, Callable] = {
     "rmsprop_linear": falling(slow_rmsprop),
     # rmsprop_linear at 18 / num_steps, which is near its best on many tasks
     "rmsprop_auto": lambda multiplier: optax.chain(
-        falling(slow_rmsprop)(18 * multiplier), scale_by_num_steps()
+        falling(slow_rmsprop)(18 * multiplier), scale_by(lambda num_steps, **_: 1.0 / num_steps)
     ),
     "sgd": optax.sgd,
     "sign_sgd": optax.sign_sgd,

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optim4rl import LearnedOptimizer
@@ -32,6 +33,8 @@ SCALE = 1e-3
 MAX_NORM = 0.5
 GRU = {"hn": "h", "hr": "h", "hz": "h", "in": "x", "ir": "x", "iz": "x"}
 WITHOUT_BIAS = ("hr", "hz")
+# What update reads of ppo.py's extra arguments, and the values without them.
+EXTRA_ARGS = dict(fraction=0.0, num_steps=1.0, iteration_step=0, num_epochs=1, num_minibatches=1)
 
 
 class Tensor(NamedTuple):
@@ -131,65 +134,70 @@ def clip_each(grads: Any) -> dict:
     return clipped
 
 
+def shared_inputs(extra_args: dict) -> tuple[jax.Array, jax.Array]:
+    """The fractions of PPO's iterations, and of the iteration's epochs, that are done. extra_args:
+    ppo.py's; without them it is the first update of one iteration."""
+    fraction, num_steps, step, num_epochs, num_minibatches = (
+        extra_args.get(name, default) for name, default in EXTRA_ARGS.items()
+    )
+    steps = num_epochs * num_minibatches  # of an iteration
+    iteration = (fraction * num_steps - step) / steps
+    done = iteration / jnp.maximum(num_steps / steps - 1, 1)
+    return done, (step // num_minibatches) / jnp.maximum(num_epochs - 1, 1)
+
+
+def step_tensor(theta: dict, tensor: Tensor, p, g, shared: list, noise) -> tuple:
+    """p, g, noise: [n] -> u [n], Tensor"""
+    decays = jnp.array(DECAYS)[:, None]
+    momenta = decays * tensor.momenta + (1 - decays) * g
+    x = inputs(p, g, momenta, [jnp.float32(x) for x in shared])
+    h = gru(theta["gru"], tensor.h, x)
+    o = outputs(theta, h)
+    u = SCALE * o[0] * jnp.exp(SCALE * o[1]) + SCALE * o[2] * noise
+    return u, Tensor(momenta, h)
+
+
+def initial_theta(key: jax.Array, hidden: int, width: int) -> dict:
+    lecun, shapes = jax.nn.initializers.lecun_normal(), theta_shapes(hidden, width)
+    shapes, treedef = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    keys = jax.random.split(key, len(shapes))
+    draw = [lecun(k, s) if len(s) > 1 else jnp.zeros(s) for k, s in zip(keys, shapes, strict=True)]
+    theta = jax.tree.unflatten(treedef, draw)
+    ones = {name: layer | {"scale": jnp.ones(width)} for name, layer in theta["norm"].items()}
+    return theta | {"norm": ones}
+
+
 def make_open(hidden_size: int = 8, width: int = 16) -> LearnedOptimizer:
     """OPEN, with H = hidden_size and M = width."""
 
     def init_theta(key):
-        lecun, shapes = jax.nn.initializers.lecun_normal(), theta_shapes(hidden_size, width)
-        shapes, treedef = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
-        keys = jax.random.split(key, len(shapes))
-        draw = [
-            lecun(k, s) if len(s) > 1 else jnp.zeros(s) for k, s in zip(keys, shapes, strict=True)
-        ]
-        theta = jax.tree.unflatten(treedef, draw)
-        ones = {name: layer | {"scale": jnp.ones(width)} for name, layer in theta["norm"].items()}
-        return theta | {"norm": ones}
+        return initial_theta(key, hidden_size, width)
 
     def init_state(params):
         def tensor(p):
-            return Tensor(jnp.zeros((len(DECAYS), p.size)), jnp.zeros((hidden_size, p.size)))
+            size = np.size(p)
+            return Tensor(jnp.zeros((len(DECAYS), size)), jnp.zeros((hidden_size, size)))
 
         leaves = [jnp.asarray(p, jnp.float32) for p in jax.tree.leaves(params)]
         total = jnp.float32(sum(jnp.sum(p) for p in leaves))  # another seed for other parameters
         seed = jax.lax.bitcast_convert_type(total, jnp.uint32)
-        return State(jax.tree.map(lambda p: tensor(jnp.asarray(p)), params), jnp.int32(0), seed)
+        return State(jax.tree.map(tensor, params), jnp.int32(0), seed)
 
-    def update(
-        theta,
-        grads,
-        state,
-        params,
-        learning_rate,
-        *,
-        fraction=0.0,
-        num_steps=1.0,
-        iteration_step=0,
-        num_epochs=1,
-        num_minibatches=1,
-        **extra_args,
-    ):
-        del extra_args
-        steps = num_epochs * num_minibatches  # of an iteration
-        iteration = (fraction * num_steps - iteration_step) / steps
-        done = iteration / jnp.maximum(num_steps / steps - 1, 1)
-        epoch = (iteration_step // num_minibatches) / jnp.maximum(num_epochs - 1, 1)
+    def update(theta, grads, state, params, learning_rate, **extra_args):
+        done, epoch = shared_inputs(extra_args)
         key = jax.random.fold_in(jax.random.key(state.seed), state.count)
         position, clipped = positions(params), clip_each(jax.lax.stop_gradient(grads))
         leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
-        decays, us, tensors = jnp.array(DECAYS)[:, None], [], []
+        us, tensors = [], []
         for i, ((path, p), tensor) in enumerate(
             zip(leaves, treedef.flatten_up_to(state.tensors), strict=True)
         ):
-            g = clipped[path].astype(jnp.float32).ravel()
-            momenta = decays * tensor.momenta + (1 - decays) * g
-            shared = [jnp.float32(x) for x in (done, position[path], epoch, 1.0)]
-            x = inputs(p.astype(jnp.float32).ravel(), g, momenta, shared)
-            h = gru(theta["gru"], tensor.h, x)
-            o = outputs(theta, h)
-            is_critic = getattr(path[0], "key", None) == "value" if path else False
+            p, g = (x.astype(jnp.float32).ravel() for x in (p, clipped[path]))
+            is_critic = bool(path) and getattr(path[0], "key", None) == "value"
             noise = 0.0 if is_critic else jax.random.normal(jax.random.fold_in(key, i), g.shape)
-            us.append(SCALE * o[0] * jnp.exp(SCALE * o[1]) + SCALE * o[2] * noise)
-            tensors.append(Tensor(momenta, h))
+            u, tensor = step_tensor(theta, tensor, p, g, [done, position[path], epoch, 1.0], noise)
+            us.append(u)
+            tensors.append(tensor)
         mean = jnp.mean(jnp.concatenate(us)) if us else 0.0
         updates = [
             (-learning_rate * (u - mean)).reshape(p.shape).astype(p.dtype)

@@ -91,9 +91,3 @@ def test_the_drop_in_is_the_agents_optimizer_and_takes_a_schedule():
             updates,
             expected,
         )
-
-
-@pytest.mark.parametrize("num_steps", [0, -1, float("nan"), float("inf")])
-def test_a_number_of_updates_that_cannot_be_is_refused(num_steps):
-    with pytest.raises(ValueError, match="num_steps"):
-        adam4rl(zero(), num_steps=num_steps)
