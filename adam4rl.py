@@ -8,10 +8,11 @@
     w = (0, 0, 1, 0) + momenta + log(N / 1000) momenta_n
     a = (0, 0, 1) + squares, for v_.9, v_.99, v_.999, with sum 1
     c N^-alpha = 9 / N exp(rate_0) (N / 1000)^-rate_1
+    s(f) = exp(schedule(f)) max(1 - f, 1 / N)^fall
 
 with bias-corrected running means m_b of the gradient g and v_c of g^2, the number N of updates of
-the whole training, the fraction f of it that is done, log s(f) piecewise linear in f, and k a power
-of the fan-in and fan-out of a tensor, or a factor for biases. RMS is over a tensor; |m_.9| /
+the whole training, the fraction f of it that is done, schedule(f) piecewise linear in f, and k a
+power of the fan-in and fan-out of a tensor, or a factor for biases. RMS is over a tensor; |m_.9| /
 sqrt(v_.9) is clipped to e^-10 .. e^2. theta holds what has a name; where it is zero, this is Adam
 with the learning rate 9 / N.
 
@@ -43,13 +44,14 @@ from optim4rl import (
 M_DECAYS = (0.5, 0.9, 0.99)
 V_DECAYS = (0.9, 0.99, 0.999)
 EPS = 1e-8
-KNOTS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # of s, in fractions of training
+KNOTS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # of the schedule, in fractions of training
 RATE = 9.0  # the untrained learning rate times N
 USUAL_STEPS = 1000.0  # N where momenta_n has no effect
 USUAL_FAN, WIDE_FAN = 32, 128
 SIZES = {
     "rate": 2,
     "schedule": len(KNOTS),
+    "fall": 1,
     "momenta": 1 + len(M_DECAYS),
     "momenta_n": 1 + len(M_DECAYS),
     "squares": 2,
@@ -128,6 +130,7 @@ def make_adam4rl() -> LearnedOptimizer:
         alpha = 1 + theta["rate"][1]
         log_rate = math.log(RATE / USUAL_STEPS) + theta["rate"][0] - alpha * log_n
         log_rate += jnp.interp(fraction, jnp.array(KNOTS), theta["schedule"])
+        log_rate += theta["fall"][0] * jnp.log(jnp.maximum(1 - fraction, 1 / num_steps))
 
         def scaled(d, g):
             factor = jnp.exp(log_rate + log_tensor_factor(theta, d))

@@ -72,9 +72,10 @@ class Search(NamedTuple):
 SCALES = {
     "rate": (0.5, 0.1),
     "schedule": (0.5,) * 6,
-    "momenta": (0.3,) * 4,
+    "fall": (0.6,),
+    "momenta": (0.6,) * 4,
     "momenta_n": (0.15,) * 4,
-    "squares": (0.3, 0.3),
+    "squares": (0.6, 0.6),
     "power": (0.15,),
     "signal": (0.15,),
     "norm": (0.2,),
@@ -138,7 +139,7 @@ TASKS = {
     "small_sparse_long": Search(partial(a2c_on, SMALL[1], 512), "return", 120, 300),
     "small_dense_long": Search(partial(a2c_on, SMALL[2], 512), "return", 120, 300),
     "5 x 5": Search(partial(a2c_on, SQUARE, 128, hidden_size=64), "return", 200, 800),
-    "7 x 8, convolution": Search(partial(a2c_on, OBLONG, 128, conv_filters=16), "return", 150, 300),
+    "7 x 8, convolution": Search(partial(a2c_on, OBLONG, 128, conv_filters=16), "return", 100, 200),
     "pendulum": Search(partial(ppo_on, "pendulum"), "reward", 20, 80),
     "cartpole": Search(partial(ppo_on, "cartpole"), "reward", 30, 120),
     "two_link_reacher": Search(partial(ppo_on, "two_link_reacher"), "reward", 30, 120),
@@ -184,7 +185,7 @@ def make_lifetimes(search: Search):
         return jnp.where(all_finite(state.params), sums / jnp.maximum(counts, 1), -1e9)
 
     def lifetimes(thetas, key, num_updates):
-        return jax.lax.map(lambda theta: lifetime(theta, key, num_updates), thetas)
+        return jax.vmap(lambda theta: lifetime(theta, key, num_updates))(thetas)
 
     return jax.jit(lifetimes)
 

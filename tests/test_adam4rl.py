@@ -53,7 +53,9 @@ def numpy_update(theta, grads, num_steps, shape):
     d *= np.clip(np.abs(m[1]) / np.sqrt(v[0]), np.exp(-10), np.exp(2)) ** theta["signal"][0]
     rate = 9 * np.exp(theta["rate"][0]) * 1000 ** theta["rate"][1]
     rate *= num_steps ** (-1 - theta["rate"][1])
-    rate *= np.exp(np.interp((n - 1) / num_steps, KNOTS, theta["schedule"]))
+    done = (n - 1) / num_steps
+    rate *= np.exp(np.interp(done, KNOTS, theta["schedule"]))
+    rate *= max(1 - done, 1 / num_steps) ** theta["fall"][0]
     x = theta["shape"]
     if len(shape) < 2:
         k = np.exp(x[2])
