@@ -2,7 +2,7 @@
 
     u = w_0 g + w_1 m_.5 + w_2 m_.9 + w_3 m_.99
     log r = sum_c a_c log(sqrt(v_c) + 1e-8)
-    d = sign(u) |u / r|^(1 + power) (|m_.9| / sqrt(v_.9))^signal
+    d = sign(u) (|u / r|^(1 + power) (|m_.9| / sqrt(v_.9))^signal exp(o_0) + o_1)
     update = -c N^-alpha s(f) k RMS(d)^-norm d
 
     w = (0, 0, 1, 0) + momenta + log(N / 1000) momenta_n
@@ -13,8 +13,9 @@
 with bias-corrected running means m_b of the gradient g and v_c of g^2, the number N of updates of
 the whole training, the fraction f of it that is done, schedule(f) piecewise linear in f, and k a
 power of the fan-in and fan-out of a tensor, or a factor for biases. RMS is over a tensor; |m_.9| /
-sqrt(v_.9) is clipped to e^-10 .. e^2. theta holds what has a name; where it is zero, this is Adam
-with the learning rate 9 / N.
+sqrt(v_.9) is clipped to e^-10 .. e^2. o is the output of a small network that reads, for each
+coordinate, what is above (`inputs`); without one it is 0. theta holds what has a name; where it is
+zero, this is Adam with the learning rate 9 / N.
 
 It is not in the paper. Copy this file and optim4rl.py into your project, and use it with optax:
 
@@ -36,7 +37,9 @@ from optim4rl import (
     LearnedOptimizer,
     from_blocks,
     init_blocks,
+    init_dense,
     map_blocks,
+    readout,
     to_blocks,
     to_optax,
 )
@@ -48,6 +51,7 @@ KNOTS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # of the schedule, in fractions of tra
 RATE = 9.0  # the untrained learning rate times N
 USUAL_STEPS = 1000.0  # N where momenta_n has no effect
 USUAL_FAN, WIDE_FAN = 32, 128
+NUM_INPUTS = 9  # of the network
 SIZES = {
     "rate": 2,
     "schedule": len(KNOTS),
@@ -76,20 +80,35 @@ def update_moments(g: jax.Array, moments: jax.Array) -> tuple:
     return m, v, jnp.concatenate([means, count])
 
 
-def direction(theta: dict, given: jax.Array, moments: jax.Array) -> tuple:
-    """d of a block. given: [2, C], g and log(N / 1000) -> d [C], moments"""
-    g, log_n = jax.lax.stop_gradient(given)
+def inputs(g, m, v, u, log_size, log_signal, log_n, fraction) -> jax.Array:
+    """What the network reads, all of the order of 1: the gradient and its means as multiples of
+    sqrt(v_.99), positive where they agree with the update; logarithms of the update's size, of its
+    signal to noise, of the change of v; log(N / 1000), f. -> [NUM_INPUTS, C]"""
+    relative = jnp.sign(u) * jnp.concatenate([g[None], m]) / (jnp.sqrt(v[1]) + EPS)
+    change = jnp.log((jnp.sqrt(v[0]) + EPS) / (jnp.sqrt(v[2]) + EPS))
+    logs = jnp.stack([log_size, log_signal, change])
+    shared = jnp.broadcast_to(jnp.stack([log_n, fraction])[:, None], (2, g.size))
+    return jnp.concatenate([jnp.clip(relative, -3, 3), jnp.clip(logs, -5, 5) / 2, shared])
+
+
+def direction(shared: tuple, g: jax.Array, moments: jax.Array) -> tuple:
+    """d of a block. shared: theta, log(N / 1000), f; g: [C] -> d [C], moments"""
+    theta, log_n, fraction = shared
+    g = jax.lax.stop_gradient(g)
     m, v, moments = update_moments(g, moments)
-    w = jnp.array([0.0, 0.0, 1.0, 0.0]) + theta["momenta"]
-    w = w[:, None] + theta["momenta_n"][:, None] * log_n
-    u = w[0] * g + jnp.sum(w[1:] * m, axis=0)
+    w = jnp.array([0.0, 0.0, 1.0, 0.0]) + theta["momenta"] + log_n * theta["momenta_n"]
+    u = w[0] * g + jnp.sum(w[1:, None] * m, axis=0)
     logs = jnp.log(jnp.sqrt(v) + EPS)
     a = jnp.append(theta["squares"], 1 - jnp.sum(theta["squares"]))
     log_size = jnp.log(jnp.abs(u) + 1e-30) - jnp.sum(a[:, None] * logs, axis=0)
-    log_signal = jnp.log(jnp.abs(m[1]) + EPS) - logs[0]
-    exponent = (1 + theta["power"]) * jnp.clip(log_size, -60, 5)
-    exponent += theta["signal"] * jnp.clip(log_signal, -10, 2)
-    return jnp.sign(u) * jnp.exp(exponent), moments
+    log_size = jnp.clip(log_size, -60, 5)
+    log_signal = jnp.clip(jnp.log(jnp.abs(m[1]) + EPS) - logs[0], -10, 2)
+    exponent = (1 + theta["power"]) * log_size + theta["signal"] * log_signal
+    if "network" not in theta:
+        return jnp.sign(u) * jnp.exp(exponent), moments
+    x = inputs(g, m, v, u, log_size, log_signal, log_n, fraction)
+    factor, addend = readout(theta["network"], x)
+    return jnp.sign(u) * (jnp.exp(exponent + factor) + addend), moments
 
 
 def log_tensor_factor(theta: dict, d: jax.Array) -> jax.Array:
@@ -105,13 +124,19 @@ def log_tensor_factor(theta: dict, d: jax.Array) -> jax.Array:
     return factor + wide_power * max(0.0, math.log(fan_in / WIDE_FAN))
 
 
-def make_adam4rl() -> LearnedOptimizer:
+def make_adam4rl(network_size: int = 0) -> LearnedOptimizer:
     """The optimizer above, for meta-training. `update` takes two extra arguments: the fraction of
-    training that is done, and num_steps, N. Its learning_rate is a multiplier."""
+    training that is done, and num_steps, N. Its learning_rate is a multiplier.
+
+    network_size: hidden units of the network; 0 is none.
+    """
 
     def init_theta(key):
-        del key
-        return {name: jnp.zeros(size) for name, size in SIZES.items()}
+        theta = {name: jnp.zeros(size) for name, size in SIZES.items()}
+        if network_size:
+            theta["network"] = init_dense(key, (NUM_INPUTS, network_size, 2))
+            theta["network"]["1"] = jax.tree.map(jnp.zeros_like, theta["network"]["1"])
+        return theta
 
     def init_block():
         return jnp.zeros((len(M_DECAYS) + len(V_DECAYS) + 1, BLOCK))
@@ -125,8 +150,7 @@ def make_adam4rl() -> LearnedOptimizer:
         del params, extra_args
         g = to_blocks(grads)
         log_n = jnp.log(num_steps / USUAL_STEPS)
-        given = jnp.stack([g, jnp.broadcast_to(log_n, g.shape)], axis=1)
-        d, state = apply(theta, given, state)
+        d, state = apply((theta, log_n, jnp.asarray(fraction, float)), g, state)
         alpha = 1 + theta["rate"][1]
         log_rate = math.log(RATE / USUAL_STEPS) + theta["rate"][0] - alpha * log_n
         log_rate += jnp.interp(fraction, jnp.array(KNOTS), theta["schedule"])
@@ -142,6 +166,14 @@ def make_adam4rl() -> LearnedOptimizer:
     return LearnedOptimizer(init_theta, init_state, update, rule=None, own_rate=1.0)
 
 
+def network_size(theta: dict) -> int:
+    """Hidden units of the network in theta; 0 if there is none."""
+    try:
+        return len(theta["network"]["0"]["b"])
+    except (LookupError, TypeError):
+        return 0
+
+
 def adam4rl(theta: dict, num_steps: int, learning_rate: float | Callable = 1.0):
     """The optimizer with these meta-parameters, for any pytree of parameters, as optax's.
 
@@ -151,7 +183,7 @@ def adam4rl(theta: dict, num_steps: int, learning_rate: float | Callable = 1.0):
     """
     if not 1 <= num_steps < math.inf:
         raise ValueError(f"num_steps must be the updates of the whole training, got {num_steps}")
-    learned = to_optax(make_adam4rl(), theta, learning_rate)
+    learned = to_optax(make_adam4rl(network_size(theta)), theta, learning_rate)
 
     def init(params):
         return learned.init(params), jnp.zeros((), jnp.int32)

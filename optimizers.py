@@ -277,6 +277,7 @@ FITTING: dict[str, tuple[Callable, str]] = {
     "inputs": (lambda value: value in [*INPUTS], " or ".join(INPUTS)),
     "readout_layers": (are_sizes, f"a list of at most {MOST_LAYERS} sizes up to {MOST_UNITS}"),
     **dict.fromkeys(("hidden_size", "mlp_size", "lstm_size", "num_bases", "width"), SIZE),
+    "network_size": (lambda n: n == 0 or is_size(n), f"a whole number up to {MOST_UNITS}"),
     **dict.fromkeys(("grad_clip", "step_size"), BOUND),
 }
 

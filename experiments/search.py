@@ -7,7 +7,11 @@ A generation trains agents with every candidate on a few tasks, drawn in turn fr
 PPO on random gridworlds, PPO on control tasks, each with a random number of updates. On a task all
 candidates have the same seed, and are ranked by their mean return over training and by that of the
 last tenth; the sum of these ranks is the fitness, so reward scales do not matter. Two more
-candidates are ranked and not used: the mean of the distribution, and Adam (theta = 0).
+candidates are ranked and not used: the mean of the distribution, and Adam (untrained).
+
+The network on top is searched from what was found without it:
+
+    python experiments/search.py --theta runs/adam4rl.npz --network-size 8 --out runs/network
 
 Writes OUT.npz (theta: the mean of the distribution) and OUT.jsonl (a line a generation), and
 continues from OUT.pkl if it is there.
@@ -30,6 +34,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
@@ -40,7 +45,7 @@ import optimizers  # noqa: E402
 import ppo  # noqa: E402
 import runs  # noqa: E402
 import tasks  # noqa: E402
-from adam4rl import SIZES, make_adam4rl  # noqa: E402
+from adam4rl import make_adam4rl  # noqa: E402
 from networks import all_finite  # noqa: E402
 from optim4rl import to_optax  # noqa: E402
 
@@ -55,6 +60,13 @@ class Args:
     """candidates in a generation"""
     tasks_per_generation: int = 4
     """tasks that each candidate is trained on"""
+    theta: str | None = None
+    """theta file (.npz) of adam4rl to start from; by default Adam"""
+    network_size: int = 0
+    """hidden units of the network; 0 is none. With one, CMA-ES keeps variances only, not
+    covariances"""
+    only_network: bool = False
+    """leave the other numbers of theta as they are"""
     seed: int = 1
     """seed of CMA-ES and of the choice of tasks"""
 
@@ -68,7 +80,7 @@ class Search(NamedTuple):
     most: int
 
 
-# The scale of each number of theta in the initial distribution.
+# The scale of each number of theta in the initial distribution; of the network's see search_space.
 SCALES = {
     "rate": (0.5, 0.1),
     "schedule": (0.5,) * 6,
@@ -154,17 +166,12 @@ TASKS = {
 # --- Lifetimes ---
 
 
-def unflatten(x: jax.Array) -> dict:
-    """A vector as theta."""
-    parts = jnp.split(x, np.cumsum(list(SIZES.values()))[:-1])
-    return dict(zip(SIZES, parts, strict=True))
-
-
-def make_lifetimes(search: Search):
+def make_lifetimes(search: Search, network_size: int = 0):
     """-> f(thetas [P, D], key, number of updates) -> [P, 2], the mean metric over all of training
     and over the last tenth; -1e9 for parameters that are not finite. Candidates share the key."""
     agent, metric = search.make_agent(), search.metric
-    learned = make_adam4rl()
+    learned = make_adam4rl(network_size)
+    unflatten = ravel_pytree(learned.init_theta(jax.random.key(0)))[1]
 
     def lifetime(theta, key, num_updates):
         optimizer = to_optax(learned, unflatten(theta), 1.0)
@@ -190,7 +197,7 @@ def make_lifetimes(search: Search):
     return jax.jit(lifetimes)
 
 
-def work(core: int, jobs, results) -> None:
+def work(core: int, network_size: int, jobs, results) -> None:
     """A process on one core: (name of the task, place, thetas, seed, updates) -> (place, scores).
     place: where the scores belong in all scores."""
     os.sched_setaffinity(0, {core})
@@ -202,12 +209,47 @@ def work(core: int, jobs, results) -> None:
         except queue.Empty:
             continue
         if name not in compiled:
-            compiled[name] = make_lifetimes(TASKS[name])
+            compiled[name] = make_lifetimes(TASKS[name], network_size)
         scores = compiled[name](jnp.float32(thetas), jax.random.key(seed), num_updates)
         results.put((place, np.asarray(scores)))
 
 
 # --- Search ---
+
+
+class Space(NamedTuple):
+    """Where thetas are searched, as vectors of D numbers."""
+
+    adam: np.ndarray  # [D], untrained
+    start: np.ndarray  # [D]
+    scale: np.ndarray  # [D]; 0: not searched
+    unflatten: Callable  # [D] -> theta
+
+    def thetas(self, x: np.ndarray) -> np.ndarray:
+        """Theta of the points of CMA-ES. x: [P, numbers that are searched] -> [P, D]"""
+        thetas = np.tile(self.start, (len(x), 1))
+        thetas[:, self.scale > 0] += self.scale[self.scale > 0] * x
+        return thetas
+
+
+def search_space(args: Args) -> Space:
+    """Raises a one-line ValueError for a theta file that is not adam4rl's."""
+    untrained = make_adam4rl(args.network_size).init_theta(jax.random.key(args.seed))
+    start = dict(untrained)
+    if args.theta:
+        _, theta, header = optimizers.load_learned(args.theta)
+        if header["optimizer"] != "adam4rl":
+            raise ValueError(f"{args.theta}: of {header['optimizer']}; the search is of adam4rl")
+        start |= {name: x for name, x in theta.items() if name in start}
+    scale = {name: jnp.array(x) * (not args.only_network) for name, x in SCALES.items()}
+    if args.network_size:
+        hidden, output = untrained["network"]["0"], untrained["network"]["1"]
+        scale["network"] = {
+            "0": jax.tree.map(lambda x: jnp.full(x.shape, 0.3), hidden),
+            "1": jax.tree.map(lambda x: jnp.full(x.shape, 0.15), output),
+        }
+    vectors = [np.asarray(ravel_pytree(tree)[0], float) for tree in (untrained, start, scale)]
+    return Space(*vectors, ravel_pytree(untrained)[1])
 
 
 def ranks(scores: np.ndarray) -> np.ndarray:
@@ -217,11 +259,10 @@ def ranks(scores: np.ndarray) -> np.ndarray:
     return (below - above) / 2
 
 
-def generation(strategy, rng, names: list, args: Args, jobs, results) -> dict:
+def generation(strategy, rng, names: list, space: Space, jobs, results) -> dict:
     """Sample, train, rank and update the distribution. -> the row to log"""
-    scale = np.concatenate(list(SCALES.values()))
     candidates = strategy.ask()
-    thetas = scale * np.array([*candidates, strategy.mean, np.zeros(len(scale))])
+    thetas = np.array([*space.thetas(np.array([*candidates, strategy.mean])), space.adam])
     chunks = np.array_split(np.arange(len(thetas)), CHUNKS)
     for task, name in enumerate(names):
         search = TASKS[name]
@@ -248,6 +289,9 @@ def main() -> None:
     with runs.bad_input():
         checks.positive(args, "minutes", "population", "tasks_per_generation")
         checks.seed(args)
+        if args.only_network and not args.network_size:
+            raise ValueError("--only-network needs a --network-size")
+        space = search_space(args)
     import cma
 
     out = Path(args.out)
@@ -257,26 +301,31 @@ def main() -> None:
         strategy, rng, deck = pickle.loads(state.read_bytes())
     else:
         options = {"popsize": args.population, "seed": args.seed, "verbose": -9}
-        start = np.zeros(sum(SIZES.values()))
+        options["CMA_diagonal"] = args.network_size > 0
+        start = np.zeros(np.count_nonzero(space.scale))
         strategy = cma.CMAEvolutionStrategy(start, SPREAD, options)
         rng, deck = np.random.default_rng(args.seed), []
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
     for core in os.sched_getaffinity(0):
-        context.Process(target=work, args=(core, jobs, results), daemon=True).start()
+        context.Process(
+            target=work, args=(core, args.network_size, jobs, results), daemon=True
+        ).start()
     began = time.monotonic()
     while time.monotonic() - began < 60 * args.minutes:
         while len(deck) < args.tasks_per_generation:
             deck = [*deck, *map(str, rng.permutation(list(TASKS)))]
         names, deck = deck[: args.tasks_per_generation], deck[args.tasks_per_generation :]
-        row = generation(strategy, rng, names, args, jobs, results)
+        row = generation(strategy, rng, names, space, jobs, results)
         row = {"generation": strategy.countiter, "sigma": strategy.sigma, **row}
         print(json.dumps(row), flush=True)
         with open(out.with_suffix(".jsonl"), "a") as log:
             log.write(json.dumps(row) + "\n")
-        theta = unflatten(np.concatenate(list(SCALES.values())) * strategy.mean)
+        theta = space.unflatten(jnp.float32(space.thetas(strategy.mean[None])[0]))
         trained = {"env_name": list(TASKS), "seed": args.seed, "generations": strategy.countiter}
-        optimizers.save_theta(out.with_suffix(".npz"), theta, "adam4rl", {}, trained)
+        trained |= {"population": args.population, "start": args.theta}
+        config = {"network_size": args.network_size}
+        optimizers.save_theta(out.with_suffix(".npz"), theta, "adam4rl", config, trained)
         runs.write_whole(state, lambda file: file.write(pickle.dumps((strategy, rng, deck))))  # noqa: B023
     print(f"written: {out}.npz, {out}.jsonl; the same command continues")
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from adam4rl import KNOTS, SIZES, adam4rl, make_adam4rl
+from adam4rl import KNOTS, adam4rl, make_adam4rl
 from optim4rl import to_optax
 
 PARAMS = {"w": jnp.ones((6, 5)), "b": jnp.zeros(5), "log_std": jnp.float32(1)}
@@ -23,12 +23,13 @@ def gradients(t):
     return dict(zip(PARAMS, leaves, strict=True))
 
 
-def zero():
-    return {name: jnp.zeros(size) for name, size in SIZES.items()}
+def zero(network_size=0):
+    return make_adam4rl(network_size).init_theta(jax.random.key(1))
 
 
-def test_untrained_it_is_adam_at_nine_over_the_number_of_updates():
-    ours, adam = adam4rl(zero(), num_steps=300), optax.adam(9 / 300)
+@pytest.mark.parametrize("network_size", [0, 4])
+def test_untrained_it_is_adam_at_nine_over_the_number_of_updates(network_size):
+    ours, adam = adam4rl(zero(network_size), num_steps=300), optax.adam(9 / 300)
     state, adam_state = ours.init(PARAMS), adam.init(PARAMS)
     for t in range(30):
         updates, state = ours.update(gradients(t), state, PARAMS)
@@ -49,8 +50,20 @@ def numpy_update(theta, grads, num_steps, shape):
     u = w[0] * grads[-1] + w[1] * m[0] + w[2] * m[1] + w[3] * m[2]
     a = np.append(theta["squares"], 1 - theta["squares"].sum())
     r = np.exp(sum(a[i] * np.log(np.sqrt(v[i]) + 1e-8) for i in range(3)))
-    d = np.sign(u) * np.abs(u / r) ** (1 + theta["power"][0])
-    d *= np.clip(np.abs(m[1]) / np.sqrt(v[0]), np.exp(-10), np.exp(2)) ** theta["signal"][0]
+    signal = np.clip(np.abs(m[1]) / np.sqrt(v[0]), np.exp(-10), np.exp(2))
+    d = np.abs(u / r) ** (1 + theta["power"][0]) * signal ** theta["signal"][0]
+    if "network" in theta:
+        root, f = np.sqrt(v[1]), np.full(shape, (n - 1) / num_steps)
+        x = [np.clip(np.sign(u) * y / root, -3, 3) for y in (grads[-1], *m)]
+        logs = np.log([np.abs(u / r), signal, np.sqrt(v[0] / v[2])])
+        x += [*np.clip(logs, -5, 5) / 2]
+        x = np.array([*x, np.full(shape, np.log(num_steps / 1000)), f])
+        layers = theta["network"]
+        hidden = np.tensordot(layers["0"]["w"], x, 1)
+        hidden = np.maximum((hidden.T + layers["0"]["b"]).T, 0)
+        o = (np.tensordot(layers["1"]["w"], hidden, 1).T + layers["1"]["b"]).T
+        d = d * np.exp(o[0]) + o[1]
+    d *= np.sign(u)
     rate = 9 * np.exp(theta["rate"][0]) * 1000 ** theta["rate"][1]
     rate *= num_steps ** (-1 - theta["rate"][1])
     done = (n - 1) / num_steps
@@ -65,11 +78,12 @@ def numpy_update(theta, grads, num_steps, shape):
     return -rate * k * np.sqrt(np.mean(d**2)) ** -theta["norm"][0] * d
 
 
+@pytest.mark.parametrize("network_size", [0, 4])
 @pytest.mark.parametrize("shape", [(200, 7), (3, 4, 5), (11,)])
-def test_the_update_is_the_equation(shape):
+def test_the_update_is_the_equation(shape, network_size):
     rng = np.random.default_rng(0)
-    theta = {name: 0.2 * rng.normal(size=size) for name, size in SIZES.items()}
-    optimizer = adam4rl({name: jnp.float32(x) for name, x in theta.items()}, num_steps=40)
+    theta = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape), zero(network_size))
+    optimizer = adam4rl(jax.tree.map(jnp.float32, theta), num_steps=40)
     params = {"x": jnp.zeros(shape)}
     state, grads = optimizer.init(params), []
     for _ in range(12):

@@ -4,13 +4,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
+import optimizers
 import search
 import tasks
-from adam4rl import SIZES, make_adam4rl
+from adam4rl import NUM_INPUTS, SIZES, make_adam4rl
 from optim4rl import to_optax
 
 NUMBERS = sum(SIZES.values())
+SPACE = search.search_space(search.Args())
+
+
+def with_rate(rate):
+    """Adam with e^rate times its learning rate, as a vector."""
+    theta = make_adam4rl().init_theta(jax.random.key(0))
+    return ravel_pytree(theta | {"rate": jnp.array([rate, 0.0])})[0]
 
 
 def test_ranks_are_symmetric_and_equal_scores_share_one():
@@ -19,11 +28,26 @@ def test_ranks_are_symmetric_and_equal_scores_share_one():
     assert (search.ranks(np.full(4, 2.0)) == 0).all()
 
 
-def test_a_vector_is_theta_in_the_order_of_its_names():
-    theta = search.unflatten(jnp.arange(NUMBERS))
-    assert {name: len(x) for name, x in theta.items()} == SIZES
-    assert np.concatenate([*theta.values()]).tolist() == list(range(NUMBERS))
-    assert len(np.concatenate([*search.SCALES.values()])) == NUMBERS
+def test_points_of_the_search_are_multiples_of_the_scales_from_the_start(tmp_path):
+    space = search.search_space(search.Args())
+    assert (space.adam == 0).all() and (space.start == 0).all() and (space.scale > 0).all()
+    theta = space.unflatten(jnp.float32(space.thetas(np.full((1, NUMBERS), 2.0))[0]))
+    for name, scale in search.SCALES.items():
+        np.testing.assert_allclose(theta[name], 2 * np.array(scale), rtol=1e-6)
+    # The network alone, on top of that theta.
+    path = str(tmp_path / "theta.npz")
+    optimizers.save_theta(path, theta, "adam4rl", {}, {})
+    args = search.Args(theta=path, network_size=3, only_network=True)
+    space = search.search_space(args)
+    weights = 3 * NUM_INPUTS + 3 + 2 * 3 + 2
+    assert np.count_nonzero(space.scale) == weights and len(space.start) == NUMBERS + weights
+    moved = space.unflatten(jnp.float32(space.thetas(np.full((1, weights), -1.0))[0]))
+    untrained = make_adam4rl(3).init_theta(jax.random.key(args.seed))
+    for name in search.SCALES:
+        np.testing.assert_allclose(moved[name], theta[name], rtol=1e-6)
+    for layer, scale in (("0", 0.3), ("1", 0.15)):
+        change = jax.tree.map(jnp.subtract, moved["network"][layer], untrained["network"][layer])
+        jax.tree.map(lambda x, s=scale: np.testing.assert_allclose(x, -s, atol=1e-6), change)
 
 
 def test_several_environments_are_independent_copies():
@@ -69,10 +93,8 @@ def lifetimes():
 
 
 def test_candidates_share_seeds_and_one_that_diverges_scores_lowest(lifetimes):
-    thetas = np.zeros((4, NUMBERS))
-    thetas[2, 0] = 1.0  # another rate
-    thetas[3, 0] = 200.0  # e^200 times the rate
-    scores = lifetimes(jnp.float32(thetas), jax.random.key(1), 12)
+    thetas = jnp.stack([with_rate(rate) for rate in (0.0, 0.0, 1.0, 200.0)])
+    scores = lifetimes(thetas, jax.random.key(1), 12)
     assert (scores[0] == scores[1]).all() and (scores[0] != scores[2]).any()
     assert (scores[3] == -1e9).all() and np.isfinite(scores[:3]).all()
 
@@ -80,8 +102,8 @@ def test_candidates_share_seeds_and_one_that_diverges_scores_lowest(lifetimes):
 def test_a_lifetimes_scores_are_the_means_of_all_and_of_the_last_tenth(lifetimes):
     num_updates = 8  # the last tenth is one update at least
     agent = search.ppo_on("cartpole", **SMALL)
-    theta = jnp.zeros(NUMBERS).at[0].set(-4.0)  # small steps, so that rounding does not grow
-    optimizer = to_optax(make_adam4rl(), search.unflatten(theta), 1.0)
+    theta = with_rate(-4.0)  # small steps, so that rounding does not grow
+    optimizer = to_optax(make_adam4rl(), SPACE.unflatten(theta), 1.0)
     learn = jax.jit(agent.learn, static_argnums=2)
     key_init, key_learn = jax.random.split(jax.random.key(1))
     state, rewards = agent.init(key_init, optimizer), []
