@@ -94,6 +94,7 @@ AGENT = {
     "point_mass": CONTROL,
     "two_link_reacher": CONTROL,
     "acrobot": CONTROL,
+    "purcell_swimmer": CONTROL,
     "minatar_asterix": MINATAR,
     "minatar_breakout": MINATAR,
     "minatar_freeway": MINATAR | dict(episode_length=2500),

@@ -22,7 +22,7 @@ import gridworld
 import optimizers
 import ppo
 import settings
-from environments import brax_env, control, minatar
+from environments import brax_env, control, minatar, swimmer
 from networks import CATEGORICAL
 
 
@@ -64,6 +64,7 @@ KINDS = (
         },
     ),
     Kind(lambda: control.NAMES, {ppo: lambda name, backend: ppo.Env(*control.make(name))}),
+    Kind(lambda: swimmer.NAMES, {ppo: lambda name, backend: ppo.Env(*swimmer.make(name))}),
     Kind(lambda: minatar.NAMES, {ppo: lambda name, backend: ppo.Env(*minatar.make(name))}),
     Kind(brax_env.names, {ppo: brax_env.make}),  # last, because names() imports Brax
 )

@@ -46,6 +46,7 @@ import ppo  # noqa: E402
 import runs  # noqa: E402
 import tasks  # noqa: E402
 from adam4rl import make_adam4rl  # noqa: E402
+from environments import swimmer  # noqa: E402
 from networks import all_finite  # noqa: E402
 from optim4rl import to_optax  # noqa: E402
 
@@ -101,10 +102,12 @@ def a2c_on(grid: gridworld.Grid, num_envs: int, **sizes) -> a2c.Agent:
     return a2c.make_agent(gridworld.make_grid(grid), a2c.Args(num_envs=num_envs, **sizes))
 
 
-def ppo_on(name: str, copies: int = 1, obs_size: int = 0, **changes) -> ppo.Agent:
-    """PPO on a task, on some copies of it at once, or with obs_size mixtures as observations."""
+def ppo_on(name: str, copies: int = 1, obs_size: int = 0, links: int = 0, **changes) -> ppo.Agent:
+    """PPO on a task, on some copies of it at once, with obs_size mixtures as observations, or on a
+    swimmer of so many links."""
     learner = tasks.make_learner(name, "ppo", **changes)
-    env = several(learner.env, copies) if copies > 1 else learner.env
+    env = ppo.Env(*swimmer.make(name, links)) if links else learner.env
+    env = several(env, copies) if copies > 1 else env
     return ppo.make_agent(mixed(env, obs_size) if obs_size else env, learner.args)
 
 
@@ -145,6 +148,7 @@ SMALL = [gridworld.GRIDS[f"small_{name}"] for name in ("dense_short", "sparse_lo
 DEEP = {"policy_layers": (32,) * 4, "value_layers": (64,) * 5, "num_envs": 128}
 DEEP |= {"rollout_steps": 5, "batch_size": 64, "num_minibatches": 32}
 ACROBOT = DEEP | {"entropy_weight": 1e-2, "reward_scale": 10.0}
+(SWIMMER,) = swimmer.NAMES
 SQUARE, OBLONG = gridworld.Grid(5, 5, 2, 0.2, 100), gridworld.Grid(7, 8, 2, 0.3, 200)
 TASKS = {
     "small_dense_short": Search(partial(a2c_on, SMALL[0], 512), "return", 120, 300),
@@ -159,6 +163,9 @@ TASKS = {
     "acrobot, deep": Search(partial(ppo_on, "acrobot", **ACROBOT), "reward", 8, 30),
     "4 cartpoles, deep": Search(partial(ppo_on, "cartpole", 4, **DEEP), "reward", 10, 40),
     "3 pendulums, mixed": Search(partial(ppo_on, "pendulum", 3, 200, **DEEP), "reward", 8, 30),
+    "swimmer": Search(partial(ppo_on, SWIMMER), "reward", 20, 80),
+    "swimmer, deep": Search(partial(ppo_on, SWIMMER, **DEEP), "reward", 8, 25),
+    "swimmer of 9, mixed": Search(partial(ppo_on, SWIMMER, 1, 200, 9, **DEEP), "reward", 8, 25),
     "small_dense_short by ppo": Search(partial(ppo_on, "small_dense_short"), "return", 30, 100),
 }
 

@@ -13,7 +13,7 @@ import a2c
 import gridworld
 import ppo
 import tasks
-from environments import control
+from environments import control, swimmer
 from pipeline_train import Args
 from tasks import fill_in
 
@@ -95,10 +95,10 @@ def test_the_papers_settings_are_the_defaults():
 def test_every_name_has_one_kind_and_every_control_task_its_settings():
     names = [name for kind in tasks.KINDS for name in kind.names()]
     assert len(set(names)) == len(names)
-    for name in control.NAMES:
+    for name in (*control.NAMES, *swimmer.NAMES):
         assert name in tasks.settings.AGENT
         learner = tasks.make_learner(name, total_steps=1e4)
-        assert learner.agent is ppo and learner.args.episode_length == control.EPISODE_LENGTH[name]
+        assert learner.agent is ppo and learner.args.episode_length == 200
         state, obs = learner.env.reset(jax.random.key(0))
         assert obs.shape == (learner.env.obs_size,)
 
