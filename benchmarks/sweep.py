@@ -1,92 +1,101 @@
-"""Sweep of meta-training: train with the settings and meta-seeds below, test on the training tasks,
-and rank the settings:
+"""The paper's sweep of meta-training on small tasks, in its setting (512 units; Catch 64):
 
-    python benchmarks/sweep.py
+    python benchmarks/sweep.py --env-name small_dense_long
 
-The tests use the training tasks with seeds that meta-training has not seen, never the tasks that
-are reported as transfer. A setting's score is the mean, over its meta-seeds and tasks, of two
-numbers relative to Adam at its best learning rate: the return over all of training, and at the end.
-Finished runs are not run again. Writes runs/sweep/ranking.csv.
+Meta-trains Optim4RL at every meta-learning rate, with the task's learning rate of agents; then at
+the best meta-learning rate with every other learning rate of agents. Each theta is tested with
+seeds that no result shows. Writes runs/sweep/ENV.csv, the best first. What was run is not run again
+and what was interrupted continues, so the same command continues a sweep.
 """
 
 import csv
-import itertools
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from ablations import ROOT, run
 
 sys.path.insert(0, str(ROOT))
-from report import read_results  # noqa: E402, once the project is on the path
+import runs  # noqa: E402, once the project is on the path
+import tasks  # noqa: E402
+from figures.report import read_results  # noqa: E402
 
 OUT = ROOT / "runs" / "sweep"
-BASE = (
-    "--env-name small_dense_short small_dense_long small_sparse_short small_sparse_long "
-    "--optimizer momentum4rl"
-)
-BASE += (
-    " --meta-estimator pes --num-units 8 --envs-per-unit 512 --inner-updates 20 "
-    "--reset-interval 15 --reward-scale 1"
-)
-BASE += " --learning-rate 6e-2"
-SETTINGS = (
-    "--sigma 0.01 --meta-learning-rate 0.001 --anneal-meta-lr --num-iterations 300",
-    "--sigma 0.005 --meta-learning-rate 0.0005 --num-iterations 200",
-)
-META_SEEDS = (0, 1)
-TEST = "--num-seeds 4 --seed 5000"  # other seeds than those in results/
-ADAM = "--optimizers adam --learning-rates 1e-1 3e-2 1e-2 3e-3 1e-3 3e-4"
+COLUMNS = ("meta_learning_rate", "learning_rate", "mean_return", "final_return", "theta")
+TEST = "--num-seeds 4 --seed 5000"
 
 
-def environments(base: str) -> list[str]:
-    """The environments that --env-name names in these flags."""
-    words = base.split()
-    return list(
-        itertools.takewhile(
-            lambda word: not word.startswith("--"), words[words.index("--env-name") + 1 :]
-        )
-    )
+@dataclass(frozen=True)
+class Args:
+    env_name: str = "small_dense_long"
+    """the task, as in pipeline_train.py"""
+    meta_learning_rates: tuple[float, ...] = (1e-5, 1e-4, 3e-4, 1e-3)
+    """Adam's learning rates for theta (paper: 1e-5 to 1e-3; Catch 1e-4 to 1e-2)"""
+    learning_rates: tuple[float, ...] = (1e-2, 3e-3)
+    """learning rates of agents, beside the task's own"""
+    num_units: int | None = None
+    """agents in meta-training (paper: 512; Catch 64)"""
+    num_devices: int | None = None
+    """devices, as in pipeline_train.py; 1 leaves a core free for another sweep"""
 
 
-def tested(folder: Path, env_name: str, flags: str) -> np.ndarray:
-    """Evaluate one optimizer, into folder/<env_name>, unless that was done before.
-    -> returns [seeds, updates]"""
-    if not (folder / env_name).exists():
-        run("evaluate", f"--env-name {env_name} {flags}", folder).rename(folder / env_name)
-    (result,) = read_results(folder / env_name / "results.csv")
-    return result.returns
+def meta_train(flags: str, folder: Path) -> Path:
+    """Meta-train in this folder, or continue there. -> theta.npz"""
+    begun = sorted(folder.glob("*__pipeline_train__*"))
+    if done := [run / "theta.npz" for run in begun if (run / "theta.npz").exists()]:
+        return done[-1]
+    for interrupted in begun[-1:]:
+        if any((interrupted / "checkpoint").glob("[0-9]*")):
+            return run("pipeline_train", f"--resume {interrupted}", folder) / "theta.npz"
+    return run("pipeline_train", flags, folder) / "theta.npz"
 
 
-def scores(returns: np.ndarray) -> np.ndarray:
-    """The mean return over all of training, and over its last 20 updates."""
-    return np.array([np.nanmean(returns), returns[:, -20:].mean()])
+def test(theta: Path, args: Args, learning_rate: float, folder: Path) -> list[float]:
+    """-> the return over all of training, and at the end: the means of the seeds of TEST"""
+    if not (found := sorted(folder.glob("*__evaluate__*/table.md"))):
+        flags = f"--env-name {args.env_name} --optimizers {theta} {TEST}"
+        found = [run("evaluate", f"{flags} --learning-rate {learning_rate:g}", folder) / "table.md"]
+    (result,) = read_results(found[-1].parent / "results.csv")
+    return [float(np.nanmean(result.returns)), result.score()]
+
+
+def row(args: Args, meta_learning_rate: float, learning_rate: float) -> tuple:
+    """One setting, meta-trained and tested."""
+    units = f"_{args.num_units}" if args.num_units else ""
+    folder = OUT / args.env_name / f"{meta_learning_rate:g}_{learning_rate:g}{units}"
+    flags = f"--env-name {args.env_name} --learning-rate {learning_rate:g}"
+    flags += f" --meta-learning-rate {meta_learning_rate:g}"
+    for name in ("num_units", "num_devices"):
+        if getattr(args, name):
+            flags += f" --{name.replace('_', '-')} {getattr(args, name)}"
+    theta = meta_train(flags, folder)
+    scores = test(theta, args, learning_rate, folder)
+    return meta_learning_rate, learning_rate, *scores, theta.relative_to(ROOT)
+
+
+def write(path: Path, rows: list) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for *numbers, theta in sorted(rows, key=lambda row: -row[2]):
+            writer.writerow([*(f"{x:.5g}" for x in numbers), theta])
 
 
 def main() -> None:
-    best, env_names = {}, environments(BASE)
-    for env_name in env_names:
-        best[env_name] = scores(tested(OUT / "adam", env_name, f"{ADAM} {TEST}"))
-
-    ranking = []
-    for setting in SETTINGS:
-        relative = []
-        for seed in META_SEEDS:
-            folder = OUT / setting.replace("--", "").replace(" ", "_") / str(seed)
-            if not (folder / "theta.npz").exists():
-                made = run("pipeline_train", f"{BASE} {setting} --seed {seed}", folder)
-                (made / "theta.npz").rename(folder / "theta.npz")
-            for env_name in env_names:
-                flags = f"--optimizers {folder / 'theta.npz'} {TEST}"
-                relative.append(scores(tested(folder, env_name, flags)) / best[env_name])
-        ranking.append((np.mean(relative), *np.mean(relative, axis=0), setting))
-        with open(OUT / "ranking.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["score", "all_of_training", "end", "flags"])
-            writer.writerows(
-                [*(f"{x:.4f}" for x in row[:3]), row[3]] for row in sorted(ranking, reverse=True)
-            )
-    print(f"written: {OUT}/ranking.csv; the best: {max(ranking)[3]}")
+    args = runs.parse(Args, __doc__)
+    with runs.bad_input():
+        usual = tasks.agent_settings(args.env_name)["learning_rate"]
+    OUT.mkdir(parents=True, exist_ok=True)
+    path, rows = OUT / f"{args.env_name}.csv", []
+    for meta_learning_rate in args.meta_learning_rates:
+        rows.append(row(args, meta_learning_rate, usual))
+        write(path, rows)
+    best = max(rows, key=lambda row: row[2])[0]
+    for learning_rate in args.learning_rates:
+        rows.append(row(args, best, learning_rate))
+        write(path, rows)
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":
