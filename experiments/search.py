@@ -7,14 +7,15 @@ A generation trains agents with every candidate on a few tasks, drawn in turn fr
 PPO on random gridworlds, PPO on control tasks, each with a random number of updates. On a task all
 candidates have the same seed, and are ranked by their mean return over training and by that of the
 last tenth; the sum of these ranks is the fitness, so reward scales do not matter. Two more
-candidates are ranked and not used: the mean of the distribution, and Adam (untrained).
+candidates are ranked and not used: theta as it is written, and Adam (untrained).
 
 The network on top is searched from what was found without it:
 
     python experiments/search.py --theta runs/adam4rl.npz --network-size 8 --out runs/network
 
-Writes OUT.npz (theta: the mean of the distribution) and OUT.jsonl (a line a generation), and
-continues from OUT.pkl if it is there.
+Writes OUT.npz (theta: the mean of the distribution, averaged over the last third of all
+generations, as one generation is mostly chance) and OUT.jsonl (a line a generation), and continues
+from OUT.pkl if it is there.
 """
 
 import json
@@ -266,10 +267,16 @@ def ranks(scores: np.ndarray) -> np.ndarray:
     return (below - above) / 2
 
 
-def generation(strategy, rng, names: list, space: Space, jobs, results) -> dict:
-    """Sample, train, rank and update the distribution. -> the row to log"""
+def late_mean(means: list) -> np.ndarray:
+    """The average of the last third. means: of the distribution before each generation, and now"""
+    return np.mean(means[-math.ceil(len(means) / 3) :], axis=0)
+
+
+def generation(strategy, rng, names: list, written, space: Space, jobs, results) -> dict:
+    """Sample, train, rank and update the distribution. written: the point that is also ranked
+    -> the row to log"""
     candidates = strategy.ask()
-    thetas = np.array([*space.thetas(np.array([*candidates, strategy.mean])), space.adam])
+    thetas = np.array([*space.thetas(np.array([*candidates, written])), space.adam])
     chunks = np.array_split(np.arange(len(thetas)), CHUNKS)
     for task, name in enumerate(names):
         search = TASKS[name]
@@ -285,10 +292,10 @@ def generation(strategy, rng, names: list, space: Space, jobs, results) -> dict:
     for name, found in zip(names, scores, strict=True):
         fitness += sum(ranks(found[:, i]) for i in (0, 1)) / 2 / len(names)
         middle = np.median(found[:-2], axis=0)
-        row[name] = {"mean": found[-2].tolist(), "adam": found[-1].tolist()}
+        row[name] = {"theta": found[-2].tolist(), "adam": found[-1].tolist()}
         row[name]["median"] = middle.tolist()
     strategy.tell(candidates, list(-fitness[: len(candidates)]))
-    return {"rank of the mean": fitness[-2], "rank of adam": fitness[-1], **row}
+    return {"rank of theta": fitness[-2], "rank of adam": fitness[-1], **row}
 
 
 def main() -> None:
@@ -305,13 +312,13 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     state = out.with_suffix(".pkl")
     if state.exists():  # written by this script, on this machine
-        strategy, rng, deck = pickle.loads(state.read_bytes())
+        strategy, rng, deck, means = pickle.loads(state.read_bytes())
     else:
         options = {"popsize": args.population, "seed": args.seed, "verbose": -9}
         options["CMA_diagonal"] = args.network_size > 0
         start = np.zeros(np.count_nonzero(space.scale))
         strategy = cma.CMAEvolutionStrategy(start, SPREAD, options)
-        rng, deck = np.random.default_rng(args.seed), []
+        rng, deck, means = np.random.default_rng(args.seed), [], [start]
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
     for core in os.sched_getaffinity(0):
@@ -323,17 +330,18 @@ def main() -> None:
         while len(deck) < args.tasks_per_generation:
             deck = [*deck, *map(str, rng.permutation(list(TASKS)))]
         names, deck = deck[: args.tasks_per_generation], deck[args.tasks_per_generation :]
-        row = generation(strategy, rng, names, space, jobs, results)
+        row = generation(strategy, rng, names, late_mean(means), space, jobs, results)
+        means.append(np.array(strategy.mean))
         row = {"generation": strategy.countiter, "sigma": strategy.sigma, **row}
         print(json.dumps(row), flush=True)
         with open(out.with_suffix(".jsonl"), "a") as log:
             log.write(json.dumps(row) + "\n")
-        theta = space.unflatten(jnp.float32(space.thetas(strategy.mean[None])[0]))
+        theta = space.unflatten(jnp.float32(space.thetas(late_mean(means)[None])[0]))
         trained = {"env_name": list(TASKS), "seed": args.seed, "generations": strategy.countiter}
         trained |= {"population": args.population, "start": args.theta}
         config = {"network_size": args.network_size}
         optimizers.save_theta(out.with_suffix(".npz"), theta, "adam4rl", config, trained)
-        runs.write_whole(state, lambda file: file.write(pickle.dumps((strategy, rng, deck))))  # noqa: B023
+        runs.write_whole(state, lambda file: file.write(pickle.dumps((strategy, rng, deck, means))))  # noqa: B023
     print(f"written: {out}.npz, {out}.jsonl; the same command continues")
 
 

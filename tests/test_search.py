@@ -50,6 +50,12 @@ def test_points_of_the_search_are_multiples_of_the_scales_from_the_start(tmp_pat
         jax.tree.map(lambda x, s=scale: np.testing.assert_allclose(x, -s, atol=1e-6), change)
 
 
+def test_theta_is_the_average_over_the_last_third_of_generations():
+    means = [np.array([x, 1.0]) for x in (9.0, 9.0, 9.0, 9.0, 9.0, 1.0, 4.0)]
+    assert search.late_mean(means).tolist() == [14 / 3, 1.0]  # three of seven
+    assert search.late_mean(means[:1]).tolist() == [9.0, 1.0]
+
+
 def test_several_environments_are_independent_copies():
     one = tasks.make_learner("cartpole").env
     three = search.several(one, 3)
