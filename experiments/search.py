@@ -152,20 +152,18 @@ ACROBOT = DEEP | {"entropy_weight": 1e-2, "reward_scale": 10.0}
 (SWIMMER,) = swimmer.NAMES
 SQUARE, OBLONG = gridworld.Grid(5, 5, 2, 0.2, 100), gridworld.Grid(7, 8, 2, 0.3, 200)
 TASKS = {
-    "small_dense_short": Search(partial(a2c_on, SMALL[0], 512), "return", 120, 300),
-    "small_sparse_long": Search(partial(a2c_on, SMALL[1], 512), "return", 120, 300),
-    "small_dense_long": Search(partial(a2c_on, SMALL[2], 512), "return", 120, 300),
+    "small_dense_short": Search(partial(a2c_on, SMALL[0], 512), "return", 120, 400),
+    "small_sparse_long": Search(partial(a2c_on, SMALL[1], 512), "return", 120, 400),
+    "small_dense_long": Search(partial(a2c_on, SMALL[2], 512), "return", 120, 400),
     "5 x 5": Search(partial(a2c_on, SQUARE, 128, hidden_size=64), "return", 200, 800),
-    "7 x 8, convolution": Search(partial(a2c_on, OBLONG, 128, conv_filters=16), "return", 100, 200),
+    "7 x 8, convolution": Search(partial(a2c_on, OBLONG, 128, conv_filters=16), "return", 150, 300),
     "pendulum": Search(partial(ppo_on, "pendulum"), "reward", 20, 80),
-    "cartpole": Search(partial(ppo_on, "cartpole"), "reward", 30, 120),
-    "two_link_reacher": Search(partial(ppo_on, "two_link_reacher"), "reward", 30, 120),
-    "point_mass, deep": Search(partial(ppo_on, "point_mass", **DEEP), "reward", 8, 40),
+    "cartpole": Search(partial(ppo_on, "cartpole"), "reward", 30, 240),
+    "two_link_reacher": Search(partial(ppo_on, "two_link_reacher"), "reward", 30, 240),
     "acrobot, deep": Search(partial(ppo_on, "acrobot", **ACROBOT), "reward", 8, 30),
     "4 cartpoles, deep": Search(partial(ppo_on, "cartpole", 4, **DEEP), "reward", 10, 40),
     "3 pendulums, mixed": Search(partial(ppo_on, "pendulum", 3, 200, **DEEP), "reward", 8, 30),
-    "swimmer": Search(partial(ppo_on, SWIMMER), "reward", 20, 80),
-    "swimmer, deep": Search(partial(ppo_on, SWIMMER, **DEEP), "reward", 8, 25),
+    "swimmer": Search(partial(ppo_on, SWIMMER), "reward", 20, 320),
     "swimmer of 9, mixed": Search(partial(ppo_on, SWIMMER, 1, 200, 9, **DEEP), "reward", 8, 25),
     "small_dense_short by ppo": Search(partial(ppo_on, "small_dense_short"), "return", 30, 100),
 }
