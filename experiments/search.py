@@ -84,7 +84,7 @@ class Search(NamedTuple):
 
 # The scale of each number of theta in the initial distribution; of the network's see search_space.
 SCALES = {
-    "rate": (0.5, 0.1),
+    "rate": (0.5, 0.25),
     "schedule": (0.5,) * 6,
     "fall": (0.6,),
     "momenta": (0.6,) * 4,
