@@ -14,8 +14,8 @@ with bias-corrected running means m_b of the gradient g and v_c of g^2, the numb
 the whole training, the fraction f of it that is done, schedule(f) piecewise linear in f, and k a
 power of the fan-in and fan-out of a tensor, or a factor for biases. RMS is over a tensor; |m_.9| /
 sqrt(v_.9) is clipped to e^-10 .. e^2. o is the output of a small network that reads, for each
-coordinate, what is above (`inputs`); without one it is 0. theta holds what has a name; where it is
-zero, this is Adam with the learning rate 9 / N.
+coordinate, what is above (`inputs`); without one it is 0. theta holds the network and what has a
+name; where these and the network's last layer are zero, this is Adam with the learning rate 9 / N.
 
 It is not in the paper. Copy this file and optim4rl.py into your project, and use it with optax:
 
@@ -80,15 +80,13 @@ def update_moments(g: jax.Array, moments: jax.Array) -> tuple:
     return m, v, jnp.concatenate([means, count])
 
 
-def inputs(g, m, v, u, log_size, log_signal, log_n, fraction) -> jax.Array:
-    """What the network reads, all of the order of 1: the gradient and its means as multiples of
-    sqrt(v_.99), positive where they agree with the update; logarithms of the update's size, of its
-    signal to noise, of the change of v; log(N / 1000), f. -> [NUM_INPUTS, C]"""
-    relative = jnp.sign(u) * jnp.concatenate([g[None], m]) / (jnp.sqrt(v[1]) + EPS)
-    change = jnp.log((jnp.sqrt(v[0]) + EPS) / (jnp.sqrt(v[2]) + EPS))
-    logs = jnp.stack([log_size, log_signal, change])
-    shared = jnp.broadcast_to(jnp.stack([log_n, fraction])[:, None], (2, g.size))
-    return jnp.concatenate([jnp.clip(relative, -3, 3), jnp.clip(logs, -5, 5) / 2, shared])
+def inputs(relative: list, logs: list, shared: list) -> jax.Array:
+    """What the network reads, all of the order of 1. relative: the gradient and its means as
+    multiples of sqrt(v_.99), positive where they agree with the update; logs: of the update's size,
+    of its signal to noise, of the change of v; shared: log(N / 1000), f -> [NUM_INPUTS, C]"""
+    shared = [jnp.full_like(logs[0], x) for x in shared]
+    relative, logs = jnp.clip(jnp.stack(relative), -3, 3), jnp.clip(jnp.stack(logs), -5, 5)
+    return jnp.concatenate([relative, logs / 2, jnp.stack(shared)])
 
 
 def direction(shared: tuple, g: jax.Array, moments: jax.Array) -> tuple:
@@ -98,7 +96,8 @@ def direction(shared: tuple, g: jax.Array, moments: jax.Array) -> tuple:
     m, v, moments = update_moments(g, moments)
     w = jnp.array([0.0, 0.0, 1.0, 0.0]) + theta["momenta"] + log_n * theta["momenta_n"]
     u = w[0] * g + jnp.sum(w[1:, None] * m, axis=0)
-    logs = jnp.log(jnp.sqrt(v) + EPS)
+    root = jnp.sqrt(v) + EPS
+    logs = jnp.log(root)
     a = jnp.append(theta["squares"], 1 - jnp.sum(theta["squares"]))
     log_size = jnp.log(jnp.abs(u) + 1e-30) - jnp.sum(a[:, None] * logs, axis=0)
     log_size = jnp.clip(log_size, -60, 5)
@@ -106,7 +105,8 @@ def direction(shared: tuple, g: jax.Array, moments: jax.Array) -> tuple:
     exponent = (1 + theta["power"]) * log_size + theta["signal"] * log_signal
     if "network" not in theta:
         return jnp.sign(u) * jnp.exp(exponent), moments
-    x = inputs(g, m, v, u, log_size, log_signal, log_n, fraction)
+    relative = [jnp.sign(u) * x / root[1] for x in (g, *m)]
+    x = inputs(relative, [log_size, log_signal, logs[0] - logs[2]], [log_n, fraction])
     factor, addend = readout(theta["network"], x)
     return jnp.sign(u) * (jnp.exp(exponent + factor) + addend), moments
 

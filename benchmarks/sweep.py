@@ -42,13 +42,13 @@ class Args:
 
 def meta_train(flags: str, folder: Path) -> Path:
     """Meta-train in this folder, or continue there. -> theta.npz"""
-    begun = sorted(folder.glob("*__pipeline_train__*"))
-    if done := [run / "theta.npz" for run in begun if (run / "theta.npz").exists()]:
-        return done[-1]
-    for interrupted in begun[-1:]:
-        if any((interrupted / "checkpoint").glob("[0-9]*")):
-            return run("pipeline_train", f"--resume {interrupted}", folder) / "theta.npz"
-    return run("pipeline_train", flags, folder) / "theta.npz"
+    theta = folder / "theta.npz"  # a run that is interrupted writes its own theta, too
+    if not theta.exists():
+        for begun in sorted(folder.glob("*__pipeline_train__*"))[-1:]:
+            if any(path.name.isdigit() for path in (begun / "checkpoint").glob("*")):
+                flags = f"--resume {begun}"
+        (run("pipeline_train", flags, folder) / "theta.npz").rename(theta)
+    return theta
 
 
 def test(theta: Path, args: Args, learning_rate: float, folder: Path) -> list[float]:

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 
 from environments.control import Env
 
-NUM_LINKS = {"purcell_swimmer": 6}
-NAMES = tuple(NUM_LINKS)
+NAMES = ("purcell_swimmer",)
+NUM_LINKS = 6
 DT = 0.1  # seconds of a step
 MAX_TURN = 3.0  # radians a second, of a joint at action 1
 MAX_BEND = 1.5  # radians, of a joint
@@ -74,7 +74,7 @@ def free_motion(bends, bending) -> tuple[jax.Array, jax.Array]:
     y = drag(bends, jnp.array([0.0, 1.0]), 0.0, still)
     turn = drag(bends, none, 1.0, still)
     wanted = -drag(bends, none, 0.0, bending)
-    # Cramer's rule; a linear solver is slow for many systems of three equations.
+    # Cramer's rule for x a + y b + turn c = wanted.
     volume = jnp.dot(x, jnp.cross(y, turn))
     numerators = (jnp.cross(y, turn), jnp.cross(turn, x), jnp.cross(x, y))
     solution = jnp.stack([jnp.dot(wanted, n) for n in numerators]) / volume
@@ -87,12 +87,11 @@ def observe(state: State) -> jax.Array:
     )
 
 
-def make(name: str, num_links: int | None = None) -> Env:
-    """The environment of that name, with its usual number of links or this one. Raises ValueError
-    for a name that is not in NAMES."""
+def make(name: str, num_links: int = NUM_LINKS) -> Env:
+    """The environment of that name. Raises ValueError for a name that is not in NAMES."""
     if name not in NAMES:
         raise ValueError(f"unknown task {name!r}; choose from {', '.join(NAMES)}")
-    num_joints = (num_links or NUM_LINKS[name]) - 1
+    num_joints = num_links - 1
 
     def reset(key):
         bends = 0.1 * jax.random.uniform(key, (num_joints,), minval=-1)

@@ -46,7 +46,7 @@ import optimizers  # noqa: E402
 import ppo  # noqa: E402
 import runs  # noqa: E402
 import tasks  # noqa: E402
-from adam4rl import make_adam4rl  # noqa: E402
+from adam4rl import make_adam4rl, network_size  # noqa: E402
 from environments import swimmer  # noqa: E402
 from networks import all_finite  # noqa: E402
 from optim4rl import to_optax  # noqa: E402
@@ -149,7 +149,7 @@ SMALL = [gridworld.GRIDS[f"small_{name}"] for name in ("dense_short", "sparse_lo
 DEEP = {"policy_layers": (32,) * 4, "value_layers": (64,) * 5, "num_envs": 128}
 DEEP |= {"rollout_steps": 5, "batch_size": 64, "num_minibatches": 32}
 ACROBOT = DEEP | {"entropy_weight": 1e-2, "reward_scale": 10.0}
-(SWIMMER,) = swimmer.NAMES
+MIXED = DEEP | {"obs_size": 200}
 SQUARE, OBLONG = gridworld.Grid(5, 5, 2, 0.2, 100), gridworld.Grid(7, 8, 2, 0.3, 200)
 TASKS = {
     "small_dense_short": Search(partial(a2c_on, SMALL[0], 512), "return", 120, 400),
@@ -161,10 +161,12 @@ TASKS = {
     "cartpole": Search(partial(ppo_on, "cartpole"), "reward", 30, 240),
     "two_link_reacher": Search(partial(ppo_on, "two_link_reacher"), "reward", 30, 240),
     "acrobot, deep": Search(partial(ppo_on, "acrobot", **ACROBOT), "reward", 8, 30),
-    "4 cartpoles, deep": Search(partial(ppo_on, "cartpole", 4, **DEEP), "reward", 10, 40),
-    "3 pendulums, mixed": Search(partial(ppo_on, "pendulum", 3, 200, **DEEP), "reward", 8, 30),
-    "swimmer": Search(partial(ppo_on, SWIMMER), "reward", 20, 320),
-    "swimmer of 9, mixed": Search(partial(ppo_on, SWIMMER, 1, 200, 9, **DEEP), "reward", 8, 25),
+    "4 cartpoles, deep": Search(partial(ppo_on, "cartpole", copies=4, **DEEP), "reward", 10, 40),
+    "3 pendulums, mixed": Search(partial(ppo_on, "pendulum", copies=3, **MIXED), "reward", 8, 30),
+    "swimmer": Search(partial(ppo_on, "purcell_swimmer"), "reward", 20, 320),
+    "swimmer of 9, mixed": Search(
+        partial(ppo_on, "purcell_swimmer", links=9, **MIXED), "reward", 8, 25
+    ),
     "small_dense_short by ppo": Search(partial(ppo_on, "small_dense_short"), "return", 30, 100),
 }
 
@@ -239,14 +241,18 @@ class Space(NamedTuple):
 
 
 def search_space(args: Args) -> Space:
-    """Raises a one-line ValueError for a theta file that is not adam4rl's."""
+    """Raises a one-line ValueError for a network size that does not fit, or for a theta file that
+    is not adam4rl's or has a network of another size."""
+    optimizers.check_config("adam4rl", {"network_size": args.network_size})
     untrained = make_adam4rl(args.network_size).init_theta(jax.random.key(args.seed))
     start = dict(untrained)
     if args.theta:
         _, theta, header = optimizers.load_learned(args.theta)
         if header["optimizer"] != "adam4rl":
             raise ValueError(f"{args.theta}: of {header['optimizer']}; the search is of adam4rl")
-        start |= {name: x for name, x in theta.items() if name in start}
+        if (size := network_size(theta)) not in (0, args.network_size):
+            raise ValueError(f"{args.theta} has a network: give --network-size {size}")
+        start |= theta
     scale = {name: jnp.array(x) * (not args.only_network) for name, x in SCALES.items()}
     if args.network_size:
         hidden, output = untrained["network"]["0"], untrained["network"]["1"]
@@ -296,6 +302,26 @@ def generation(strategy, rng, names: list, written, space: Space, jobs, results)
     return {"rank of theta": fitness[-2], "rank of adam": fitness[-1], **row}
 
 
+def begin(args: Args, space: Space, state: Path) -> tuple:
+    """-> the strategy, the generator and the deck of tasks, the means so far; those in the file
+    `state`, which this script wrote on this machine, if it is there. Raises a one-line ValueError
+    if cma is missing, or the file is of another search."""
+    try:
+        import cma
+    except ImportError:
+        raise ValueError("the search needs the package cma: pip install cma") from None
+    numbers = np.count_nonzero(space.scale)
+    if state.exists():
+        found = pickle.loads(state.read_bytes())
+        if found[0].N != numbers:
+            raise ValueError(f"{state} searches {found[0].N} numbers, not {numbers}; another --out")
+        return found
+    options = {"popsize": args.population, "seed": args.seed, "verbose": -9}
+    options["CMA_diagonal"] = args.network_size > 0
+    strategy = cma.CMAEvolutionStrategy(np.zeros(numbers), SPREAD, options)
+    return strategy, np.random.default_rng(args.seed), [], [np.zeros(numbers)]
+
+
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
@@ -303,20 +329,10 @@ def main() -> None:
         checks.seed(args)
         if args.only_network and not args.network_size:
             raise ValueError("--only-network needs a --network-size")
-        space = search_space(args)
-    import cma
-
-    out = Path(args.out)
+        space, out = search_space(args), Path(args.out)
+        state = out.with_suffix(".pkl")
+        strategy, rng, deck, means = begin(args, space, state)
     out.parent.mkdir(parents=True, exist_ok=True)
-    state = out.with_suffix(".pkl")
-    if state.exists():  # written by this script, on this machine
-        strategy, rng, deck, means = pickle.loads(state.read_bytes())
-    else:
-        options = {"popsize": args.population, "seed": args.seed, "verbose": -9}
-        options["CMA_diagonal"] = args.network_size > 0
-        start = np.zeros(np.count_nonzero(space.scale))
-        strategy = cma.CMAEvolutionStrategy(start, SPREAD, options)
-        rng, deck, means = np.random.default_rng(args.seed), [], [start]
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
     for core in os.sched_getaffinity(0):

@@ -66,9 +66,10 @@ def test_the_sweep_runs_each_setting_once_and_continues_an_interrupted_one(tmp_p
     commands.clear()
     sweep.main()
     assert not commands
-    # One that was cut after its first checkpoint.
-    (folder,) = (tmp_path / "sweep" / "catch" / "0.001_0.0001").glob("*__pipeline_train__*")
-    (folder / "theta.npz").unlink()
+    # One that was interrupted after its first checkpoint.
+    setting = tmp_path / "sweep" / "catch" / "0.001_0.0001"
+    (folder,) = setting.glob("*__pipeline_train__*")
+    (setting / "theta.npz").rename(folder / "theta.npz")
     (folder / "checkpoint" / "12").mkdir(parents=True)
     sweep.main()
     assert commands == [("pipeline_train", f"--resume {folder}")]
