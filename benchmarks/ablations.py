@@ -55,7 +55,10 @@ CLASSICAL = {
 
 
 def run(script: str, flags: str, folder: Path) -> Path:
-    """Run a script of the project, with `folder` as --runs-dir. -> the run's own folder"""
+    """Run a script of the project, with `folder` as --runs-dir. -> the run's own folder
+
+    Exits as the script does if that fails or is interrupted; it has said why.
+    """
     command = [
         sys.executable,
         str(ROOT / f"{script}.py"),
@@ -63,7 +66,8 @@ def run(script: str, flags: str, folder: Path) -> Path:
         "--runs-dir",
         str(folder),
     ]
-    subprocess.run(command, cwd=ROOT, check=True)
+    if code := subprocess.run(command, cwd=ROOT).returncode:
+        sys.exit(code)
     return max(folder.glob(f"*__{script}__*"), key=lambda path: path.stat().st_mtime)
 
 

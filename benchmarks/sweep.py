@@ -92,7 +92,7 @@ def main() -> None:
         rows.append(row(args, meta_learning_rate, usual))
         write(path, rows)
     best = max(rows, key=lambda row: row[2])[0]
-    for learning_rate in args.learning_rates:
+    for learning_rate in sorted({*args.learning_rates} - {usual}):
         rows.append(row(args, best, learning_rate))
         write(path, rows)
     print(f"written: {path}")
