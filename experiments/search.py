@@ -69,6 +69,8 @@ class Args:
     covariances"""
     only_network: bool = False
     """leave the other numbers of theta as they are"""
+    spread: float = 0.4
+    """standard deviation of the first candidates, relative to SCALES"""
     seed: int = 1
     """seed of CMA-ES and of the choice of tasks"""
 
@@ -82,7 +84,7 @@ class Search(NamedTuple):
     most: int
 
 
-# The scale of each number of theta in the initial distribution; of the network's see search_space.
+# The scale of each number of theta in the first distribution; of the network's see search_space.
 SCALES = {
     "rate": (0.5, 0.25),
     "schedule": (0.5,) * 6,
@@ -95,7 +97,6 @@ SCALES = {
     "norm": (0.2,),
     "shape": (0.15,) * 4,
 }
-SPREAD = 0.4  # of the initial distribution, in these scales
 CHUNKS = 3  # jobs of a task, so that all cores are busy to the end of a generation
 
 
@@ -318,14 +319,14 @@ def begin(args: Args, space: Space, state: Path) -> tuple:
         return found
     options = {"popsize": args.population, "seed": args.seed, "verbose": -9}
     options["CMA_diagonal"] = args.network_size > 0
-    strategy = cma.CMAEvolutionStrategy(np.zeros(numbers), SPREAD, options)
+    strategy = cma.CMAEvolutionStrategy(np.zeros(numbers), args.spread, options)
     return strategy, np.random.default_rng(args.seed), [], [np.zeros(numbers)]
 
 
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
-        checks.positive(args, "minutes", "population", "tasks_per_generation")
+        checks.positive(args, "minutes", "population", "tasks_per_generation", "spread")
         checks.seed(args)
         if args.only_network and not args.network_size:
             raise ValueError("--only-network needs a --network-size")
