@@ -11,11 +11,12 @@
     s(f) = exp(schedule(f)) max(1 - f, 1 / N)^fall
 
 with bias-corrected running means m_b of the gradient g and v_c of g^2, the number N of updates of
-the whole training, the fraction f of it that is done, schedule(f) piecewise linear in f, and k a
-power of the fan-in and fan-out of a tensor, or a factor for biases. RMS is over a tensor; |m_.9| /
-sqrt(v_.9) is clipped to e^-10 .. e^2. o is the output of a small network that reads, for each
-coordinate, what is above (`inputs`); without one it is 0. theta holds the network and what has a
-name; where these and the network's last layer are zero, this is Adam with the learning rate 9 / N.
+the whole training, the fraction f of it that is done, schedule(f) piecewise linear in f. k is a
+power of the fan-in and fan-out of a tensor, or a factor for biases, times a power of the largest
+fan-in of the network. RMS is over a tensor; |m_.9| / sqrt(v_.9) is clipped to e^-10 .. e^2. o is
+the output of a small network that reads, for each coordinate, what is above (`inputs`); without one
+it is 0. theta holds the network and what has a name; where these and the network's last layer are
+zero, this is Adam with the learning rate 9 / N.
 
 It is not in the paper. Copy this file and optim4rl.py into your project, and use it with optax:
 
@@ -62,7 +63,7 @@ SIZES = {
     "power": 1,
     "signal": 1,
     "norm": 1,
-    "shape": 4,  # exponents of fan-in, of fan-out; log factor of biases; exponent of a wide fan-in
+    "shape": 4,  # exponents of fan-in, of fan-out; log factor of biases; exponent of largest_fan_in
 }
 
 
@@ -112,16 +113,23 @@ def direction(shared: tuple, g: jax.Array, moments: jax.Array) -> tuple:
 
 
 def log_tensor_factor(theta: dict, d: jax.Array) -> jax.Array:
-    """log(k RMS(d)^-norm) of a tensor whose last axis is its layer's output. -> []"""
-    fan_in_power, fan_out_power, bias, wide_power = theta["shape"]
+    """log(k RMS(d)^-norm) of a tensor whose last axis is its layer's output, k without its part for
+    the network. -> []"""
+    fan_in_power, fan_out_power, bias, _ = theta["shape"]
     rms = jnp.sqrt(jnp.mean(jnp.square(d)) + 1e-12)
     factor = -theta["norm"][0] * jnp.log(rms)
     if d.ndim < 2:
         return factor + bias
     fan_in, fan_out = max(1, math.prod(d.shape[:-1])), max(1, d.shape[-1])
     factor += fan_in_power * math.log(fan_in / USUAL_FAN)
-    factor += fan_out_power * math.log(fan_out / USUAL_FAN)
-    return factor + wide_power * max(0.0, math.log(fan_in / WIDE_FAN))
+    return factor + fan_out_power * math.log(fan_out / USUAL_FAN)
+
+
+def largest_fan_in(params) -> int:
+    """Of the network's tensors, at least WIDE_FAN. A layer sums the changes of all that it reads,
+    so in a wide network every step below the widest layer counts for more."""
+    shapes = [jnp.shape(p) for p in jax.tree.leaves(params)]
+    return max([WIDE_FAN, *(math.prod(shape[:-1]) for shape in shapes if len(shape) > 1)])
 
 
 def make_adam4rl(network_size: int = 0) -> LearnedOptimizer:
@@ -154,6 +162,7 @@ def make_adam4rl(network_size: int = 0) -> LearnedOptimizer:
         alpha = 1 + theta["rate"][1]
         log_rate = math.log(RATE / USUAL_STEPS) + theta["rate"][0] - alpha * log_n
         log_rate += jnp.interp(fraction, jnp.array(KNOTS), theta["schedule"])
+        log_rate += theta["shape"][3] * math.log(largest_fan_in(grads) / WIDE_FAN)
         log_rate += theta["fall"][0] * jnp.log(jnp.maximum(1 - fraction, 1 / num_steps))
 
         def scaled(d, g):

@@ -95,7 +95,7 @@ SCALES = {
     "power": (0.15,),
     "signal": (0.15,),
     "norm": (0.2,),
-    "shape": (0.15,) * 4,
+    "shape": (0.15, 0.15, 0.15, 0.5),
 }
 CHUNKS = 3  # jobs of a task, so that all cores are busy to the end of a generation
 

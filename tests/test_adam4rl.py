@@ -93,6 +93,19 @@ def test_the_update_is_the_equation(shape, network_size):
         np.testing.assert_allclose(updates["x"], expected, rtol=2e-3, atol=1e-6)
 
 
+def test_every_step_of_a_wide_network_has_a_power_of_its_largest_fan_in():
+    theta = zero() | {"shape": jnp.array([0.0, 0.0, 0.0, -0.5])}
+    for shape, factor in (((4, 4, 8, 3), 1.0), ((512, 3), 0.5), ((2, 64, 16, 3), 0.25)):
+        params = PARAMS | {"wide": jnp.ones(shape)}
+        grads = jax.tree.map(jnp.ones_like, params)
+        updates = [
+            (opt := adam4rl(t, num_steps=300)).update(grads, opt.init(params))[0]
+            for t in (zero(), theta)
+        ]
+        for usual, found in zip(*map(jax.tree.leaves, updates), strict=True):
+            np.testing.assert_allclose(found, factor * usual, rtol=1e-5)
+
+
 def test_the_drop_in_is_the_agents_optimizer_and_takes_a_schedule():
     theta = {name: x + 0.1 for name, x in zero().items()}
     dropped_in = adam4rl(theta, num_steps=4, learning_rate=optax.linear_schedule(1.0, 0.0, 4))
