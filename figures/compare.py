@@ -203,6 +203,31 @@ def read(folders: tuple[str, ...]) -> dict:
     return {name: list(here.values()) for name, here in best.items()}
 
 
+def write_scores(path: Path, scores: list[Scores]) -> None:
+    rows = [
+        (s.env_name, s.label, f"{s.learning_rate:g}", seed, *(f"{x:.5g}" for x in values))
+        for s in scores
+        for seed, values in enumerate(zip(s.first, s.final, s.mean, strict=True))
+    ]
+    report.write_csv(path, COLUMNS, rows)
+
+
+def missing(scores: list[Scores], of: str) -> str:
+    """What a comparison in one environment still needs; empty if nothing."""
+    labels = {s.label for s in scores}
+    needs = [] if of in labels else [of]
+    needs += ["a classical optimizer"] if labels.isdisjoint(optimizers.CLASSICAL) else []
+    return " and ".join(needs)
+
+
+def write(out: Path, by_env: dict, of: str) -> None:
+    """table.md and compare.png. by_env: environment: its Scores"""
+    report.write_text(out / "table.md", table(by_env, of))
+    draw(out / "compare.png", by_env, of)
+    print("\n".join(verdicts(by_env, of)))
+    print(f"written: {out}/scores.csv, table.md, compare.png")
+
+
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
@@ -210,23 +235,12 @@ def main() -> None:
         if not by_env:
             raise ValueError("give at least one folder of evaluate.py")
         for name, scores in by_env.items():
-            labels = [s.label for s in scores]
-            if args.of not in labels or not set(labels) & set(optimizers.CLASSICAL):
-                wanted = f"{args.of} and a classical optimizer"
-                raise ValueError(f"{name}: needs {wanted}, has {', '.join(labels)}")
+            if needs := missing(scores, args.of):
+                raise ValueError(f"{name}: needs {needs}; has {', '.join(s.label for s in scores)}")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    rows = [
-        (name, s.label, f"{s.learning_rate:g}", seed, *(f"{x:.5g}" for x in values))
-        for name, scores in by_env.items()
-        for s in scores
-        for seed, values in enumerate(zip(s.first, s.final, s.mean, strict=True))
-    ]
-    report.write_csv(out / "scores.csv", COLUMNS, rows)
-    report.write_text(out / "table.md", table(by_env, args.of))
-    draw(out / "compare.png", by_env, args.of)
-    print("\n".join(verdicts(by_env, args.of)))
-    print(f"written: {out}/scores.csv, table.md, compare.png")
+    write_scores(out / "scores.csv", [s for scores in by_env.values() for s in scores])
+    write(out, by_env, args.of)
 
 
 if __name__ == "__main__":

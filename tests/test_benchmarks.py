@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import itertools
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,44 @@ def test_the_sweep_runs_each_setting_once_and_continues_an_interrupted_one(tmp_p
     (folder / "checkpoint" / "12").mkdir(parents=True)
     sweep.main()
     assert commands == [("pipeline_train", f"--resume {folder}")]
+
+
+def test_the_table_runs_what_it_lacks_and_replaces_it_only_if_told(tmp_path, monkeypatch, capsys):
+    table = importlib.import_module("table")
+    commands, level, numbers = [], 1.0, itertools.count()
+
+    def run(script, flags, folder):
+        """Two seeds at the first learning rate that is named."""
+        commands.append(flags)
+        words = flags.split()
+        name, env_name = (words[words.index(f"--{x}") + 1] for x in ("optimizers", "env-name"))
+        label = f"{name} (trained)" if "/" in name else name
+        made = tmp_path / str(next(numbers))
+        made.mkdir()
+        rows = [f"{env_name},{label},1,{seed},{t},{level * t}\n" for seed in (0, 1) for t in (1, 2)]
+        header = "env_name,optimizer,learning_rate,seed,env_steps,return\n"
+        (made / "results.csv").write_text(header + "".join(rows))
+        return made
+
+    def main(*flags):
+        commands.clear()
+        monkeypatch.setattr("sys.argv", ["table.py", *flags, "--out", str(tmp_path / "out")])
+        table.main()
+        with open(tmp_path / "out" / "scores.csv", newline="") as file:
+            return {(row["env_name"], row["optimizer"]): row for row in csv.DictReader(file)}
+
+    monkeypatch.setattr(table, "run", run)
+    which = ["--env-name", "catch", "ant", "--optimizers", "adam", "adam_kl", "muon_linear"]
+    found = main(*which, "--num-seeds", "2")
+    assert len(found) == len(commands) == 5 and ("catch", "adam_kl") not in found  # A2C has no kl
+    assert commands[0].startswith("--env-name catch --optimizers adam --num-seeds 2")
+    assert commands[1].endswith("--learning-rates 1 0.3 0.1 0.03 0.01")  # muon's are larger
+    assert "--total-steps 6.6e5" in commands[2] and "--total-steps" not in commands[0]
+    assert "ant, which needs pretrained/adam4rl (trained)" in capsys.readouterr().out
+
+    level = 3.0
+    found = main("--env-name", "catch", "--optimizers", "pretrained/adam4rl", "adam")
+    assert len(commands) == 1 and len(found) == 6 and found["catch", "adam"]["final"] == "1.5"
+    assert "### catch" in (tmp_path / "out" / "table.md").read_text()
+    found = main("--env-name", "catch", "--optimizers", "adam", "--again")
+    assert len(commands) == 1 and len(found) == 6 and found["catch", "adam"]["final"] == "4.5"

@@ -81,7 +81,7 @@ def test_normalised_returns_are_0_at_the_first_and_1_at_the_best_classical(evalu
 
 
 @pytest.mark.parametrize(
-    "args, said", [((), "at least one folder"), (("run", "--of", "x"), "ant: needs x and")]
+    "args, said", [((), "at least one folder"), (("run", "--of", "x"), "ant: needs x; has")]
 )
 def test_bad_input_is_one_line(args, said, evaluation, monkeypatch, capsys):
     monkeypatch.chdir(evaluation)

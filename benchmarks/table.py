@@ -1,0 +1,114 @@
+"""Every optimizer on every task, for results/compare:
+
+    python benchmarks/table.py --env-name small_dense_long small_sparse_long
+    python benchmarks/table.py --env-name ant --optimizers pretrained/adam4rl adam rmsprop
+
+Evaluates each pair that scores.csv of --out lacks, classical optimizers at their best learning rate
+of a sweep, and adds it there at once: the same command continues an interrupted one. With --again
+what is there is replaced (new weights). Then draws all of scores.csv, as figures/compare.py does.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ablations import ROOT, run
+
+sys.path.insert(0, str(ROOT))
+import checks  # noqa: E402, once the project is on the path
+import evaluate  # noqa: E402
+import gridworld  # noqa: E402
+import optimizers  # noqa: E402
+import runs  # noqa: E402
+from environments import minatar  # noqa: E402
+from figures import compare  # noqa: E402
+
+BRAX = ("inverted_double_pendulum", "ant", "humanoid", "hopper", "walker2d", "halfcheetah")
+BRAX_SIZES = "--total-steps 6.6e5 --num-envs 128 --batch-size 64 --value-layers 64 64 64 64 64"
+# task: flags of evaluate.py, for sizes that two cores can run; learning rates of the sweep
+TASKS = {
+    **dict.fromkeys(gridworld.NAMES, ("", (1e-1, 3e-2, 1e-2, 3e-3, 1e-3))),
+    **dict.fromkeys(minatar.NAMES, ("--total-steps 1e6", (1e-2, 3e-3, 1e-3, 3e-4))),
+    **dict.fromkeys(BRAX, (f"{BRAX_SIZES} --num-evals 4", (3e-3, 1e-3, 3e-4))),
+}
+LEARNED = (
+    "pretrained/adam4rl",
+    "untrained:pretrained/adam4rl",
+    "pretrained/momentum4rl",
+    "untrained:pretrained/momentum4rl",
+    "pretrained/optim4rl_gridworlds",
+    "untrained",
+)
+CLASSICAL = tuple(name for name in optimizers.CLASSICAL if name != "sgd")
+NOT_FOR_A2C = ("adam_kl", "adam_rel")  # what they react to is PPO's
+LARGER_RATES = {"muon_linear": 10}
+
+
+@dataclass(frozen=True)
+class Args:
+    env_name: tuple[str, ...] = tuple(TASKS)
+    """gridworlds, MinAtar's games, Brax's tasks"""
+    optimizers: tuple[str, ...] = LEARNED + CLASSICAL
+    """as in evaluate.py"""
+    num_seeds: int = 10
+    """agents of each pair"""
+    again: bool = False
+    """evaluate what is in scores.csv, too"""
+    of: str = compare.Args.of
+    """the optimizer that is compared with the others, as its row in their tables is called"""
+    out: str = "results/compare"
+    """folder of scores.csv, table.md and compare.png"""
+
+
+def pairs(args: Args) -> dict:
+    """(task, label of the row) -> flags of evaluate.py. Raises a one-line ValueError for a task
+    without a size here or an optimizer that cannot be made."""
+    found = {}
+    for env_name in args.env_name:
+        if env_name not in TASKS:
+            raise ValueError(f"{env_name}: not a task of the table; it has {', '.join(TASKS)}")
+        sizes, rates = TASKS[env_name]
+        names = [
+            n for n in args.optimizers if n not in NOT_FOR_A2C or env_name not in gridworld.NAMES
+        ]
+        for name in names:
+            (row,) = evaluate.plan(evaluate.Args(env_name=(env_name,), optimizers=(name,)))
+            flags = (
+                f"--env-name {env_name} --optimizers {name} --num-seeds {args.num_seeds} {sizes}"
+            )
+            if name in optimizers.CLASSICAL:
+                shown = " ".join(f"{LARGER_RATES.get(name, 1) * rate:g}" for rate in rates)
+                flags += f" --learning-rates {shown}"
+            found[env_name, row.label] = flags
+    return found
+
+
+def main() -> None:
+    args = runs.parse(Args, __doc__)
+    with runs.bad_input():
+        checks.positive(args, "num_seeds")
+        path = Path(args.out) / "scores.csv"
+        scores = {}
+        for s in compare.read_scores(path) if path.exists() else ():
+            scores[s.env_name, s.label] = s
+        todo = {key: f for key, f in pairs(args).items() if args.again or key not in scores}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number, (key, flags) in enumerate(todo.items(), start=1):
+        print(f"--- {number} of {len(todo)}: {', '.join(key)} ---", flush=True)
+        folder = run("evaluate", flags, ROOT / "runs" / "table")
+        scores[key] = compare.read((str(folder),))[key[0]][0]
+        compare.write_scores(path, list(scores.values()))
+    by_env: dict = {}
+    for s in scores.values():
+        by_env.setdefault(s.env_name, []).append(s)
+    complete = {
+        name: found for name, found in by_env.items() if not compare.missing(found, args.of)
+    }
+    for name in by_env.keys() - complete.keys():
+        print(f"not drawn yet: {name}, which needs {compare.missing(by_env[name], args.of)}")
+    if complete:
+        compare.write(path.parent, complete, args.of)
+
+
+if __name__ == "__main__":
+    main()
