@@ -223,6 +223,18 @@ def work(core: int, network_size: int, jobs, results) -> None:
         results.put((place, np.asarray(scores)))
 
 
+def start_workers(network_size: int) -> tuple:
+    """A process on each core. -> their queues: jobs, results"""
+    context = multiprocessing.get_context("spawn")
+    jobs, results = context.Queue(), context.Queue()
+    for core in os.sched_getaffinity(0):
+        process = context.Process(
+            target=work, args=(core, network_size, jobs, results), daemon=True
+        )
+        process.start()
+    return jobs, results
+
+
 # --- Search ---
 
 
@@ -277,30 +289,42 @@ def late_mean(means: list) -> np.ndarray:
     return np.mean(means[-math.ceil(len(means) / 3) :], axis=0)
 
 
-def generation(strategy, rng, names: list, written, space: Space, jobs, results) -> dict:
+def draw(rng, name: str) -> tuple:
+    """-> the task's name, a seed, the number of updates of its lifetimes"""
+    fewest, most = TASKS[name].fewest, TASKS[name].most
+    return name, int(rng.integers(2**31)), int(np.exp(rng.uniform(np.log(fewest), np.log(most))))
+
+
+def train(thetas: np.ndarray, drawn: list[tuple], jobs, results) -> np.ndarray:
+    """thetas: [P, D], trained with in every lifetime drawn -> scores [drawn, P, 2]"""
+    for number, (name, seed, num_updates) in enumerate(drawn):
+        for chunk in np.array_split(np.arange(len(thetas)), CHUNKS):
+            jobs.put((name, (number, chunk), thetas[chunk], seed, num_updates))
+    scores = np.zeros((len(drawn), len(thetas), 2))
+    for _ in range(len(drawn) * CHUNKS):
+        place, found = results.get()
+        scores[place] = found
+    return scores
+
+
+def fitness(scores: np.ndarray) -> np.ndarray:
+    """Mean ranks. scores: [drawn, P, 2] -> [P]"""
+    return np.mean([ranks(found[:, i]) for found in scores for i in (0, 1)], axis=0)
+
+
+def generation(strategy, drawn: list[tuple], written, space: Space, jobs, results) -> dict:
     """Sample, train, rank and update the distribution. written: the point that is also ranked
     -> the row to log"""
     candidates = strategy.ask()
     thetas = np.array([*space.thetas(np.array([*candidates, written])), space.adam])
-    chunks = np.array_split(np.arange(len(thetas)), CHUNKS)
-    for task, name in enumerate(names):
-        search = TASKS[name]
-        num_updates = int(np.exp(rng.uniform(np.log(search.fewest), np.log(search.most))))
-        seed = int(rng.integers(2**31))
-        for chunk in chunks:
-            jobs.put((name, (task, chunk), thetas[chunk], seed, num_updates))
-    scores = np.zeros((len(names), len(thetas), 2))
-    for _ in range(len(names) * CHUNKS):
-        place, found = results.get()
-        scores[place] = found
-    fitness, row = np.zeros(len(thetas)), {}
-    for name, found in zip(names, scores, strict=True):
-        fitness += sum(ranks(found[:, i]) for i in (0, 1)) / 2 / len(names)
-        middle = np.median(found[:-2], axis=0)
+    scores = train(thetas, drawn, jobs, results)
+    ranked = fitness(scores)
+    strategy.tell(candidates, list(-ranked[: len(candidates)]))
+    row = {"rank of theta": ranked[-2], "rank of adam": ranked[-1]}
+    for (name, *_), found in zip(drawn, scores, strict=True):
         row[name] = {"theta": found[-2].tolist(), "adam": found[-1].tolist()}
-        row[name]["median"] = middle.tolist()
-    strategy.tell(candidates, list(-fitness[: len(candidates)]))
-    return {"rank of theta": fitness[-2], "rank of adam": fitness[-1], **row}
+        row[name]["median"] = np.median(found[:-2], axis=0).tolist()
+    return row
 
 
 def begin(args: Args, space: Space, state: Path) -> tuple:
@@ -334,18 +358,14 @@ def main() -> None:
         state = out.with_suffix(".pkl")
         strategy, rng, deck, means = begin(args, space, state)
     out.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    jobs, results = context.Queue(), context.Queue()
-    for core in os.sched_getaffinity(0):
-        context.Process(
-            target=work, args=(core, args.network_size, jobs, results), daemon=True
-        ).start()
+    jobs, results = start_workers(args.network_size)
     began = time.monotonic()
     while time.monotonic() - began < 60 * args.minutes:
         while len(deck) < args.tasks_per_generation:
             deck = [*deck, *map(str, rng.permutation(list(TASKS)))]
         names, deck = deck[: args.tasks_per_generation], deck[args.tasks_per_generation :]
-        row = generation(strategy, rng, names, late_mean(means), space, jobs, results)
+        drawn = [draw(rng, name) for name in names]
+        row = generation(strategy, drawn, late_mean(means), space, jobs, results)
         means.append(np.array(strategy.mean))
         row = {"generation": strategy.countiter, "sigma": strategy.sigma, **row}
         print(json.dumps(row), flush=True)

@@ -1,0 +1,76 @@
+"""Refining theta one number after the other."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import optimizers
+import refine
+from adam4rl import make_adam4rl
+from optim4rl import load_theta
+
+
+def test_the_best_offset_is_that_of_the_parabola_and_none_if_it_gains_too_little():
+    x = np.array(refine.OFFSETS)
+    for vertex, expected in ((0.3, 0.3), (-0.8, -0.8), (2.0, 1.0), (-5.0, -1.0)):
+        assert refine.best_offset(-0.2 * (x - vertex) ** 2, 0.01) == pytest.approx(expected)
+    assert refine.best_offset(0.2 * x**2 + 0.01 * x, 0.05) == 1.0  # a valley: the higher end
+    assert refine.best_offset(-0.2 * (x - 0.3) ** 2, 0.02) == 0.0  # gains .018
+    assert refine.best_offset(np.zeros(5), 0.05) == 0.0
+
+
+def test_each_number_goes_where_its_scores_are_highest_and_is_not_tried_again(
+    tmp_path, monkeypatch
+):
+    start = make_adam4rl().init_theta(jax.random.key(0))
+    optimizers.save_theta(tmp_path / "start.npz", start, "adam4rl", {}, {})
+    target = {name: np.zeros(np.shape(x)) for name, x in start.items()}
+    target["rate"][0], target["shape"][3] = 0.3, -0.5
+    tried = []
+
+    def train(thetas, drawn, jobs, results):
+        tried.append(drawn)
+        distance = np.sum((thetas - refine.flat(target)) ** 2, axis=1)
+        return np.broadcast_to(-distance[:, None], (len(drawn), len(thetas), 2))
+
+    monkeypatch.setattr(refine.search, "start_workers", lambda size: (None, None))
+    monkeypatch.setattr(refine.search, "train", train)
+
+    def main(*numbers):
+        names = ["--theta", str(tmp_path / "start.npz"), "--out", str(tmp_path / "out")]
+        names += ["--least", "0.04"]
+        monkeypatch.setattr("sys.argv", ["refine.py", *names, "--numbers", *numbers])
+        refine.main()
+        return load_theta(tmp_path / "out.npz")[0]
+
+    found = main("rate.0", "shape.3")
+    # Mean ranks -.4, -.2, .2, .4, 0 at -.75 .. .75: numpy.polyfit's parabola has this vertex. And
+    # .2, .4, 0, -.2, -.4: its vertex is at -.79, beyond the end.
+    assert found["rate"][0] == pytest.approx(0.2625) and found["shape"][3] == -0.75
+    for name, x in found.items():
+        if name not in ("rate", "shape"):
+            np.testing.assert_array_equal(x, start[name])
+    assert len(tried) == 2 and tried[0] != tried[1]  # other seeds for each number
+    assert sorted({name for name, *_ in tried[0]}) == sorted(refine.search.TASKS)
+    again = main("rate.0", "shape.3", "fall.0")
+    assert len(tried) == 3 and again["rate"][0] == found["rate"][0] and again["fall"][0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["number"] for row in rows] == ["rate.0", "shape.3", "fall.0"]
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--numbers", "rate.2"], "'rate.2' is none of rate.0, rate.1, schedule.0"),
+        (["--tasks", "ant"], "'ant' is none of small_dense_short"),
+        (["--theta", "pretrained/momentum4rl.npz"], "not a theta of adam4rl"),
+    ],
+)
+def test_bad_input_is_one_line(flags, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["refine.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        refine.main()
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and said in err and err.count("\n") == 1
