@@ -12,11 +12,11 @@
 
 with bias-corrected running means m_b of the gradient g and v_c of g^2, the number N of updates of
 the whole training, the fraction f of it that is done, schedule(f) piecewise linear in f. k is a
-power of the fan-in and fan-out of a tensor, or a factor for biases, times a power of the largest
-fan-in of the network. RMS is over a tensor; |m_.9| / sqrt(v_.9) is clipped to e^-10 .. e^2. o is
-the output of a small network that reads, for each coordinate, what is above (`inputs`); without one
-it is 0. theta holds the network and what has a name; where these and the network's last layer are
-zero, this is Adam with the learning rate 9 / N.
+power of the fan-in and fan-out of a tensor, or a factor for biases, times powers of the largest
+fan-in and of the number of the network's matrices. RMS is over a tensor; |m_.9| / sqrt(v_.9) is
+clipped to e^-10 .. e^2. o is the output of a small network that reads, for each coordinate, what is
+above (`inputs`); without one it is 0. theta holds the network and what has a name; where these and
+the network's last layer are zero, this is Adam with the learning rate 9 / N.
 
 It is not in the paper. Copy this file and optim4rl.py into your project, and use it with optax:
 
@@ -51,7 +51,8 @@ EPS = 1e-8
 KNOTS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # of the schedule, in fractions of training
 RATE = 9.0  # the untrained learning rate times N
 USUAL_STEPS = 1000.0  # N where momenta_n has no effect
-USUAL_FAN, WIDE_FAN = 32, 128
+USUAL_FAN, WIDE_FAN = 32, 256
+USUAL_MATRICES = 6
 NUM_INPUTS = 9  # of the network
 SIZES = {
     "rate": 2,
@@ -63,7 +64,8 @@ SIZES = {
     "power": 1,
     "signal": 1,
     "norm": 1,
-    "shape": 4,  # exponents of fan-in, of fan-out; log factor of biases; exponent of largest_fan_in
+    "shape": 3,  # exponents of fan-in and of fan-out; log factor of biases
+    "network_shape": 2,  # exponents of the largest fan-in and of the number of matrices
 }
 
 
@@ -113,9 +115,9 @@ def direction(shared: tuple, g: jax.Array, moments: jax.Array) -> tuple:
 
 
 def log_tensor_factor(theta: dict, d: jax.Array) -> jax.Array:
-    """log(k RMS(d)^-norm) of a tensor whose last axis is its layer's output, k without its part for
-    the network. -> []"""
-    fan_in_power, fan_out_power, bias, _ = theta["shape"]
+    """log(k RMS(d)^-norm) of a tensor whose last axis is its layer's output, k without what the
+    network's shape adds. -> []"""
+    fan_in_power, fan_out_power, bias = theta["shape"]
     rms = jnp.sqrt(jnp.mean(jnp.square(d)) + 1e-12)
     factor = -theta["norm"][0] * jnp.log(rms)
     if d.ndim < 2:
@@ -125,11 +127,15 @@ def log_tensor_factor(theta: dict, d: jax.Array) -> jax.Array:
     return factor + fan_out_power * math.log(fan_out / USUAL_FAN)
 
 
-def largest_fan_in(params) -> int:
-    """Of the network's tensors, at least WIDE_FAN. A layer sums the changes of all that it reads,
-    so in a wide network every step below the widest layer counts for more."""
-    shapes = [jnp.shape(p) for p in jax.tree.leaves(params)]
-    return max([WIDE_FAN, *(math.prod(shape[:-1]) for shape in shapes if len(shape) > 1)])
+def log_network_factor(theta: dict, params) -> jax.Array:
+    """What the network's shape adds to log k of all its tensors. -> []
+
+    A layer sums the changes of all that it reads, and a deep network those of all its layers: the
+    wider and deeper it is, the more does every step count."""
+    shapes = [shape for p in jax.tree.leaves(params) if len(shape := jnp.shape(p)) > 1]
+    widest = max([WIDE_FAN, *(math.prod(shape[:-1]) for shape in shapes)])
+    logs = math.log(widest / WIDE_FAN), math.log(max(1, len(shapes)) / USUAL_MATRICES)
+    return jnp.dot(theta["network_shape"], jnp.array(logs))
 
 
 def make_adam4rl(network_size: int = 0) -> LearnedOptimizer:
@@ -162,7 +168,7 @@ def make_adam4rl(network_size: int = 0) -> LearnedOptimizer:
         alpha = 1 + theta["rate"][1]
         log_rate = math.log(RATE / USUAL_STEPS) + theta["rate"][0] - alpha * log_n
         log_rate += jnp.interp(fraction, jnp.array(KNOTS), theta["schedule"])
-        log_rate += theta["shape"][3] * math.log(largest_fan_in(grads) / WIDE_FAN)
+        log_rate += log_network_factor(theta, grads)
         log_rate += theta["fall"][0] * jnp.log(jnp.maximum(1 - fraction, 1 / num_steps))
 
         def scaled(d, g):

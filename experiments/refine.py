@@ -1,19 +1,20 @@
 r"""Refine theta of adam4rl.py one number after the other, on the tasks of search.py:
 
     python experiments/refine.py --theta runs/adam4rl.npz --out runs/refined
-    python experiments/refine.py --theta runs/adam4rl.npz --numbers rate.0 shape.3
+    python experiments/refine.py --theta runs/adam4rl.npz --numbers rate.0 shape.1+shape.2
 
 CMA-ES changes all numbers at once, so what one of them does is lost among the others. Here each is
 tried at OFFSETS, in steps of --step times search.SCALES, in lifetimes of every task with the same
 seeds for all, other seeds for each number. A parabola through their mean ranks, over the tasks
 where they differ, gives the best value; it is taken if it ranks higher by --least than where it
-was.
+was. Numbers that depend on each other are tried together, at all pairs of offsets.
 
 Writes OUT.npz after each number, and OUT.jsonl: a line a number, with the mean ranks over all tasks
 and every score of every task. Numbers that OUT.jsonl has are not tried again, so the same command
 continues.
 """
 
+import itertools
 import json
 import sys
 import time
@@ -42,14 +43,15 @@ class Args:
     theta: str = "pretrained/adam4rl.npz"
     """theta file (.npz) of adam4rl without a network"""
     numbers: tuple[str, ...] = NUMBERS
-    """which, in this order: a name of theta and a place, from 0"""
+    """which, in this order: a name of theta and a place, from 0; rate.1+network_shape.1: both at
+    once"""
     tasks: tuple[str, ...] = tuple(search.TASKS)
     """tasks of search.py"""
     repeats: int = 1
     """lifetimes of each task"""
     step: float = 1.5
     """the largest offset, relative to search.SCALES"""
-    least: float = 0.1
+    least: float = 0.07
     """mean rank (-0.5 to 0.5) that a change must gain by the parabola"""
     seed: int = 1
     """seed of the seeds and of the numbers of updates"""
@@ -57,21 +59,27 @@ class Args:
     """files are written with this name and the endings .npz, .jsonl"""
 
 
-def best_offset(ranks: np.ndarray, least: float) -> float:
-    """Where the parabola through the mean ranks at OFFSETS is highest, within their range; 0 if
-    that gains less than `least`. ranks: [len(OFFSETS)]"""
-    parabola = np.polynomial.Polynomial.fit(OFFSETS, ranks, 2).convert()
-    _, slope, curvature = np.pad(parabola.coef, (0, 3 - len(parabola.coef)))
-    ends = [OFFSETS[0], OFFSETS[-1]]
-    vertex = [np.clip(-slope / (2 * curvature), *ends)] if curvature < 0 else []
-    best = max([*ends, *vertex], key=parabola)
-    return float(best) if parabola(best) - parabola(0.0) >= least else 0.0
+def best_offsets(offsets: np.ndarray, ranks: np.ndarray, least: float) -> np.ndarray:
+    """Where the quadratic function through the mean ranks is highest for offsets from -1 to 1; 0 if
+    that gains less than `least`. offsets: [P, numbers], ranks: [P] -> [numbers]"""
+
+    def features(x):
+        x = np.column_stack([np.ones(len(x)), x])
+        return np.column_stack([x[:, i] * x[:, j] for j in range(len(x.T)) for i in range(j + 1)])
+
+    weights = np.linalg.lstsq(features(offsets), ranks, rcond=None)[0]
+    numbers = offsets.shape[1]
+    fine = np.array(list(itertools.product(np.linspace(-1, 1, 41), repeat=numbers)))
+    fitted = features(fine) @ weights
+    gain = fitted.max() - features(np.zeros((1, numbers)))[0] @ weights
+    return fine[np.argmax(fitted)] if gain >= least else np.zeros(numbers)
 
 
 def begin(args: Args) -> dict:
     """-> theta. Raises a one-line ValueError for a name that is not one of theta's, or
     a file that is not adam4rl's without a network."""
-    for what, known in ((args.numbers, NUMBERS), (args.tasks, search.TASKS)):
+    numbers = [number for group in args.numbers for number in group.split("+")]
+    for what, known in ((numbers, NUMBERS), (args.tasks, search.TASKS)):
         for name in what:
             if name not in known:
                 raise ValueError(f"{name!r} is none of {', '.join(known)}")
@@ -81,32 +89,41 @@ def begin(args: Args) -> dict:
     return {name: np.array(x, float) for name, x in theta.items()}
 
 
-def place(theta: dict, number: str) -> tuple[np.ndarray, int]:
-    """-> the array of theta that holds this number, where"""
-    name, i = number.split(".")
-    return theta[name], int(i)
+def places(theta: dict, group: str) -> list[tuple[np.ndarray, int]]:
+    """-> for each number of the group the array of theta that holds it, and where"""
+    return [(theta[name], int(i)) for name, i in (number.split(".") for number in group.split("+"))]
 
 
 def flat(theta: dict) -> np.ndarray:
     return np.asarray(ravel_pytree(jax.tree.map(jnp.float32, theta))[0])
 
 
-def refine(args: Args, theta: dict, number: str, jobs, results) -> dict:
-    """Try one number of theta and change it there. -> the row to log"""
-    began, (array, i) = time.monotonic(), place(theta, number)
-    rng = np.random.default_rng([args.seed, NUMBERS.index(number)])
+def put(theta: dict, group: str, values) -> dict:
+    """Change the numbers of a group in theta. -> theta"""
+    for (array, i), value in zip(places(theta, group), values, strict=True):
+        array[i] = value
+    return theta
+
+
+def refine(args: Args, theta: dict, group: str, jobs, results) -> dict:
+    """Try the numbers of a group and change them in theta. -> the row to log"""
+    began = time.monotonic()
+    rng = np.random.default_rng([args.seed, *group.encode()])
     drawn = [search.draw(rng, task) for task in args.tasks for _ in range(args.repeats)]
-    step, at = place(search.SCALES, number)
-    values = array[i] + args.step * step[at] * np.array(OFFSETS)
-    thetas = []
-    for array[i] in values:
-        thetas.append(flat(theta))
-    scores = search.train(np.array(thetas), drawn, jobs, results)
+    middle, scale = (
+        np.array([x[i] for x, i in places(tree, group)]) for tree in (theta, search.SCALES)
+    )
+    offsets = np.array(list(itertools.product(OFFSETS, repeat=len(middle))))
+    values = middle + args.step * scale * offsets
+    thetas = np.array([flat(put(theta, group, candidate)) for candidate in values])
+    # One job of a task: the same program, so that scores without a difference are equal.
+    scores = search.train(thetas, drawn, jobs, results, chunks=1)
     differs = np.any(np.ptp(scores, axis=1) > 0, axis=-1)  # not so if the task has no such tensor
     ranks = search.fitness(scores[differs])
-    array[i] = np.interp(best_offset(ranks, args.least), OFFSETS, values)
-    row = {"number": number, "from": values[OFFSETS.index(0.0)], "value": array[i]}
-    row |= {"ranks": ranks.tolist(), "seconds": time.monotonic() - began}
+    best = middle + args.step * scale * best_offsets(offsets, ranks, args.least)
+    put(theta, group, best)
+    row = {"numbers": group, "from": middle.tolist(), "value": best.tolist()}
+    row |= {"ranks": ranks.tolist(), "seconds": time.monotonic() - began, "step": args.step}
     lifetimes = zip(drawn, scores.tolist(), strict=True)
     row["tasks"] = [(task, num_updates, score) for (task, _, num_updates), score in lifetimes]
     return row
@@ -122,16 +139,15 @@ def main() -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     for row in rows:
-        array, i = place(theta, row["number"])
-        array[i] = row["value"]
-    done = {row["number"] for row in rows}
+        put(theta, row["numbers"], row["value"])
+    done = {row["numbers"] for row in rows}
     jobs, results = search.start_workers(0)
-    for number in (number for number in args.numbers if number not in done):
-        row = refine(args, theta, number, jobs, results)
+    for group in (group for group in args.numbers if group not in done):
+        row = refine(args, theta, group, jobs, results)
         with open(log, "a") as file:
             file.write(json.dumps(row) + "\n")
-        shown = " ".join(f"{x:.2f}" for x in row["ranks"])
-        print(f"{number}: {row['from']:.3f} -> {row['value']:.3f}; ranks {shown}", flush=True)
+        shown = [" ".join(f"{x:.2f}" for x in row[key]) for key in ("from", "value", "ranks")]
+        print("{}: {} -> {}; ranks {}".format(group, *shown), flush=True)
         trained = {"env_name": list(args.tasks), "seed": args.seed, "start": args.theta}
         optimizers.save_theta(out, jax.tree.map(jnp.float32, theta), "adam4rl", {}, trained)
     print(f"written: {out}, {log}")

@@ -95,7 +95,8 @@ SCALES = {
     "power": (0.15,),
     "signal": (0.15,),
     "norm": (0.2,),
-    "shape": (0.15, 0.15, 0.15, 0.5),
+    "shape": (0.15,) * 3,
+    "network_shape": (0.5, 1.0),
 }
 CHUNKS = 3  # jobs of a task, so that all cores are busy to the end of a generation
 
@@ -146,11 +147,11 @@ def mixed(env: ppo.Env, obs_size: int) -> ppo.Env:
 
 
 SMALL = [gridworld.GRIDS[f"small_{name}"] for name in ("dense_short", "sparse_long", "dense_long")]
-# As on Brax: short rollouts, many minibatches, a deep critic.
+# As on Brax: short rollouts, a deep critic, and not many fewer iterations than there. In 8 to 30,
+# of as many updates in all, the policy changes much in each, and smaller steps are best.
 DEEP = {"policy_layers": (32,) * 4, "value_layers": (64,) * 5, "num_envs": 128}
-DEEP |= {"rollout_steps": 5, "batch_size": 64, "num_minibatches": 32}
+DEEP |= {"rollout_steps": 5, "batch_size": 64, "num_minibatches": 8}
 ACROBOT = DEEP | {"entropy_weight": 1e-2, "reward_scale": 10.0}
-MIXED = DEEP | {"obs_size": 200}
 SQUARE, OBLONG = gridworld.Grid(5, 5, 2, 0.2, 100), gridworld.Grid(7, 8, 2, 0.3, 200)
 TASKS = {
     "small_dense_short": Search(partial(a2c_on, SMALL[0], 512), "return", 120, 400),
@@ -158,15 +159,17 @@ TASKS = {
     "small_dense_long": Search(partial(a2c_on, SMALL[2], 512), "return", 120, 400),
     "5 x 5": Search(partial(a2c_on, SQUARE, 128, hidden_size=64), "return", 200, 800),
     "7 x 8, convolution": Search(partial(a2c_on, OBLONG, 128, conv_filters=16), "return", 150, 300),
-    "pendulum": Search(partial(ppo_on, "pendulum"), "reward", 20, 80),
+    "pendulum": Search(partial(ppo_on, "pendulum"), "reward", 30, 100),
     "cartpole": Search(partial(ppo_on, "cartpole"), "reward", 30, 240),
     "two_link_reacher": Search(partial(ppo_on, "two_link_reacher"), "reward", 30, 240),
-    "acrobot, deep": Search(partial(ppo_on, "acrobot", **ACROBOT), "reward", 8, 30),
-    "4 cartpoles, deep": Search(partial(ppo_on, "cartpole", copies=4, **DEEP), "reward", 10, 40),
-    "3 pendulums, mixed": Search(partial(ppo_on, "pendulum", copies=3, **MIXED), "reward", 8, 30),
-    "swimmer": Search(partial(ppo_on, "purcell_swimmer"), "reward", 20, 320),
+    "acrobot, deep": Search(partial(ppo_on, "acrobot", **ACROBOT), "reward", 40, 120),
+    "4 cartpoles, deep": Search(partial(ppo_on, "cartpole", copies=4, **DEEP), "reward", 40, 160),
+    "3 pendulums, mixed": Search(
+        partial(ppo_on, "pendulum", copies=3, obs_size=40, **DEEP), "reward", 40, 120
+    ),
+    "swimmer": Search(partial(ppo_on, "purcell_swimmer"), "reward", 40, 320),
     "swimmer of 9, mixed": Search(
-        partial(ppo_on, "purcell_swimmer", links=9, **MIXED), "reward", 8, 25
+        partial(ppo_on, "purcell_swimmer", links=9, obs_size=120, **DEEP), "reward", 40, 100
     ),
     "small_dense_short by ppo": Search(partial(ppo_on, "small_dense_short"), "return", 30, 100),
 }
@@ -295,13 +298,14 @@ def draw(rng, name: str) -> tuple:
     return name, int(rng.integers(2**31)), int(np.exp(rng.uniform(np.log(fewest), np.log(most))))
 
 
-def train(thetas: np.ndarray, drawn: list[tuple], jobs, results) -> np.ndarray:
-    """thetas: [P, D], trained with in every lifetime drawn -> scores [drawn, P, 2]"""
+def train(thetas: np.ndarray, drawn: list[tuple], jobs, results, chunks=CHUNKS) -> np.ndarray:
+    """thetas: [P, D], trained with in every lifetime drawn; chunks: jobs of each
+    -> scores [drawn, P, 2]"""
     for number, (name, seed, num_updates) in enumerate(drawn):
-        for chunk in np.array_split(np.arange(len(thetas)), CHUNKS):
+        for chunk in np.array_split(np.arange(len(thetas)), chunks):
             jobs.put((name, (number, chunk), thetas[chunk], seed, num_updates))
     scores = np.zeros((len(drawn), len(thetas), 2))
-    for _ in range(len(drawn) * CHUNKS):
+    for _ in range(len(drawn) * chunks):
         place, found = results.get()
         scores[place] = found
     return scores

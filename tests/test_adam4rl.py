@@ -74,12 +74,15 @@ def numpy_update(theta, grads, num_steps, shape):
         k = np.exp(x[2])
     else:
         fan_in, fan_out = np.prod(shape[:-1]), shape[-1]
-        k = (fan_in / 32) ** x[0] * (fan_out / 32) ** x[1] * max(1, fan_in / 128) ** x[3]
+        k = (fan_in / 32) ** x[0] * (fan_out / 32) ** x[1]
+    x = theta["network_shape"]
+    widest = np.prod(shape[:-1]) if len(shape) > 1 else 1
+    rate *= max(1, widest / 256) ** x[0] * (1 / 6) ** x[1]  # one matrix, or none
     return -rate * k * np.sqrt(np.mean(d**2)) ** -theta["norm"][0] * d
 
 
 @pytest.mark.parametrize("network_size", [0, 4])
-@pytest.mark.parametrize("shape", [(200, 7), (3, 4, 5), (11,)])
+@pytest.mark.parametrize("shape", [(400, 7), (3, 4, 5), (11,)])
 def test_the_update_is_the_equation(shape, network_size):
     rng = np.random.default_rng(0)
     theta = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape), zero(network_size))
@@ -93,17 +96,25 @@ def test_the_update_is_the_equation(shape, network_size):
         np.testing.assert_allclose(updates["x"], expected, rtol=2e-3, atol=1e-6)
 
 
-def test_every_step_of_a_wide_network_has_a_power_of_its_largest_fan_in():
-    theta = zero() | {"shape": jnp.array([0.0, 0.0, 0.0, -0.5])}
-    for shape, factor in (((4, 4, 8, 3), 1.0), ((512, 3), 0.5), ((2, 64, 16, 3), 0.25)):
-        params = PARAMS | {"wide": jnp.ones(shape)}
-        grads = jax.tree.map(jnp.ones_like, params)
-        updates = [
-            (opt := adam4rl(t, num_steps=300)).update(grads, opt.init(params))[0]
-            for t in (zero(), theta)
-        ]
-        for usual, found in zip(*map(jax.tree.leaves, updates), strict=True):
-            np.testing.assert_allclose(found, factor * usual, rtol=1e-5)
+@pytest.mark.parametrize(
+    "added, factor",
+    [
+        ([(4, 8, 8, 3)], 3.0),
+        ([(1024, 3)], 1.5),
+        ([(4, 64, 16, 3), (7,)], 0.75),
+        ([(3, 3)] * 11, 0.5),
+    ],
+)
+def test_every_step_has_powers_of_the_largest_fan_in_and_of_the_number_of_matrices(added, factor):
+    theta = zero() | {"network_shape": jnp.array([-0.5, -1.0])}
+    params = PARAMS | {"more": [jnp.ones(shape) for shape in added]}  # PARAMS has one matrix
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates = [
+        (opt := adam4rl(t, num_steps=300)).update(grads, opt.init(params))[0]
+        for t in (zero(), theta)
+    ]
+    for usual, found in zip(*map(jax.tree.leaves, updates), strict=True):
+        np.testing.assert_allclose(found, factor * usual, rtol=1e-5)
 
 
 def test_the_drop_in_is_the_agents_optimizer_and_takes_a_schedule():

@@ -12,13 +12,19 @@ from adam4rl import make_adam4rl
 from optim4rl import load_theta
 
 
-def test_the_best_offset_is_that_of_the_parabola_and_none_if_it_gains_too_little():
-    x = np.array(refine.OFFSETS)
+def test_the_best_offsets_are_those_of_the_quadratic_and_none_if_they_gain_too_little():
+    x = np.array(refine.OFFSETS)[:, None]
     for vertex, expected in ((0.3, 0.3), (-0.8, -0.8), (2.0, 1.0), (-5.0, -1.0)):
-        assert refine.best_offset(-0.2 * (x - vertex) ** 2, 0.01) == pytest.approx(expected)
-    assert refine.best_offset(0.2 * x**2 + 0.01 * x, 0.05) == 1.0  # a valley: the higher end
-    assert refine.best_offset(-0.2 * (x - 0.3) ** 2, 0.02) == 0.0  # gains .018
-    assert refine.best_offset(np.zeros(5), 0.05) == 0.0
+        found = refine.best_offsets(x, -0.2 * (x[:, 0] - vertex) ** 2, 0.01)
+        assert found == pytest.approx([expected])
+    assert refine.best_offsets(x, 0.2 * x[:, 0] ** 2 + 0.01 * x[:, 0], 0.05) == 1.0  # a valley
+    assert refine.best_offsets(x, -0.2 * (x[:, 0] - 0.3) ** 2, 0.02) == 0.0  # gains .018
+    assert refine.best_offsets(x, np.zeros(5), 0.05) == 0.0
+    # A ridge, which no search along one axis finds: highest at (.6, -.7).
+    pairs = np.array([(a, b) for a in refine.OFFSETS for b in refine.OFFSETS])
+    a, b = pairs.T
+    ridge = -0.5 * (a + b + 0.1) ** 2 - 0.02 * (a - b - 1.3) ** 2
+    np.testing.assert_allclose(refine.best_offsets(pairs, ridge, 0.01), [0.6, -0.7], atol=1e-9)
 
 
 def test_each_number_goes_where_its_scores_are_highest_and_is_not_tried_again(
@@ -27,10 +33,10 @@ def test_each_number_goes_where_its_scores_are_highest_and_is_not_tried_again(
     start = make_adam4rl().init_theta(jax.random.key(0))
     optimizers.save_theta(tmp_path / "start.npz", start, "adam4rl", {}, {})
     target = {name: np.zeros(np.shape(x)) for name, x in start.items()}
-    target["rate"][0], target["shape"][3] = 0.3, -0.5
+    target["rate"][0], target["network_shape"][0] = 0.3, -0.5
     tried = []
 
-    def train(thetas, drawn, jobs, results):
+    def train(thetas, drawn, jobs, results, chunks):
         tried.append(drawn)
         distance = np.sum((thetas - refine.flat(target)) ** 2, axis=1)
         return np.broadcast_to(-distance[:, None], (len(drawn), len(thetas), 2))
@@ -45,19 +51,19 @@ def test_each_number_goes_where_its_scores_are_highest_and_is_not_tried_again(
         refine.main()
         return load_theta(tmp_path / "out.npz")[0]
 
-    found = main("rate.0", "shape.3")
+    found = main("rate.0", "network_shape.0")
     # Mean ranks -.4, -.2, .2, .4, 0 at -.75 .. .75: numpy.polyfit's parabola has this vertex. And
     # .2, .4, 0, -.2, -.4: its vertex is at -.79, beyond the end.
-    assert found["rate"][0] == pytest.approx(0.2625) and found["shape"][3] == -0.75
+    assert found["rate"][0] == pytest.approx(0.2625) and found["network_shape"][0] == -0.75
     for name, x in found.items():
-        if name not in ("rate", "shape"):
+        if name not in ("rate", "network_shape"):
             np.testing.assert_array_equal(x, start[name])
     assert len(tried) == 2 and tried[0] != tried[1]  # other seeds for each number
     assert sorted({name for name, *_ in tried[0]}) == sorted(refine.search.TASKS)
-    again = main("rate.0", "shape.3", "fall.0")
+    again = main("rate.0", "network_shape.0", "fall.0")
     assert len(tried) == 3 and again["rate"][0] == found["rate"][0] and again["fall"][0] == 0
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [row["number"] for row in rows] == ["rate.0", "shape.3", "fall.0"]
+    assert [row["numbers"] for row in rows] == ["rate.0", "network_shape.0", "fall.0"]
 
 
 @pytest.mark.parametrize(
