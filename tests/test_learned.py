@@ -284,4 +284,4 @@ def test_shipped_adam4rl_learns_faster_than_tuned_adam():
         )  # at a quarter of the 292 updates, and at the end
 
     quarter, end = scores("pretrained/adam4rl", 1.0) / scores("adam", 3e-2)
-    assert quarter > 1.3 and end > 0.95  # ten seeds: 1.84 and 1.03
+    assert quarter > 1.3 and end > 0.95  # ten seeds: 1.89 and 1.05
