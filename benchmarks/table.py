@@ -101,13 +101,12 @@ def main() -> None:
     by_env: dict = {}
     for s in scores.values():
         by_env.setdefault(s.env_name, []).append(s)
-    complete = {
-        name: found for name, found in by_env.items() if not compare.missing(found, args.of)
-    }
-    for name in by_env.keys() - complete.keys():
-        print(f"not drawn yet: {name}, which needs {compare.missing(by_env[name], args.of)}")
-    if complete:
-        compare.write(path.parent, complete, args.of)
+    for name, found in [*by_env.items()]:
+        if needs := compare.missing(found, args.of):
+            print(f"not drawn yet: {name}, which needs {needs}")
+            del by_env[name]
+    if by_env:
+        compare.write(path.parent, by_env, args.of)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ seeds for all, other seeds for each number. A parabola through their mean ranks,
 where they differ, gives the best value; it is taken if it ranks higher by --least than where it
 was. Numbers that depend on each other are tried together, at all pairs of offsets.
 
-Writes OUT.npz after each number, and OUT.jsonl: a line a number, with the mean ranks over all tasks
-and every score of every task. Numbers that OUT.jsonl has are not tried again, so the same command
+Writes OUT.npz after each number, and OUT.jsonl: a line a number, with the mean ranks and every
+score of every task. Numbers that OUT.jsonl has are not tried again, so the same command
 continues.
 """
 
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checks  # noqa: E402, once the project is on the path
 import optimizers  # noqa: E402
@@ -75,9 +75,11 @@ def best_offsets(offsets: np.ndarray, ranks: np.ndarray, least: float) -> np.nda
     return fine[np.argmax(fitted)] if gain >= least else np.zeros(numbers)
 
 
-def begin(args: Args) -> dict:
-    """-> theta. Raises a one-line ValueError for a name that is not one of theta's, or
-    a file that is not adam4rl's without a network."""
+def begin(args: Args) -> tuple[dict, dict]:
+    """-> theta; how it was trained. Raises a one-line ValueError for a name that is not one of
+    theta's, or a file that is not adam4rl's without a network."""
+    if not args.numbers or not args.tasks:
+        raise ValueError("--numbers and --tasks must name at least one")
     numbers = [number for group in args.numbers for number in group.split("+")]
     for what, known in ((numbers, NUMBERS), (args.tasks, search.TASKS)):
         for name in what:
@@ -86,7 +88,19 @@ def begin(args: Args) -> dict:
     _, theta, header = optimizers.load_learned(args.theta)
     if header["optimizer"] != "adam4rl" or "network" in theta:
         raise ValueError(f"{args.theta}: not a theta of adam4rl without a network")
-    return {name: np.array(x, float) for name, x in theta.items()}
+    return {name: np.array(x, float) for name, x in theta.items()}, header["trained"]
+
+
+def read_rows(log: Path, start: str) -> list[dict]:
+    """What was logged before. Raises a one-line ValueError for a file of another start, or that is
+    not this script's."""
+    try:
+        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        if all(row["start"] == start and places(search.SCALES, row["numbers"]) for row in rows):
+            return rows
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{log}: not a log of refine.py ({error}); another --out") from None
+    raise ValueError(f"{log} starts at another theta than {start}; another --out")
 
 
 def places(theta: dict, group: str) -> list[tuple[np.ndarray, int]]:
@@ -119,10 +133,10 @@ def refine(args: Args, theta: dict, group: str, jobs, results) -> dict:
     # One job of a task: the same program, so that scores without a difference are equal.
     scores = search.train(thetas, drawn, jobs, results, chunks=1)
     differs = np.any(np.ptp(scores, axis=1) > 0, axis=-1)  # not so if the task has no such tensor
-    ranks = search.fitness(scores[differs])
+    ranks = search.fitness(scores[differs]) if differs.any() else np.zeros(len(values))
     best = middle + args.step * scale * best_offsets(offsets, ranks, args.least)
     put(theta, group, best)
-    row = {"numbers": group, "from": middle.tolist(), "value": best.tolist()}
+    row = {"start": args.theta, "numbers": group, "from": middle.tolist(), "value": best.tolist()}
     row |= {"ranks": ranks.tolist(), "seconds": time.monotonic() - began, "step": args.step}
     lifetimes = zip(drawn, scores.tolist(), strict=True)
     row["tasks"] = [(task, num_updates, score) for (task, _, num_updates), score in lifetimes]
@@ -134,21 +148,24 @@ def main() -> None:
     with runs.bad_input():
         checks.positive(args, "repeats", "step")
         checks.seed(args)
-        theta = begin(args)
-    out, log = Path(args.out).with_suffix(".npz"), Path(args.out).with_suffix(".jsonl")
+        theta, trained = begin(args)
+        out, log = Path(args.out).with_suffix(".npz"), Path(args.out).with_suffix(".jsonl")
+        rows = read_rows(log, args.theta)
     log.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     for row in rows:
         put(theta, row["numbers"], row["value"])
-    done = {row["numbers"] for row in rows}
+    done = [row["numbers"] for row in rows]
     jobs, results = search.start_workers(0)
-    for group in (group for group in args.numbers if group not in done):
+    for group in args.numbers:
+        if group in done:
+            continue
         row = refine(args, theta, group, jobs, results)
         with open(log, "a") as file:
             file.write(json.dumps(row) + "\n")
         shown = [" ".join(f"{x:.2f}" for x in row[key]) for key in ("from", "value", "ranks")]
         print("{}: {} -> {}; ranks {}".format(group, *shown), flush=True)
-        trained = {"env_name": list(args.tasks), "seed": args.seed, "start": args.theta}
+        done.append(group)
+        trained |= {"refined": done, "refined_on": list(args.tasks)}
         optimizers.save_theta(out, jax.tree.map(jnp.float32, theta), "adam4rl", {}, trained)
     print(f"written: {out}, {log}")
 

@@ -31,7 +31,7 @@ def test_each_number_goes_where_its_scores_are_highest_and_is_not_tried_again(
     tmp_path, monkeypatch
 ):
     start = make_adam4rl().init_theta(jax.random.key(0))
-    optimizers.save_theta(tmp_path / "start.npz", start, "adam4rl", {}, {})
+    optimizers.save_theta(tmp_path / "start.npz", start, "adam4rl", {}, {"generations": 3})
     target = {name: np.zeros(np.shape(x)) for name, x in start.items()}
     target["rate"][0], target["network_shape"][0] = 0.3, -0.5
     tried = []
@@ -62,6 +62,9 @@ def test_each_number_goes_where_its_scores_are_highest_and_is_not_tried_again(
     assert sorted({name for name, *_ in tried[0]}) == sorted(refine.search.TASKS)
     again = main("rate.0", "network_shape.0", "fall.0")
     assert len(tried) == 3 and again["rate"][0] == found["rate"][0] and again["fall"][0] == 0
+    trained = load_theta(tmp_path / "out.npz")[1]["trained"]
+    assert trained["generations"] == 3
+    assert trained["refined"] == ["rate.0", "network_shape.0", "fall.0"]
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["numbers"] for row in rows] == ["rate.0", "network_shape.0", "fall.0"]
 
@@ -70,6 +73,7 @@ def test_each_number_goes_where_its_scores_are_highest_and_is_not_tried_again(
     "flags, said",
     [
         (["--numbers", "rate.2"], "'rate.2' is none of rate.0, rate.1, schedule.0"),
+        (["--numbers"], "at least one"),
         (["--tasks", "ant"], "'ant' is none of small_dense_short"),
         (["--theta", "pretrained/momentum4rl.npz"], "not a theta of adam4rl"),
     ],
@@ -80,3 +84,27 @@ def test_bad_input_is_one_line(flags, said, monkeypatch, capsys):
         refine.main()
     err = capsys.readouterr().err
     assert end.value.code == 2 and said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ('{"start": "other.npz", "numbers": "rate.0"}', "another theta"),
+        ('{"numbers": "rate.0"', "not a log of refine.py"),
+        ('{"start": "pretrained/adam4rl.npz", "numbers": "old.0"}', "not a log of refine.py"),
+    ],
+)
+def test_a_log_of_something_else_is_refused_in_one_line(line, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out.jsonl").write_text(line + "\n")
+    monkeypatch.setattr("sys.argv", ["refine.py", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        refine.main()
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and said in err and err.count("\n") == 1
+
+
+def test_a_number_that_changes_no_score_stays(monkeypatch):
+    monkeypatch.setattr(refine.search, "train", lambda thetas, *_, **__: np.ones((1, 5, 2)))
+    theta, _ = refine.begin(args := refine.Args(tasks=("cartpole",)))
+    row = refine.refine(args, theta, "network_shape.0", None, None)
+    assert row["value"] == row["from"] and row["ranks"] == [0.0] * 5
