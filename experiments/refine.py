@@ -81,6 +81,8 @@ def begin(args: Args) -> tuple[dict, dict]:
     if not args.numbers or not args.tasks:
         raise ValueError("--numbers and --tasks must name at least one")
     numbers = [number for group in args.numbers for number in group.split("+")]
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"--numbers must name each once, got {' '.join(args.numbers)}")
     for what, known in ((numbers, NUMBERS), (args.tasks, search.TASKS)):
         for name in what:
             if name not in known:
