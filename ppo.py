@@ -270,6 +270,7 @@ def learn_epochs(key, state: AgentState, batch: Batch, optimizer, progress, env:
         (params, opt_state), (batch, key, step) = carry, minibatch
         inputs = (state.normaliser, batch, key, env.distribution, args)
         (loss, kl), grads = jax.value_and_grad(ppo_loss, has_aux=True)(params, *inputs)
+        grads = jax.tree.map(lambda g: jnp.clip(g, -args.grad_clip, args.grad_clip), grads)
         extra_args = {"value": loss, "kl": kl, "iteration_step": step, "num_steps": total_steps}
         extra_args |= {"fraction": jnp.float32(progress[0]) + step / total_steps} | sizes
         updates, opt_state = update(grads, opt_state, params, **extra_args)
@@ -407,7 +408,6 @@ def train(args: Args, env: Env, optimizer, on_update: Callable, restore=lambda x
     "eval_return": [num_seeds, evaluations], "eval_steps": [evaluations]}
     """
     agent = make_agent(env, args)
-    optimizer = optax.chain(optax.clip(args.grad_clip), optimizer)
     seeds = args.seed + jnp.arange(args.num_seeds)
     keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), 3))(seeds)
     keys_init, keys_learn, keys_eval = jnp.moveaxis(keys, 1, 0)

@@ -199,10 +199,10 @@ def meta_settings(names: tuple[str, ...]) -> dict:
     }
 
 
-def unit_args(name: str, num_envs: int, reward_scale: float) -> Any:
+def unit_args(name: str, num_envs: int, reward_scale: float, grad_clip: float) -> Any:
     """The agent's Args of a unit of meta-training. Raises a one-line ValueError if they do not fit.
-    Makes no environment."""
-    given = {"num_envs": num_envs, "reward_scale": reward_scale}
+    Makes no environment. grad_clip: PPO's; with A2C it is the optimizer that clips."""
+    given = {"num_envs": num_envs, "reward_scale": reward_scale, "grad_clip": grad_clip}
     if agent_of(name) is ppo:
         if num_envs % 2:
             wanted = f"even for {name} (a minibatch is half of them)"
@@ -214,7 +214,7 @@ def unit_args(name: str, num_envs: int, reward_scale: float) -> Any:
 def all_unit_args(args: Any) -> list:
     """The agent's Args of the units of each environment. args: pipeline_train.Args"""
     sizes = zip(args.env_name, args.envs_per_unit, args.reward_scale, strict=True)
-    return [unit_args(*size) for size in sizes]
+    return [unit_args(*size, args.grad_clip) for size in sizes]
 
 
 def steps_per_iteration(args: Any) -> int:

@@ -371,6 +371,24 @@ def test_the_optimizer_is_given_the_loss_and_the_fraction_of_training_done():
     assert len(set(extra_args["value"].tolist())) == 4
 
 
+def test_every_gradient_is_clipped_elementwise():
+    """The first step's gradient is that of an agent that does not clip, cut at the bound; the
+    optimizer sees it cut in all steps."""
+    recorded, moved = {}, {}
+    for bound in (float("inf"), 0.03):
+        args = dataclasses.replace(PROBE, grad_clip=bound, reward_scale=10.0)
+        agent = ppo.make_agent(count_env(), args)
+        before = agent.init(jax.random.key(0), optax.sgd(0.1))
+        after, (recorded[bound], _), _ = agent.learn(jax.random.key(1), before, optax.sgd(0.1))
+        moved[bound] = jax.tree.map(jnp.subtract, before.params, after.params)
+    whole, cut = jax.tree.leaves(recorded[float("inf")]), jax.tree.leaves(recorded[0.03])
+    for g, clipped, change in zip(whole, cut, jax.tree.leaves(moved[0.03]), strict=True):
+        np.testing.assert_allclose(clipped[0], np.clip(g[0], -0.03, 0.03), rtol=1e-5)
+        assert np.abs(clipped).max() <= np.float32(0.03)
+        np.testing.assert_allclose(change, 0.1 * np.sum(clipped, axis=0), atol=1e-6)
+    assert max(np.abs(g[0]).max() for g in whole) > 0.3
+
+
 def test_ratio_is_one_when_learning_begins():
     """With a learning rate of 0 every gradient step sees the policy that acted: ratio 1, and the
     critic's loss alone."""
