@@ -77,6 +77,8 @@ class Args:
     value_layers: tuple[int, ...] | None = None
     """PPO: hidden layers of the critic (paper: 5 of 256; in meta-training 5 of 64, which is faster
     on a CPU)"""
+    grad_clip: float | None = None
+    """PPO: elementwise bound on gradients (paper: 1); inf: no clipping, Brax's default"""
     num_evals: int | None = None
     """PPO: evaluations of each agent; they take most of the time of a short run"""
     backend: Literal["spring", "generalized", "positional", "mjx"] = "spring"
@@ -177,12 +179,12 @@ def trained_rate(trained: Any, env_name: str) -> float | None:
     return rate if rate and 0 < rate <= checks.LARGEST else None
 
 
-AGENT_ARGS = "num_seeds seed total_steps num_envs batch_size value_layers num_evals".split()
+AGENT_ARGS = "num_seeds seed total_steps num_envs batch_size value_layers grad_clip num_evals"
 
 
 def make_learner(args: Args, env_name: str) -> tasks.Learner:
     """Raises a one-line ValueError for arguments that do not fit the environment."""
-    given = {name: getattr(args, name) for name in AGENT_ARGS}
+    given = {name: getattr(args, name) for name in AGENT_ARGS.split()}
     learner = tasks.make_learner(env_name, args.agent, args.backend, **given)
     steps = learner.agent.steps_per_update(learner.args)
     checks.total_steps(learner.args.total_steps, steps, "update")
@@ -243,6 +245,8 @@ def main() -> None:
             "num_envs",
         )
         checks.positive(args, "batch_size", "value_layers", "num_evals")
+        if args.grad_clip is not None:
+            checks.grad_clip(args.grad_clip)
         checks.seed(args)
         if not args.optimizers or not args.env_name or len(set(args.env_name)) < len(args.env_name):
             raise ValueError(
