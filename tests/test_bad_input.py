@@ -162,6 +162,7 @@ BAD = [
     ("evaluate", "--runs-dir a_file", "a_file"),
     ("evaluate", "--optimizers pretrained/nosuch", "nosuch"),
     ("evaluate", "--env-name inverted_pendulum --value-layers 64 0", "--value-layers"),
+    ("evaluate", "--grad-clip 0", "--grad-clip"),
     ("evaluate", "--num-evals 0", "--num-evals"),
     ("evaluate", "--env-name ant --batch-size 0", "--batch-size"),
     ("evaluate", "--env-name ant --batch-size 100", "--num-envs"),

@@ -125,6 +125,12 @@ def test_evaluate_gives_each_optimizer_its_rate_and_sweeps_those_without(adam4rl
     assert set(rates_of(**given, learning_rate=0.5).values()) == {(0.5,)}
 
 
+def test_evaluate_clips_gradients_as_the_paper_or_as_it_is_told():
+    for given, bound in ((None, 1.0), (0.5, 0.5), (float("inf"), float("inf"))):
+        args = evaluate.Args(env_name=("pendulum",), grad_clip=given)
+        assert evaluate.make_learner(args, "pendulum").args.grad_clip == bound
+
+
 def test_agents_scripts_take_the_optimizers_rate_or_the_environments(adam4rl_file):
     def rate(optimizer, given=None):
         args = train_agents.PPOArgs(env_name="pendulum", optimizer=optimizer, learning_rate=given)
