@@ -13,11 +13,11 @@
 with bias-corrected running means m_b of the gradient g and v_c of g^2, the number N of updates of
 the whole training, the fraction f of it that is done, schedule(f) piecewise linear in f. k is a
 power of the fan-in and fan-out of a tensor, or a factor for biases, times powers of the network's
-largest fan-in (clipped to 64 .. 512) and of the number of its matrices. RMS is over a tensor;
-|m_.9| / sqrt(v_.9) is clipped to e^-10 .. e^2. o is the output of a small network that reads, for
-each coordinate, what is above (`inputs`); without one it is 0. theta holds the network and what has
-a name; where these and the network's last layer are zero, this is Adam with the learning rate
-9 / N.
+largest fan-in (clipped to 64 .. 512) and of the number of its matrices (3 at least). RMS is over a
+tensor; |m_.9| / sqrt(v_.9) is clipped to e^-10 .. e^2. o is the output of a small network that
+reads, for each coordinate, what is above (`inputs`); without one it is 0. theta holds the network
+and what has a name; where these and the network's last layer are zero, this is Adam with the
+learning rate 9 / N.
 
 It is not in the paper. Copy this file and optim4rl.py into your project, and use it with optax:
 
@@ -54,7 +54,7 @@ RATE = 9.0  # the untrained learning rate times N
 USUAL_STEPS = 1000.0  # N where momenta_n has no effect
 USUAL_FAN = 32
 LEAST_FAN, MOST_FAN = 64, 512  # what the network's largest fan-in is clipped to
-USUAL_MATRICES = 6
+USUAL_MATRICES, LEAST_MATRICES = 6, 3
 NUM_INPUTS = 9  # of the network
 SIZES = {
     "rate": 2,
@@ -138,7 +138,7 @@ def log_network_factor(theta: dict, params) -> jax.Array:
     widest = max([LEAST_FAN, *(math.prod(shape[:-1]) for shape in shapes)])
     logs = (
         math.log(min(widest, MOST_FAN) / LEAST_FAN),
-        math.log(max(1, len(shapes)) / USUAL_MATRICES),
+        math.log(max(LEAST_MATRICES, len(shapes)) / USUAL_MATRICES),
     )
     return jnp.dot(theta["network_shape"], jnp.array(logs))
 

@@ -77,7 +77,7 @@ def numpy_update(theta, grads, num_steps, shape):
         k = (fan_in / 32) ** x[0] * (fan_out / 32) ** x[1]
     x = theta["network_shape"]
     widest = np.prod(shape[:-1]) if len(shape) > 1 else 1
-    rate *= (np.clip(widest, 64, 512) / 64) ** x[0] * (1 / 6) ** x[1]  # one matrix, or none
+    rate *= (np.clip(widest, 64, 512) / 64) ** x[0] * (3 / 6) ** x[1]  # one matrix, or none
     return -rate * k * np.sqrt(np.mean(d**2)) ** -theta["norm"][0] * d
 
 
@@ -99,10 +99,10 @@ def test_the_update_is_the_equation(shape, network_size):
 @pytest.mark.parametrize(
     "added, factor",
     [
-        ([(4, 4, 4, 3)], 3.0),
-        ([(256, 3)], 1.5),
-        ([(4096, 3)], 3 / 8**0.5),
-        ([(4, 16, 4, 3), (7,)], 1.5),
+        ([(4, 4, 4, 3)], 2.0),
+        ([(144, 3)], 2 / 1.5),
+        ([(4096, 3)], 2 / 8**0.5),
+        ([(4, 9, 4, 3), (7,)], 2 / 1.5),
         ([(3, 3)] * 11, 0.5),
     ],
 )
