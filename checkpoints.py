@@ -33,8 +33,10 @@ def only_in_main_thread(error) -> None:
         sys.__unraisablehook__(error)
 
 
-# orbax logs every step. An error that it raises comes from its threads, which print it too.
-logging.getLogger("absl").setLevel(logging.CRITICAL + 1)
+# orbax logs every step. An error that it raises comes from its threads, which print it too; asyncio
+# prints those of its other files, which nobody asks for.
+for logger in ("absl", "asyncio"):
+    logging.getLogger(logger).setLevel(logging.CRITICAL + 1)
 sys.unraisablehook = only_in_main_thread
 
 OF_A_START = ("resume", "process_id", "coordinator")  # arguments of one start, not of the run
