@@ -179,12 +179,14 @@ def trained_rate(trained: Any, env_name: str) -> float | None:
     return rate if rate and 0 < rate <= checks.LARGEST else None
 
 
-AGENT_ARGS = "num_seeds seed total_steps num_envs batch_size value_layers grad_clip num_evals"
+AGENT_ARGS = (
+    "num_seeds seed total_steps num_envs batch_size value_layers grad_clip num_evals"
+).split()
 
 
 def make_learner(args: Args, env_name: str) -> tasks.Learner:
     """Raises a one-line ValueError for arguments that do not fit the environment."""
-    given = {name: getattr(args, name) for name in AGENT_ARGS.split()}
+    given = {name: getattr(args, name) for name in AGENT_ARGS}
     learner = tasks.make_learner(env_name, args.agent, args.backend, **given)
     steps = learner.agent.steps_per_update(learner.args)
     checks.total_steps(learner.args.total_steps, steps, "update")

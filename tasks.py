@@ -201,7 +201,7 @@ def meta_settings(names: tuple[str, ...]) -> dict:
 
 def unit_args(name: str, num_envs: int, reward_scale: float, grad_clip: float) -> Any:
     """The agent's Args of a unit of meta-training. Raises a one-line ValueError if they do not fit.
-    Makes no environment. grad_clip: PPO's; with A2C it is the optimizer that clips."""
+    Makes no environment. grad_clip: PPO's; A2C does not clip."""
     given = {"num_envs": num_envs, "reward_scale": reward_scale, "grad_clip": grad_clip}
     if agent_of(name) is ppo:
         if num_envs % 2:

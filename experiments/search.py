@@ -147,13 +147,12 @@ def mixed(env: ppo.Env, obs_size: int) -> ppo.Env:
 
 
 SMALL = [gridworld.GRIDS[f"small_{name}"] for name in ("dense_short", "sparse_long", "dense_long")]
-# As on Brax: short rollouts, a deep critic, and rewards so large that its gradients are clipped.
-# Where theta is used they may be clipped or not, so on some tasks they are not.
+# As on Brax: short rollouts, a deep critic, rewards scaled by 10.
 DEEP = {"policy_layers": (32,) * 4, "value_layers": (64,) * 5, "num_envs": 128}
 DEEP |= {"rollout_steps": 5, "batch_size": 64, "num_minibatches": 8, "reward_scale": 10.0}
 # 128 updates an iteration: in few of these the policy changes much in each.
-UNCLIPPED = {"grad_clip": math.inf}
 FEW = DEEP | {"batch_size": 128, "num_minibatches": 32}
+UNCLIPPED = {"grad_clip": math.inf}  # on some tasks, as it may be where theta is used
 SQUARE, OBLONG = gridworld.Grid(5, 5, 2, 0.2, 100), gridworld.Grid(5, 6, 2, 0.3, 200)
 TASKS = {
     "small_dense_short": Search(partial(a2c_on, SMALL[0], 512), "return", 120, 400),
@@ -180,6 +179,7 @@ TASKS = {
         partial(ppo_on, "small_dense_short", **UNCLIPPED), "return", 30, 100
     ),
 }
+
 
 # --- Lifetimes ---
 
