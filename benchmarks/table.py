@@ -6,12 +6,17 @@
 Evaluates each pair that scores.csv of --out lacks, classical optimizers at their best learning rate
 of a sweep, and adds it there at once: the same command continues an interrupted one. With --again
 what is there is replaced (new weights). Then draws all of scores.csv, as figures/compare.py does.
+
+An accelerator trains all optimizers of a task in one program (lanes.py).
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+import lanes
 from ablations import ROOT, run
 
 sys.path.insert(0, str(ROOT))
@@ -21,16 +26,22 @@ import gridworld  # noqa: E402
 import optimizers  # noqa: E402
 import runs  # noqa: E402
 from environments import minatar  # noqa: E402
-from figures import compare  # noqa: E402
+from figures import compare, report  # noqa: E402
 
 BRAX = ("inverted_double_pendulum", "ant", "humanoid", "hopper", "walker2d", "halfcheetah")
-BRAX_SIZES = "--total-steps 6.6e5 --num-envs 128 --batch-size 64 --value-layers 64 64 64 64 64"
-# Not clipped, as in Brax itself: on ant Adam, RMSProp and adam4rl are better so.
-BRAX_SIZES += " --grad-clip inf --num-evals 4"
-# task: flags of evaluate.py, for sizes that two cores can run; learning rates of the sweep
+BRAX_SIZES = dict(
+    total_steps=6.6e5,
+    num_envs=128,
+    batch_size=64,
+    value_layers=(64, 64, 64, 64, 64),
+    # Not clipped, as in Brax itself: on ant Adam, RMSProp and adam4rl are better so.
+    grad_clip=math.inf,
+    num_evals=4,
+)
+# task: arguments of evaluate.py, for sizes that two cores can run; learning rates of the sweep
 TASKS = {
-    **dict.fromkeys(gridworld.NAMES, ("", (1e-1, 3e-2, 1e-2, 3e-3, 1e-3))),
-    **dict.fromkeys(minatar.NAMES, ("--total-steps 1e6", (1e-2, 3e-3, 1e-3, 3e-4))),
+    **dict.fromkeys(gridworld.NAMES, ({}, (1e-1, 3e-2, 1e-2, 3e-3, 1e-3))),
+    **dict.fromkeys(minatar.NAMES, ({"total_steps": 1e6}, (1e-2, 3e-3, 1e-3, 3e-4))),
     **dict.fromkeys(BRAX, (BRAX_SIZES, (3e-3, 1e-3, 3e-4))),
 }
 LEARNED = (
@@ -63,8 +74,8 @@ class Args:
 
 
 def pairs(args: Args) -> dict:
-    """(task, label of the row) -> flags of evaluate.py. Raises a one-line ValueError for a task
-    without a size here or an optimizer that cannot be made."""
+    """(task, label of the row) -> the arguments of evaluate.py. Raises a one-line ValueError for a
+    task without a size here or an optimizer that cannot be made."""
     found = {}
     for env_name in args.env_name:
         if env_name not in TASKS:
@@ -74,15 +85,50 @@ def pairs(args: Args) -> dict:
             n for n in args.optimizers if n not in NOT_FOR_A2C or env_name not in gridworld.NAMES
         ]
         for name in names:
-            (row,) = evaluate.plan(evaluate.Args(env_name=(env_name,), optimizers=(name,)))
-            flags = (
-                f"--env-name {env_name} --optimizers {name} --num-seeds {args.num_seeds} {sizes}"
-            )
+            swept = [LARGER_RATES.get(name, 1) * rate for rate in rates]
+            given = dict(env_name=(env_name,), optimizers=(name,), num_seeds=args.num_seeds)
             if name in optimizers.CLASSICAL:
-                shown = " ".join(f"{LARGER_RATES.get(name, 1) * rate:g}" for rate in rates)
-                flags += f" --learning-rates {shown}"
-            found[env_name, row.label] = flags
+                given["learning_rates"] = tuple(swept)
+            given = evaluate.Args(**given, **sizes)
+            (row,) = evaluate.plan(given)
+            found[env_name, row.label] = given
     return found
+
+
+def one_by_one(todo: dict, add) -> None:
+    """Evaluate each pair by itself. add(its folder)"""
+    for number, (key, given) in enumerate(todo.items(), start=1):
+        print(f"--- {number} of {len(todo)}: {', '.join(key)} ---", flush=True)
+        add(run("evaluate", flags_of(given), ROOT / "runs" / "table"))
+
+
+def flags_of(given: evaluate.Args) -> str:
+    """The command line of these arguments, without what has its default value."""
+    flags = []
+    for name, value in vars(given).items():
+        if name == "env_name" or value != getattr(evaluate.Args, name):
+            values = value if isinstance(value, tuple) else (value,)
+            words = (f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+            flags += [f"--{name.replace('_', '-')}", *words]
+    return " ".join(flags)
+
+
+def in_one_program(todo: dict, add) -> None:
+    """Evaluate all pairs of a task together, task by task. add(the task's folder)"""
+    by_task: dict = {}
+    for (env_name, _), given in todo.items():
+        by_task.setdefault(env_name, []).append(given)
+    with runs.interruptible() as interrupted:
+        for env_name, given in by_task.items():
+            learner = evaluate.make_learner(given[0], env_name)
+            to_run = [evaluate.plan(args)[0] for args in given]
+            results = lanes.evaluate_all(learner, to_run, given[0], interrupted)
+            if interrupted():
+                sys.exit(interrupted())
+            folder = ROOT / "runs" / "table"
+            folder = runs.make_folder(str(folder), env_name, "evaluate", given[0].seed, given[0])
+            report.write_results(folder / "results.csv", results, given[0].seed)
+            add(folder)
 
 
 def main() -> None:
@@ -93,13 +139,16 @@ def main() -> None:
         scores = {}
         for s in compare.read_scores(path) if path.exists() else ():
             scores[s.env_name, s.label] = s
-        todo = {key: f for key, f in pairs(args).items() if args.again or key not in scores}
+        todo = {key: given for key, given in pairs(args).items() if args.again or key not in scores}
     path.parent.mkdir(parents=True, exist_ok=True)
-    for number, (key, flags) in enumerate(todo.items(), start=1):
-        print(f"--- {number} of {len(todo)}: {', '.join(key)} ---", flush=True)
-        folder = run("evaluate", flags, ROOT / "runs" / "table")
-        scores[key] = compare.read((str(folder),))[key[0]][0]
-        compare.write_scores(path, list(scores.values()))
+
+    def add(folder):
+        (found,) = compare.read((str(folder),)).values()
+        scores.update({(s.env_name, s.label): s for s in found})
+        compare.write_scores(path, [*scores.values()])
+
+    evaluate_pairs = one_by_one if jax.default_backend() == "cpu" else in_one_program
+    evaluate_pairs(todo, add)
     by_env: dict = {}
     for s in scores.values():
         by_env.setdefault(s.env_name, []).append(s)

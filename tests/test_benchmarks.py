@@ -5,7 +5,13 @@ import importlib
 import itertools
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+
+import a2c
+import evaluate
+import ppo
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -106,7 +112,7 @@ def test_the_table_runs_what_it_lacks_and_replaces_it_only_if_told(tmp_path, mon
     assert len(found) == len(commands) == 5 and ("catch", "adam_kl") not in found  # A2C has no kl
     assert commands[0].startswith("--env-name catch --optimizers adam --num-seeds 2")
     assert commands[1].endswith("--learning-rates 1 0.3 0.1 0.03 0.01")  # muon's are larger
-    assert "--total-steps 6.6e5" in commands[2] and "--total-steps" not in commands[0]
+    assert "--total-steps 660000" in commands[2] and "--total-steps" not in commands[0]
     assert "ant, which needs pretrained/adam4rl (trained)" in capsys.readouterr().out
 
     level = 3.0
@@ -115,3 +121,31 @@ def test_the_table_runs_what_it_lacks_and_replaces_it_only_if_told(tmp_path, mon
     assert "### catch" in (tmp_path / "out" / "table.md").read_text()
     found = main("--env-name", "catch", "--optimizers", "adam", "--again")
     assert len(commands) == 1 and len(found) == 6 and found["catch", "adam"]["final"] == "4.5"
+
+
+@pytest.mark.parametrize(
+    "env_name, names",
+    [
+        ("catch", ("pretrained/adam4rl", "muon_linear", "rmsprop_linear")),
+        ("pendulum", ("adam", "adam_kl", "sign_linear")),
+    ],
+)
+def test_lanes_of_several_optimizers_learn_as_each_does_alone(monkeypatch, env_name, names):
+    lanes = importlib.import_module("lanes")
+    for agent in (a2c, ppo):  # as on an accelerator
+        monkeypatch.setattr(agent, "over_seeds", lambda f, seeds: jax.vmap(f)(seeds))
+    monkeypatch.setattr(lanes, "MOST_ENVS", 5 * 4)  # five lanes at once
+    sizes = dict(total_steps=600, num_envs=4, batch_size=4, value_layers=(8,), num_evals=1)
+    args = evaluate.Args(
+        (env_name,), names, num_seeds=2, learning_rates=(1e-3, 2e-3), sweep_seeds=1, **sizes
+    )
+    learner = evaluate.make_learner(args, env_name)
+    results = lanes.evaluate_all(learner, evaluate.plan(args), args, lambda: 0)
+    assert sorted(r.label for r in results) == sorted(run.label for run in evaluate.plan(args))
+    for run, result in itertools.product(evaluate.plan(args), results):
+        if result.label == run.label:
+            alone = evaluate.train(learner, run, result.learning_rate, "", lambda: 0)
+            assert result.returns.shape == alone.returns.shape == (2, len(alone.env_steps))
+            np.testing.assert_allclose(result.returns, alone.returns, rtol=1e-3, atol=1e-3)
+            np.testing.assert_array_equal(result.env_steps, alone.env_steps)
+            assert result.learning_rate in run.rates

@@ -1,0 +1,171 @@
+"""All agents of an environment in one program, whatever their optimizer and learning rate, for an
+accelerator (benchmarks/table.py uses it there).
+
+An accelerator trains two hundred small agents in a few times the time of one, and compiles one
+program for them instead of one for each pair of optimizer and learning rate.
+
+A lane is an agent with its own optimizer, learning rate and seed. Legend: L lanes, sorted by
+optimizer.
+"""
+
+import dataclasses
+import itertools
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import evaluate  # noqa: E402, once the project is on the path
+import optimizers  # noqa: E402
+import runs  # noqa: E402
+from figures import report  # noqa: E402
+
+MOST_ENVS = 2**15  # environments of all lanes at once: 20 GB with A2C on a big gridworld
+
+
+class Lane(NamedTuple):
+    run: evaluate.Run
+    learning_rate: float
+    seed: int
+
+
+class LaneState(NamedTuple):
+    learning_rate: jax.Array  # []
+    states: tuple  # of every optimizer; only that of the lane's own optimizer is used
+
+
+def slices(lanes: list[Lane]) -> dict[str, slice]:
+    """optimizer -> its lanes, which are next to each other."""
+    names = [lane.run.optimizer for lane in lanes]
+    return {
+        name: slice(names.index(name), names.index(name) + len([*group]))
+        for name, group in itertools.groupby(names)
+    }
+
+
+def optimizer_of_lanes(lanes: list[Lane]) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that under `vmap` over the lanes updates each with its own optimizer. Outside
+    `vmap` it has only init."""
+    where = slices(lanes)
+
+    def make(name, learning_rate):
+        return optax.with_extra_args_support(optimizers.make_optimizer(name, learning_rate))
+
+    def init(params, learning_rate=1.0):
+        states = tuple(make(name, learning_rate).init(params) for name in where)
+        return LaneState(jnp.float32(learning_rate), states)
+
+    @jax.custom_batching.custom_vmap
+    def update(grads, state, params, extra_args):
+        raise NotImplementedError("only under vmap over the lanes")
+
+    @update.def_vmap
+    def over_lanes(size, is_batched, *inputs):
+        grads, state, params, extra_args = jax.tree.map(
+            lambda x, batched: x if batched else jnp.broadcast_to(x, (size, *jnp.shape(x))),
+            inputs,
+            tuple(is_batched),
+        )
+        updates, states = [], []
+        for name, own, old in zip(where, where.values(), state.states, strict=True):
+
+            def one(learning_rate, state, grads, params, extra_args, name=name):
+                return make(name, learning_rate).update(grads, state, params, **extra_args)
+
+            inputs = (state.learning_rate, old, grads, params, extra_args)
+            update, new = jax.vmap(one)(*jax.tree.map(lambda x, own=own: x[own], inputs))
+            updates.append(update)
+            states.append(jax.tree.map(lambda x, y, own=own: x.at[own].set(y), old, new))
+        updates = jax.tree.map(lambda *x: jnp.concatenate(x), *updates)
+        out = updates, state._replace(states=tuple(states))
+        return out, jax.tree.map(lambda _: True, out)
+
+    # custom_vmap needs the shapes of its results, which its function would give.
+    def shapes(grads, state, params, extra_args):
+        del params, extra_args
+        return grads, state
+
+    update.fun = shapes
+
+    def update_fn(grads, state, params=None, **extra_args):
+        return update(grads, state, params, jax.tree.map(jnp.float32, extra_args))
+
+    return optax.GradientTransformationExtraArgs(init, update_fn)
+
+
+def train(learner, lanes: list[Lane], title: str, interrupted) -> list[report.Result]:
+    """-> a Result for each pair of optimizer and learning rate; [] if interrupted"""
+    lanes = sorted(lanes, key=lambda lane: lane.run.optimizer)  # is stable
+    returns, most = [], max(1, MOST_ENVS // learner.args.num_envs)
+    for first in range(0, len(lanes), most):
+        some = lanes[first : first + most]
+        which = f"{title}, agents {first + 1} to {first + len(some)} of {len(lanes)}"
+        history = train_some(learner, some, which, interrupted)
+        if interrupted():
+            return []
+        returns.append(np.asarray(history[learner.agent.SCORE[0]]))
+    returns = np.concatenate(returns)
+    steps = learner.agent.steps_per_update(learner.args)
+    env_steps = history.get("eval_steps", np.arange(1, returns.shape[1] + 1) * steps)
+    results = []
+    for (run, rate), group in itertools.groupby(range(len(lanes)), lambda i: lanes[i][:2]):
+        own = returns[[*group]]
+        finite = np.isfinite(own[:, -1])
+        result = (run.env_name, run.label, rate, np.asarray(env_steps), own[finite])
+        results.append(report.Result(*result, int(np.sum(~finite))))
+    return results
+
+
+def train_some(learner, lanes: list[Lane], title: str, interrupted) -> dict:
+    """Train sorted lanes in one program. -> the history of agent.train"""
+    agent, args, env = learner
+    # agent.train adds 0, 1, 2, ... to args.seed.
+    seeds = np.array([lane.seed for lane in lanes]) - np.arange(len(lanes))
+    args = dataclasses.replace(args, seed=seeds, num_seeds=len(lanes))
+    optimizer = optimizer_of_lanes(lanes)
+    rates = jnp.array([lane.learning_rate for lane in lanes], jnp.float32)
+
+    def set_rates(state):
+        opt_state = jax.jit(jax.vmap(optimizer.init))(state.agents.params, rates)
+        opt_state = jax.tree.map(jnp.copy, opt_state)  # no buffer twice: they will be donated
+        return state._replace(agents=state.agents._replace(opt_state=opt_state))
+
+    with runs.progress(agent.num_updates(args), title) as bar:
+
+        def on_update(number, metrics, state):
+            jax.block_until_ready(metrics)
+            bar.update()
+            return interrupted()
+
+        return agent.train(args, env, optimizer, on_update, set_rates)
+
+
+def lanes_of(run: evaluate.Run, rate: float, args: Any, swept: bool = False) -> list[Lane]:
+    """evaluate.py's seeds of an optimizer at a learning rate."""
+    first = args.seed + (args.num_seeds if swept else 0)
+    count = args.sweep_seeds if swept else args.num_seeds
+    return [Lane(run, rate, seed) for seed in range(first, first + count)]
+
+
+def evaluate_all(learner, to_run: list[evaluate.Run], args: Any, interrupted) -> list:
+    """What evaluate.py does with these runs of one environment, in two rounds: all sweeps, then the
+    shown seeds of all optimizers. -> a Result of each run; [] if interrupted"""
+    name, best = learner.args.env_name, {}
+    sweeps = [run for run in to_run if len(run.rates) > 1]
+    lanes = [lane for run in sweeps for r in run.rates for lane in lanes_of(run, r, args, True)]
+    for result in train(learner, lanes, f"{name}, sweep", interrupted) if lanes else ():
+        best.setdefault(result.label, []).append(result)
+    if interrupted():
+        return []
+    rates = {label: max(all, key=report.Result.score).learning_rate for label, all in best.items()}
+    lanes = [
+        lane for run in to_run for lane in lanes_of(run, rates.get(run.label, run.rates[0]), args)
+    ]
+    results = train(learner, lanes, name, interrupted)
+    return [] if interrupted() else results
