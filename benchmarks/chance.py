@@ -1,5 +1,5 @@
 """How much of the difference in return between the antithetic pairs of pes and nres is chance?
-(results/NOTES.md, 7)
+(results/NOTES.md)
 
     python benchmarks/chance.py --env-name small_sparse_long
 
