@@ -12,6 +12,7 @@ An accelerator trains all optimizers of a task in one program (lanes.py).
 
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,7 @@ LEARNED = (
 CLASSICAL = tuple(name for name in optimizers.CLASSICAL if name != "sgd")
 NOT_FOR_A2C = ("adam_kl", "adam_rel")  # what they react to is PPO's
 LARGER_RATES = {"muon_linear": 10}
+TASKS_AT_ONCE = 3  # on an accelerator
 
 
 @dataclass(frozen=True)
@@ -114,21 +116,32 @@ def flags_of(given: evaluate.Args) -> str:
 
 
 def in_one_program(todo: dict, add) -> None:
-    """Evaluate all pairs of a task together, task by task. add(the task's folder)"""
+    """Evaluate all pairs of a task together. add(the task's folder)
+
+    A few tasks at once, in threads: one compiles while another trains. (Processes would each keep
+    their own part of the accelerator's memory, and take turns at a loss.)"""
     by_task: dict = {}
     for (env_name, _), given in todo.items():
         by_task.setdefault(env_name, []).append(given)
-    with runs.interruptible() as interrupted:
-        for env_name, given in by_task.items():
+    with runs.interruptible() as interrupted, ThreadPoolExecutor(TASKS_AT_ONCE) as pool:
+
+        def evaluate_task(env_name, given):
             learner = evaluate.make_learner(given[0], env_name)
             to_run = [evaluate.plan(args)[0] for args in given]
             results = lanes.evaluate_all(learner, to_run, given[0], interrupted)
             if interrupted():
-                sys.exit(interrupted())
+                return None
             folder = ROOT / "runs" / "table"
             folder = runs.make_folder(str(folder), env_name, "evaluate", given[0].seed, given[0])
             report.write_results(folder / "results.csv", results, given[0].seed)
-            add(folder)
+            return folder
+
+        started = [pool.submit(evaluate_task, *task) for task in by_task.items()]
+        for done in as_completed(started):
+            if folder := done.result():
+                add(folder)
+        if interrupted():
+            sys.exit(interrupted())
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import pytest
 import a2c
 import evaluate
 import ppo
+from figures import report
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -149,3 +150,31 @@ def test_lanes_of_several_optimizers_learn_as_each_does_alone(monkeypatch, env_n
             np.testing.assert_allclose(result.returns, alone.returns, rtol=1e-3, atol=1e-3)
             np.testing.assert_array_equal(result.env_steps, alone.env_steps)
             assert result.learning_rate in run.rates
+
+
+def test_an_accelerator_makes_a_table_task_by_task(tmp_path, monkeypatch):
+    table, lanes = importlib.import_module("table"), importlib.import_module("lanes")
+    made = []
+
+    def evaluate_all(learner, to_run, args, interrupted):
+        made.append((learner.args.env_name, [run.rates for run in to_run]))
+        steps, returns = np.array([1.0, 2.0]), np.array([[1.0, 2.0], [3.0, 4.0]])
+        return [
+            report.Result(run.env_name, run.label, run.rates[-1], steps, returns) for run in to_run
+        ]
+
+    monkeypatch.setattr(lanes, "evaluate_all", evaluate_all)
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(table.jax, "default_backend", lambda: "gpu")
+    flags = "--env-name catch ant --optimizers adam muon_linear pretrained/adam4rl --num-seeds 2"
+    monkeypatch.setattr("sys.argv", ["table.py", *flags.split(), "--out", str(tmp_path / "out")])
+    table.main()
+    rates = (3e-3, 1e-3, 3e-4)
+    assert sorted(made)[0] == ("ant", [rates, tuple(10 * rate for rate in rates), (1.0,)])
+    with open(tmp_path / "out" / "scores.csv", newline="") as file:
+        found = {(row["env_name"], row["optimizer"]): row for row in csv.DictReader(file)}
+    assert len(found) == 6 and found["ant", "adam"]["learning_rate"] == "0.0003"
+    assert found["catch", "adam"]["final"] == "3.5"  # of the second seed
+    made.clear()
+    table.main()
+    assert not made
