@@ -1,6 +1,7 @@
 """Four games of MinAtar (Young & Tian 2019, arXiv 1903.03176), from gymnax, for PPO.
 
-gymnax is not in requirements.txt, because it needs an older jax: pip install gymnax.
+gymnax is not in requirements.txt, because it needs an older jax: pip install gymnax six. (It
+imports six without requiring it.)
 """
 
 import math
@@ -37,9 +38,8 @@ def make(name: str) -> Env:
     try:
         import gymnax
     except ImportError as error:
-        raise ValueError(
-            f"--env-name {name}: it needs gymnax (pip install gymnax, with jax below 0.12): {error}"
-        ) from None
+        advice = "pip install gymnax six, with jax below 0.12"
+        raise ValueError(f"--env-name {name}: it needs gymnax ({advice}): {error}") from None
     env, params = gymnax.make(GAMES[name])
     params = params.replace(max_steps_in_episode=2**30)  # the agent sets the limit
 
