@@ -208,12 +208,20 @@ def train(learner: tasks.Learner, run: Run, rate: float, title: str, interrupted
 
         optimizer = optimizers.make_optimizer(run.optimizer, rate)
         history = agent.train(agent_args, env, optimizer, on_update)
-    returns = np.asarray(history[agent.SCORE[0]])
-    if "eval_steps" in history:
-        env_steps = np.asarray(history["eval_steps"])
-    else:
-        env_steps = np.arange(1, returns.shape[1] + 1) * agent.steps_per_update(agent_args)
-    finite = np.isfinite(returns[:, -1])
+    return result(learner, run, rate, *curves(learner, history))
+
+
+def curves(learner: tasks.Learner, history: dict) -> tuple:
+    """-> environment steps [evaluations or updates], returns [seeds, evaluations or updates]"""
+    returns = np.asarray(history[learner.agent.SCORE[0]])
+    steps = learner.agent.steps_per_update(learner.args)
+    updates = steps * np.arange(1, returns.shape[1] + 1)
+    return np.asarray(history.get("eval_steps", updates)), returns
+
+
+def result(learner: tasks.Learner, run: Run, rate: float, env_steps, returns) -> report.Result:
+    """The Result of agents that learned with one optimizer, from their curves."""
+    agent, finite = learner.agent, np.isfinite(returns[:, -1])
     is_default = agent is tasks.agent_of(run.env_name)
     env_name = run.env_name if is_default else f"{run.env_name} by {agent.__name__}"
     ended = int(np.sum(~finite))

@@ -109,16 +109,11 @@ def train(learner, lanes: list[Lane], title: str, interrupted) -> list[report.Re
         history = train_some(learner, some, which, interrupted)
         if interrupted():
             return []
-        returns.append(np.asarray(history[learner.agent.SCORE[0]]))
-    returns = np.concatenate(returns)
-    steps = learner.agent.steps_per_update(learner.args)
-    env_steps = history.get("eval_steps", np.arange(1, returns.shape[1] + 1) * steps)
-    results = []
+        env_steps, own = evaluate.curves(learner, history)
+        returns.append(own)
+    returns, results = np.concatenate(returns), []
     for (run, rate), group in itertools.groupby(range(len(lanes)), lambda i: lanes[i][:2]):
-        own = returns[[*group]]
-        finite = np.isfinite(own[:, -1])
-        result = (run.env_name, run.label, rate, np.asarray(env_steps), own[finite])
-        results.append(report.Result(*result, int(np.sum(~finite))))
+        results.append(evaluate.result(learner, run, rate, env_steps, returns[[*group]]))
     return results
 
 
