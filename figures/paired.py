@@ -1,0 +1,80 @@
+"""Is an optimizer better than another on the same seeds? A seed gives an agent the same parameters
+and environments whatever its optimizer, so the difference is taken seed by seed:
+
+    python figures/paired.py runs/FOLDER runs/ANOTHER --of "catch (trained)"
+
+prints, for every optimizer that shares at least two seeds with the one named, the mean difference
+of the final return, its 90 % bootstrap interval, and p of Wilcoxon's signed-rank test (two-sided).
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import runs  # noqa: E402, once the project is on the path
+import tasks  # noqa: E402
+from figures import report  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Args:
+    folders: tyro.conf.Positional[tuple[str, ...]] = ()
+    """run folders of evaluate.py"""
+    of: str = ""
+    """the optimizer that is compared with the others, as its row in their tables is called"""
+
+
+def final_returns(folders: tuple) -> dict:
+    """(environment, "optimizer, learning rate") -> seed -> final return, as in evaluate.py's table.
+    Raises a one-line ValueError for a file in another format."""
+    found: dict = {}
+    for folder in folders:
+        for key, curve in report.read_curves(Path(folder) / "results.csv").items():
+            env_name, optimizer, rate, seed = key
+            score = np.nanmean(curve[-tasks.score_window(env_name) :, 1])
+            found.setdefault((env_name, optimizer, rate), {})[seed] = score
+    return found
+
+
+def compare(ours: dict, theirs: dict) -> tuple[int, float, tuple, float]:
+    """seed -> final return, of two optimizers -> shared seeds, mean difference, its interval, p"""
+    seeds = sorted(set(ours) & set(theirs))
+    differences = np.array([ours[seed] - theirs[seed] for seed in seeds])
+    p = scipy.stats.wilcoxon(differences).pvalue if differences.any() else 1.0
+    return len(seeds), differences.mean(), report.bootstrap_interval(differences), p
+
+
+def table(found: dict, of: str) -> str:
+    """Raises a one-line ValueError if no row is called `of`, or none shares seeds with it."""
+    rows = []
+    for (env_name, label, _), ours in found.items():
+        for (env, other, rate), theirs in found.items():
+            if (label, env) == (of, env_name) and other != of and len(set(ours) & set(theirs)) > 1:
+                count, mean, (low, high), p = compare(ours, theirs)
+                row = (env_name, f"{other}, {rate:g}", str(count))
+                rows.append((*row, f"{mean:.4g} ({low:.4g} to {high:.4g})", f"{p:.2g}"))
+    if not rows:
+        labels = ", ".join(dict.fromkeys(label for _, label, _ in found))
+        raise ValueError(f"--of {of!r}: no seeds in common with another; there are {labels}")
+    head = (f"{of} minus", "seeds", "difference (90 % interval)", "p")
+    lines = ["| task | " + " | ".join(head) + " |", "|---" * 5 + "|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def main() -> None:
+    args = runs.parse(Args, __doc__)
+    with runs.bad_input():
+        if not args.folders:
+            raise ValueError("name run folders of evaluate.py")
+        text = table(final_returns(args.folders), args.of)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Comparisons seed by seed."""
+
+import sys
+
+import numpy as np
+import pytest
+
+import paired
+from figures import report
+
+STEPS = np.array([1.0, 2.0, 3.0])
+
+
+def write(folder, label, finals, first_seed=0):
+    """Curves from 0 to each of the finals; the two last evaluations of PPO are the same."""
+    folder.mkdir()
+    returns = np.outer(finals, [0.0, 1.0, 1.0])
+    result = report.Result("pendulum", label, 1e-3, STEPS, returns)
+    report.write_results(folder / "results.csv", [result], first_seed)
+    return str(folder)
+
+
+def test_the_difference_is_of_the_seeds_that_both_have(tmp_path, monkeypatch, capsys):
+    ours = write(tmp_path / "ours", "mine (trained)", [10.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    other = write(tmp_path / "other", "untrained", [1.0, 2.0, 1.0, 1.5, 3.5, 99.0], first_seed=1)
+    write(tmp_path / "far", "adam", [1.0, 2.0], first_seed=100)
+    flags = [ours, other, str(tmp_path / "far"), "--of", "mine (trained)"]
+    monkeypatch.setattr(sys, "argv", ["paired.py", *flags])
+    paired.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and "| pendulum | untrained, 0.001 | 5 |" in lines[2]
+    # 2 - 1, 3 - 2, 4 - 1, 5 - 1.5, 6 - 3.5, all above 0: of 32 signs two are as extreme
+    assert "| 2.2 (" in lines[2] and lines[2].endswith("| 0.062 |")
+
+
+def test_equal_seeds_differ_by_nothing():
+    same = {"0": 1.0, "1": 2.0}
+    assert paired.compare(same, same) == (2, 0.0, (0.0, 0.0), 1.0)
+
+
+def test_a_name_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
+    ours = write(tmp_path / "ours", "mine", [1.0, 2.0])
+    monkeypatch.setattr(sys, "argv", ["paired.py", ours, "--of", "yours"])
+    with pytest.raises(SystemExit) as end:
+        paired.main()
+    assert end.value.code == 2
+    assert "no seeds in common with another; there are mine" in capsys.readouterr().err
