@@ -172,3 +172,15 @@ def test_a_minatar_game_is_gymnaxs_without_its_time_limit(monkeypatch):
         assert reward == 10 * t + 2 * (t == 8) and terminated == (t == 8)
         seen.append(tuple(obs.tolist()))
     assert len(set(seen)) > 3  # another key at each step
+
+
+def test_brax_physics_asks_for_full_precision():
+    """An Nvidia GPU would round the factors of its products to 10 bits otherwise."""
+    env = tasks.make_env("inverted_pendulum", ppo)
+    state, _ = jax.eval_shape(env.reset, jax.random.key(0))
+    for text in (
+        str(jax.make_jaxpr(env.reset)(jax.random.key(0))),
+        str(jax.make_jaxpr(env.step)(state, jnp.zeros(1))),
+    ):
+        assert text.count("dot_general[") > 5
+        assert text.count("dot_general[") == text.count("Precision.HIGHEST, Precision.HIGHEST")
