@@ -6,12 +6,17 @@ take a CPU:
 Each measurement runs in its own process. Prints a markdown table.
 """
 
+import os
 import sys
+from functools import partial
 from pathlib import Path
+
+# Otherwise this process would take most of the accelerator's memory, and its workers none.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import bench  # noqa: E402, once the project is on the path
+import bench  # noqa: E402, once the project is on the path, and memory is as above
 import jax  # noqa: E402
 
 import runs  # noqa: E402
@@ -20,14 +25,15 @@ MANY, PARAMS = 2**16, 20_000_000
 
 
 def rows() -> list[tuple]:
-    machine = bench.measure("machine")
+    measure = partial(bench.measure, cores=len(os.sched_getaffinity(0)))
+    machine = measure("machine")
     few, many = (
-        bench.measure("env", name="big_dense_long", num_envs=n)["steps_per_s"] for n in (512, MANY)
+        measure("env", name="big_dense_long", num_envs=n)["steps_per_s"] for n in (512, MANY)
     )
-    a2c = bench.measure("a2c", name="big_dense_long")
-    meta = bench.measure("meta", name="big_dense_long", units=512, way="ours")
+    a2c = measure("a2c", name="big_dense_long")
+    meta = measure("meta", name="big_dense_long", units=512, way="ours")
     learned, adam = (
-        1e12 * bench.measure("optimizer", name=name, num_params=PARAMS)["seconds"] / PARAMS
+        1e12 * measure("optimizer", name=name, num_params=PARAMS)["seconds"] / PARAMS
         for name in ("untrained", "adam")
     )
     return [

@@ -4,8 +4,7 @@ accelerator (benchmarks/table.py uses it there).
 An accelerator trains two hundred small agents in a few times the time of one, and compiles one
 program for them instead of one for each pair of optimizer and learning rate.
 
-A lane is an agent with its own optimizer, learning rate and seed. Legend: L lanes, sorted by
-optimizer.
+A lane is an agent with its own optimizer, learning rate and seed.
 """
 
 import dataclasses
@@ -50,8 +49,8 @@ def slices(lanes: list[Lane]) -> dict[str, slice]:
 
 
 def optimizer_of_lanes(lanes: list[Lane]) -> optax.GradientTransformationExtraArgs:
-    """An optimizer that under `vmap` over the lanes updates each with its own optimizer. Outside
-    `vmap` it has only init."""
+    """An optimizer that under `vmap` over the lanes updates each with its own optimizer. Only its
+    init works outside `vmap`. lanes: those of an optimizer next to each other"""
     where = slices(lanes)
 
     def make(name, learning_rate):
@@ -63,7 +62,8 @@ def optimizer_of_lanes(lanes: list[Lane]) -> optax.GradientTransformationExtraAr
 
     @jax.custom_batching.custom_vmap
     def update(grads, state, params, extra_args):
-        raise NotImplementedError("only under vmap over the lanes")
+        del params, extra_args
+        return grads, state  # for their shapes: under vmap over_lanes stands in its place
 
     @update.def_vmap
     def over_lanes(size, is_batched, *inputs):
@@ -85,13 +85,6 @@ def optimizer_of_lanes(lanes: list[Lane]) -> optax.GradientTransformationExtraAr
         updates = jax.tree.map(lambda *x: jnp.concatenate(x), *updates)
         out = updates, state._replace(states=tuple(states))
         return out, jax.tree.map(lambda _: True, out)
-
-    # custom_vmap needs the shapes of its results, which its function would give.
-    def shapes(grads, state, params, extra_args):
-        del params, extra_args
-        return grads, state
-
-    update.fun = shapes
 
     def update_fn(grads, state, params=None, **extra_args):
         return update(grads, state, params, jax.tree.map(jnp.float32, extra_args))
@@ -151,16 +144,16 @@ def lanes_of(run: evaluate.Run, rate: float, args: Any, swept: bool = False) -> 
 def evaluate_all(learner, to_run: list[evaluate.Run], args: Any, interrupted) -> list:
     """What evaluate.py does with these runs of one environment, in two rounds: all sweeps, then the
     shown seeds of all optimizers. -> a Result of each run; [] if interrupted"""
-    name, best = learner.args.env_name, {}
+    name, tried = learner.args.env_name, {}
     sweeps = [run for run in to_run if len(run.rates) > 1]
     lanes = [lane for run in sweeps for r in run.rates for lane in lanes_of(run, r, args, True)]
     for result in train(learner, lanes, f"{name}, sweep", interrupted) if lanes else ():
-        best.setdefault(result.label, []).append(result)
+        tried.setdefault(result.label, []).append(result)
     if interrupted():
         return []
-    rates = {label: max(all, key=report.Result.score).learning_rate for label, all in best.items()}
-    lanes = [
-        lane for run in to_run for lane in lanes_of(run, rates.get(run.label, run.rates[0]), args)
-    ]
-    results = train(learner, lanes, name, interrupted)
-    return [] if interrupted() else results
+    best = {label: max(some, key=report.Result.score) for label, some in tried.items()}
+    rates = {
+        run: best[run.label].learning_rate if run in sweeps else run.rates[0] for run in to_run
+    }
+    lanes = [lane for run in to_run for lane in lanes_of(run, rates[run], args)]
+    return train(learner, lanes, name, interrupted)

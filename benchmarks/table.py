@@ -123,13 +123,14 @@ def in_one_program(todo: dict, add) -> None:
     by_task: dict = {}
     for (env_name, _), given in todo.items():
         by_task.setdefault(env_name, []).append(given)
+    with runs.bad_input():
+        learners = {name: evaluate.make_learner(given[0], name) for name, given in by_task.items()}
     with runs.interruptible() as interrupted, ThreadPoolExecutor(TASKS_AT_ONCE) as pool:
 
         def evaluate_task(env_name, given):
-            learner = evaluate.make_learner(given[0], env_name)
             to_run = [evaluate.plan(args)[0] for args in given]
-            results = lanes.evaluate_all(learner, to_run, given[0], interrupted)
-            if interrupted():
+            results = lanes.evaluate_all(learners[env_name], to_run, given[0], interrupted)
+            if not results:
                 return None
             folder = ROOT / "runs" / "table"
             folder = runs.make_folder(str(folder), env_name, "evaluate", given[0].seed, given[0])
@@ -138,10 +139,12 @@ def in_one_program(todo: dict, add) -> None:
 
         started = [pool.submit(evaluate_task, *task) for task in by_task.items()]
         for done in as_completed(started):
-            if folder := done.result():
+            if not done.exception() and (folder := done.result()):
                 add(folder)
         if interrupted():
             sys.exit(interrupted())
+        for done in started:
+            done.result()  # raises what a task raised, now that the others are kept
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ and environments whatever its optimizer, so the difference is taken seed by seed
 
 prints, for every optimizer that shares at least two seeds with the one named, the mean difference
 of the final return, its 90 % bootstrap interval, and p of Wilcoxon's signed-rank test (two-sided).
+A run of which a seed ended early (its table says so) does not fit: the seeds after it are numbered
+one lower in results.csv.
 """
 
 import sys
@@ -31,7 +33,7 @@ class Args:
 
 
 def final_returns(folders: tuple) -> dict:
-    """(environment, "optimizer, learning rate") -> seed -> final return, as in evaluate.py's table.
+    """(environment, optimizer, learning rate) -> seed -> final return, as in evaluate.py's table.
     Raises a one-line ValueError for a file in another format."""
     found: dict = {}
     for folder in folders:
