@@ -421,7 +421,8 @@ def test_a_disk_that_is_full_is_one_line_and_no_half_file(tmp_path, limit, code)
     flags = "--env-name catch --num-units 2 --num-iterations 2 --inner-updates 1".split()
     command = [sys.executable, str(ROOT / "pipeline_train.py"), *flags]
     limits = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
-    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    # Not on a GPU: its compiler writes files of its own.
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limits, env=environment
     )

@@ -1,0 +1,108 @@
+r"""What each part of adam4rl's theta is worth, on the tasks of search.py:
+
+    python experiments/parts.py --theta runs/adam4rl.npz
+    python experiments/parts.py --without shape power+signal momenta_n
+
+Trains with theta, with theta where a part is as in Adam, and with Adam, on the same tasks, seeds
+and numbers of updates. Writes OUT.csv (every score) and OUT.md: for each, the share of lifetimes in
+which theta does better, by the mean over training and by that of the last tenth, and Wilcoxon's p
+of the differences in rank.
+"""
+
+import csv
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+from jax.flatten_util import ravel_pytree
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import checks  # noqa: E402, once the project is on the path
+import optimizers  # noqa: E402
+import runs  # noqa: E402
+import search  # noqa: E402
+from adam4rl import SIZES, make_adam4rl, network_size  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Args:
+    theta: str = "pretrained/adam4rl.npz"
+    """theta file (.npz) of adam4rl"""
+    without: tuple[str, ...] = tuple(SIZES)
+    """parts, by their names in theta; power+signal: without both"""
+    tasks: tuple[str, ...] = tuple(search.TASKS)
+    """tasks of search.py"""
+    repeats: int = 2
+    """lifetimes of each task"""
+    seed: int = 1
+    """seed of the seeds and of the numbers of updates"""
+    out: str = "runs/parts"
+    """files are written with this name and the endings .csv, .md"""
+
+
+def candidates(args: Args) -> tuple[dict, int]:
+    """-> name -> theta, the theta of the file first and Adam last; hidden units of its network.
+    Raises a one-line ValueError for a file that is not adam4rl's, or a part that it lacks."""
+    _, theta, header = optimizers.load_learned(args.theta)
+    if header["optimizer"] != "adam4rl":
+        raise ValueError(f"{args.theta}: of {header['optimizer']}, not of adam4rl")
+    size = network_size(theta)
+    adam = make_adam4rl(size).init_theta(jax.random.key(0))
+    found = {"theta": theta}
+    for group in args.without:
+        parts = group.split("+")
+        if unknown := [part for part in parts if part not in theta]:
+            raise ValueError(f"{unknown[0]!r} is none of {', '.join(theta)}")
+        found[f"without {group}"] = theta | {part: adam[part] for part in parts}
+    return found | {"Adam": adam}, size
+
+
+def compare(scores: np.ndarray) -> list[tuple]:
+    """scores: [lifetimes, candidates, 2] -> of every candidate its mean rank, the shares of
+    lifetimes in which the first does better than it by either score, p"""
+    ranks = np.array([[search.ranks(found[:, i]) for i in (0, 1)] for found in scores])
+    rows = []
+    for i in range(scores.shape[1]):
+        better, worse = (s(scores[:, 0], scores[:, i]) for s in (np.greater, np.less))
+        shares = np.mean(better + (~better & ~worse) / 2, axis=0)
+        differences = np.mean(ranks[..., 0] - ranks[..., i], axis=1)
+        p = scipy.stats.wilcoxon(differences).pvalue if differences.any() else 1.0
+        rows.append((np.mean(ranks[..., i]), *shares, p))
+    return rows
+
+
+def main() -> None:
+    args = runs.parse(Args, __doc__)
+    with runs.bad_input():
+        checks.positive(args, "repeats")
+        checks.seed(args)
+        for name in args.tasks:
+            if name not in search.TASKS:
+                raise ValueError(f"{name!r} is none of {', '.join(search.TASKS)}")
+        found, size = candidates(args)
+    rng = np.random.default_rng(args.seed)
+    drawn = [search.draw(rng, task) for _ in range(args.repeats) for task in args.tasks]
+    flat = [ravel_pytree(jax.tree.map(jnp.float32, theta))[0] for theta in found.values()]
+    scores = search.train(np.array(flat), drawn, *search.start_workers(size), chunks=1)
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["task", "seed", "updates", "candidate", "mean", "last_tenth"])
+        for lifetime, some in zip(drawn, scores, strict=True):
+            writer.writerows([*lifetime, *row] for row in zip(found, *some.T, strict=True))
+    lines = ["| | mean rank | theta is better: mean | last tenth | p |", "|---|---|---|---|---|"]
+    for name, row in zip(found, compare(scores), strict=True):
+        lines.append("| {} | {:.3f} | {:.0%} | {:.0%} | {:.2g} |".format(name, *row))
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    print(f"written: {out}.csv, {out}.md")
+
+
+if __name__ == "__main__":
+    main()
