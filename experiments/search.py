@@ -2,6 +2,7 @@ r"""Search theta of adam4rl.py by CMA-ES (Hansen 2016, arXiv 1604.00772), on who
 
     pip install cma
     python experiments/search.py --minutes 60 --out runs/adam4rl
+    python experiments/search.py --population 64 --tasks-per-generation 15    # on an accelerator
 
 A generation trains agents with every candidate on a few tasks, drawn in turn from TASKS: A2C and
 PPO on random gridworlds, PPO on control tasks, each with a random number of updates. On a task all
@@ -25,6 +26,7 @@ import os
 import pickle
 import queue
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,7 +100,7 @@ SCALES = {
     "shape": (0.15,) * 3,
     "network_shape": (0.5, 1.0),
 }
-CHUNKS = 3  # jobs of a task, so that all cores are busy to the end of a generation
+CHUNKS = 3  # jobs of a task on a CPU, so that all cores are busy to the end of a generation
 
 
 def a2c_on(grid: gridworld.Grid, num_envs: int, **sizes) -> a2c.Agent:
@@ -215,33 +217,42 @@ def make_lifetimes(search: Search, network_size: int = 0):
     return jax.jit(lifetimes)
 
 
-def work(core: int, network_size: int, jobs, results) -> None:
-    """A process on one core: (name of the task, place, thetas, seed, updates) -> (place, scores).
-    place: where the scores belong in all scores."""
-    os.sched_setaffinity(0, {core})
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/optim4rl-jax"))
-    compiled: dict = {}
-    while multiprocessing.parent_process().is_alive():
+def work(jobs, results, network_size: int, core: int | None = None) -> None:
+    """Answer jobs: (name of the task, place, thetas, seed, updates) -> (place, scores), or what was
+    raised for scores. place: where they belong in all scores; core: of this process, its own"""
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/optim4rl-jax"))
+    parent, compiled = multiprocessing.parent_process(), {}
+    while parent is None or parent.is_alive():
         try:
             name, place, thetas, seed, num_updates = jobs.get(timeout=5)
         except queue.Empty:
             continue
-        if name not in compiled:
-            compiled[name] = make_lifetimes(TASKS[name], network_size)
-        scores = compiled[name](jnp.float32(thetas), jax.random.key(seed), num_updates)
-        results.put((place, np.asarray(scores)))
+        try:
+            if name not in compiled:
+                compiled[name] = make_lifetimes(TASKS[name], network_size)
+            scores = compiled[name](jnp.float32(thetas), jax.random.key(seed), num_updates)
+            results.put((place, np.asarray(scores)))
+        except Exception as error:  # for the one who waits for scores
+            results.put((place, RuntimeError(f"{name}: {error}")))
 
 
 def start_workers(network_size: int) -> tuple:
-    """A process on each core. -> their queues: jobs, results"""
-    context = multiprocessing.get_context("spawn")
-    jobs, results = context.Queue(), context.Queue()
-    for core in os.sched_getaffinity(0):
-        process = context.Process(
-            target=work, args=(core, network_size, jobs, results), daemon=True
-        )
-        process.start()
-    return jobs, results
+    """-> submit(job), results, a queue. On a CPU a process on each core; on an accelerator a thread
+    for each task, so that one compiles while another trains."""
+    if jax.default_backend() == "cpu":
+        context = multiprocessing.get_context("spawn")
+        jobs, results = context.Queue(), context.Queue()
+        for core in os.sched_getaffinity(0):
+            given = (jobs, results, network_size, core)
+            context.Process(target=work, args=given, daemon=True).start()
+        return jobs.put, results
+    results, queues = queue.Queue(), {name: queue.Queue() for name in TASKS}
+    for jobs in queues.values():
+        given = (jobs, results, network_size)
+        threading.Thread(target=work, args=given, daemon=True).start()
+    return lambda job: queues[job[0]].put(job), results
 
 
 # --- Search ---
@@ -304,15 +315,17 @@ def draw(rng, name: str) -> tuple:
     return name, int(rng.integers(2**31)), int(np.exp(rng.uniform(np.log(fewest), np.log(most))))
 
 
-def train(thetas: np.ndarray, drawn: list[tuple], jobs, results, chunks=CHUNKS) -> np.ndarray:
+def train(thetas: np.ndarray, drawn: list[tuple], submit, results, chunks: int) -> np.ndarray:
     """thetas: [P, D], trained with in every lifetime drawn; chunks: jobs of each
     -> scores [drawn, P, 2]"""
     for number, (name, seed, num_updates) in enumerate(drawn):
         for chunk in np.array_split(np.arange(len(thetas)), chunks):
-            jobs.put((name, (number, chunk), thetas[chunk], seed, num_updates))
+            submit((name, (number, chunk), thetas[chunk], seed, num_updates))
     scores = np.zeros((len(drawn), len(thetas), 2))
     for _ in range(len(drawn) * chunks):
         place, found = results.get()
+        if isinstance(found, Exception):
+            raise found
         scores[place] = found
     return scores
 
@@ -322,12 +335,13 @@ def fitness(scores: np.ndarray) -> np.ndarray:
     return np.mean([ranks(found[:, i]) for found in scores for i in (0, 1)], axis=0)
 
 
-def generation(strategy, drawn: list[tuple], written, space: Space, jobs, results) -> dict:
+def generation(strategy, drawn: list[tuple], written, space: Space, submit, results) -> dict:
     """Sample, train, rank and update the distribution. written: the point that is also ranked
     -> the row to log"""
     candidates = strategy.ask()
     thetas = np.array([*space.thetas(np.array([*candidates, written])), space.adam])
-    scores = train(thetas, drawn, jobs, results)
+    chunks = CHUNKS if jax.default_backend() == "cpu" else 1
+    scores = train(thetas, drawn, submit, results, chunks)
     ranked = fitness(scores)
     strategy.tell(candidates, list(-ranked[: len(candidates)]))
     row = {"rank of theta": ranked[-2], "rank of adam": ranked[-1]}
@@ -368,14 +382,14 @@ def main() -> None:
         state = out.with_suffix(".pkl")
         strategy, rng, deck, means = begin(args, space, state)
     out.parent.mkdir(parents=True, exist_ok=True)
-    jobs, results = start_workers(args.network_size)
+    workers = start_workers(args.network_size)
     began = time.monotonic()
     while time.monotonic() - began < 60 * args.minutes:
         while len(deck) < args.tasks_per_generation:
             deck = [*deck, *map(str, rng.permutation(list(TASKS)))]
         names, deck = deck[: args.tasks_per_generation], deck[args.tasks_per_generation :]
         drawn = [draw(rng, name) for name in names]
-        row = generation(strategy, drawn, late_mean(means), space, jobs, results)
+        row = generation(strategy, drawn, late_mean(means), space, *workers)
         means.append(np.array(strategy.mean))
         row = {"generation": strategy.countiter, "sigma": strategy.sigma, **row}
         print(json.dumps(row), flush=True)

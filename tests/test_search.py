@@ -119,3 +119,18 @@ def test_a_lifetimes_scores_are_the_means_of_all_and_of_the_last_tenth(lifetimes
         rewards.append(metrics["reward"])
     scores = lifetimes(theta[None], jax.random.key(1), num_updates)
     np.testing.assert_allclose(scores[0], [np.mean(rewards), rewards[-1]], rtol=1e-3)
+
+
+def test_on_an_accelerator_threads_answer_and_a_failure_is_raised(lifetimes, monkeypatch):
+    small = search.Search(lambda: search.ppo_on("cartpole", **SMALL), "reward", 2, 4)
+    monkeypatch.setattr(search, "TASKS", {"one": small, "other": small})
+    monkeypatch.setattr(search.jax, "default_backend", lambda: "gpu")
+    workers = search.start_workers(0)
+    thetas = np.array([with_rate(rate) for rate in (0.0, 1.0, -1.0)])
+    drawn = [("one", 1, 6), ("other", 2, 4)]
+    scores = search.train(thetas, drawn, *workers, chunks=1)
+    for (_, seed, num_updates), found in zip(drawn, scores, strict=True):
+        expected = lifetimes(jnp.float32(thetas), jax.random.key(seed), num_updates)
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(RuntimeError, match="one: "):
+        search.train(thetas[:, 1:], drawn[:1], *workers, chunks=1)
