@@ -21,7 +21,6 @@ import optax
 
 import runs
 from adam4rl import make_adam4rl
-from baselines.momentum4rl import make_momentum4rl
 from baselines.open import make_open
 from baselines.star import make_star
 from baselines.velo import make_velo
@@ -189,7 +188,6 @@ OWN_RATE = {"rmsprop_auto": 1.0}
 LEARNED: dict[str, Callable] = {
     "optim4rl": make_optim4rl,
     "adam4rl": make_adam4rl,
-    "momentum4rl": make_momentum4rl,
     "linear_optim": make_linear_optim,
     "l2lgd2": make_l2lgd2,
     "open": make_open,

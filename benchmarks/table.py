@@ -48,8 +48,6 @@ TASKS = {
 LEARNED = (
     "pretrained/adam4rl",
     "untrained:pretrained/adam4rl",
-    "pretrained/momentum4rl",
-    "untrained:pretrained/momentum4rl",
     "pretrained/optim4rl_gridworlds",
     "untrained",
 )

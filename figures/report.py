@@ -35,8 +35,6 @@ REFERENCE = "adam"  # the others are compared with it
 LOOKS = {
     "pretrained/adam4rl (trained)": ("C3", "-", None),
     "pretrained/adam4rl (untrained)": ("C3", "--", None),
-    "pretrained/momentum4rl (trained)": ("C1", "-", None),
-    "pretrained/momentum4rl (untrained)": ("C1", "--", None),
     "rmsprop_auto": ("0.4", ":", "D"),
     "pretrained/optim4rl_gridworlds (trained)": ("C0", "-", "o"),
     "pretrained/optim4rl_catch (trained)": ("C2", "-", "s"),

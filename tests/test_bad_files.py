@@ -19,7 +19,7 @@ from optim4rl import load_theta
 
 SMALLEST = {
     "optim4rl": {"hidden_size": 1, "grad_clip": 1.0},
-    "momentum4rl": {"hidden_size": 1, "readout_layers": [1]},
+    "adam4rl": {"network_size": 1},
     "linear_optim": {"hidden_size": 1, "cell": "gru"},
     "l2lgd2": {"hidden_size": 1},
     "star": {"mlp_size": 1},

@@ -147,7 +147,7 @@ def test_an_optimizers_file_of_another_kind_is_named_and_touches_nothing(
     monkeypatch.setattr(sys, "argv", ["a2c.py", *flags.split()])
     with pytest.raises(SystemExit):
         train_agents.main(a2c)
-    shutil.copy(ROOT / "pretrained" / "momentum4rl.npz", file)
+    shutil.copy(ROOT / "pretrained" / "adam4rl.npz", file)
     (folder,) = runs_dir.iterdir()
     before = contents(folder)
     assert len(names(folder)) == 2 and capsys.readouterr()

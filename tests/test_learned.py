@@ -1,5 +1,5 @@
 """One table of tests for every learned optimizer; LinearOptim and L2LGD2 against their equations,
-and the shipped weights. (optim4rl, momentum4rl, star and velo have files of their own.)"""
+and the shipped weights. (optim4rl, star and velo have files of their own.)"""
 
 import functools
 from pathlib import Path
@@ -17,7 +17,7 @@ from baselines import star, velo
 from meta_gradient import replay_gradient
 from optim4rl import to_optax
 
-COORDINATEWISE = ("optim4rl", "momentum4rl", "linear_optim", "l2lgd2")
+COORDINATEWISE = ("optim4rl", "linear_optim", "l2lgd2")
 KINDS = {
     **{
         kind: functools.partial(optimizers.LEARNED[kind], grad_clip=None) for kind in COORDINATEWISE

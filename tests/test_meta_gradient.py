@@ -13,7 +13,6 @@ from units import KINDS, TASKS, group_of, make_regression_task, make_units, pick
 
 LEARNED = {
     "optim4rl": make_optim4rl,
-    "momentum4rl": optimizers.make_momentum4rl,
     "linear_optim": optimizers.make_linear_optim,
     "l2lgd2": optimizers.make_l2lgd2,
     "star": optimizers.make_star,

@@ -76,7 +76,7 @@ def test_each_number_goes_where_its_scores_are_highest_and_is_not_tried_again(
         (["--numbers"], "at least one"),
         (["--numbers", "rate.0", "fall.0+rate.0"], "each once, got rate.0 fall.0+rate.0"),
         (["--tasks", "ant"], "'ant' is none of small_dense_short"),
-        (["--theta", "pretrained/momentum4rl.npz"], "not a theta of adam4rl"),
+        (["--theta", "pretrained/optim4rl_catch.npz"], "not a theta of adam4rl"),
     ],
 )
 def test_bad_input_is_one_line(flags, said, monkeypatch, capsys):

@@ -99,7 +99,7 @@ def test_velo_by_pes_then_evaluate(tmp_path):
 def test_training_goes_on_from_another_runs_theta(tmp_path):
     """The kind of optimizer and its settings come with the file."""
     flags = "--env-name catch --num-units 2 --num-iterations 1 --inner-updates 1".split()
-    theta = ROOT / "pretrained" / "momentum4rl.npz"
+    theta = ROOT / "pretrained" / "adam4rl.npz"
     done = run_script(
         "pipeline_train",
         *flags,
@@ -112,7 +112,7 @@ def test_training_goes_on_from_another_runs_theta(tmp_path):
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("runs/*/theta.npz")
     (after, header), (before, header_before) = load_theta(path), load_theta(theta)
-    assert (header["optimizer"], header["config"]) == ("momentum4rl", header_before["config"])
+    assert (header["optimizer"], header["config"]) == ("adam4rl", header_before["config"])
     assert header["trained"]["theta"] == str(theta)
     jax.tree.map(lambda new, old: np.testing.assert_allclose(new, old, atol=1e-6), after, before)
 
@@ -249,10 +249,10 @@ def test_a_suite_takes_what_has_weights_and_says_what_it_leaves_out(monkeypatch)
     for env_name, runs in shown.items():
         trained = {name for name in runs if name.startswith("pretrained/optim4rl_")}
         assert trained == {"pretrained/optim4rl_gridworlds", f"pretrained/optim4rl_{env_name}"}
-        both = {"pretrained/adam4rl", "pretrained/momentum4rl"}
-        both |= {f"untrained:{name}" for name in both} | {"untrained", *evaluate.Args.optimizers}
+        both = {"pretrained/adam4rl", "untrained:pretrained/adam4rl", "untrained"}
+        both |= {*evaluate.Args.optimizers}
         assert set(runs) == both | trained and runs["pretrained/adam4rl"] == (1.0,)
-        assert len(runs["adam"]) > 1 and len(runs["pretrained/momentum4rl"]) == 1
+        assert len(runs["adam"]) > 1 and len(runs["untrained"]) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for suite, seen in (
         ("paper", {"pretrained/optim4rl_ant"}),
