@@ -123,6 +123,7 @@ def one_update(learned, theta, compiled, config):
                 *(theta, grads, learned.init_state(params), params, 1e-3),
                 value=jnp.float32(1),
                 fraction=jnp.float32(0.1),
+                num_steps=jnp.float32(10),
             )[0]
         )
     return compiled[key](theta, jax.tree.map(lambda x: 0.01 * (x + 1), params))
