@@ -9,7 +9,6 @@ which theta does better, by the mean over training and by that of the last tenth
 of the differences in rank.
 """
 
-import csv
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,9 @@ import optimizers  # noqa: E402
 import runs  # noqa: E402
 import search  # noqa: E402
 from adam4rl import SIZES, make_adam4rl, network_size  # noqa: E402
+from figures import report  # noqa: E402
+
+COLUMNS = ("task", "seed", "updates", "candidate", "mean", "last_tenth")
 
 
 @dataclass(frozen=True)
@@ -91,16 +93,18 @@ def main() -> None:
     scores = search.train(np.array(flat), drawn, *search.start_workers(size), chunks=1)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["task", "seed", "updates", "candidate", "mean", "last_tenth"])
-        for lifetime, some in zip(drawn, scores, strict=True):
-            writer.writerows([*lifetime, *row] for row in zip(found, *some.T, strict=True))
+    rows = [
+        (*lifetime, name, *score)
+        for lifetime, some in zip(drawn, scores, strict=True)
+        for name, score in zip(found, some, strict=True)
+    ]
+    report.write_csv(out.with_suffix(".csv"), COLUMNS, rows)
     lines = ["| | mean rank | theta is better: mean | last tenth | p |", "|---|---|---|---|---|"]
     for name, row in zip(found, compare(scores), strict=True):
         lines.append("| {} | {:.3f} | {:.0%} | {:.0%} | {:.2g} |".format(name, *row))
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    table = "\n".join(lines)
+    report.write_text(out.with_suffix(".md"), table)
+    print(table)
     print(f"written: {out}.csv, {out}.md")
 
 

@@ -249,9 +249,10 @@ def test_a_suite_takes_what_has_weights_and_says_what_it_leaves_out(monkeypatch)
     for env_name, runs in shown.items():
         trained = {name for name in runs if name.startswith("pretrained/optim4rl_")}
         assert trained == {"pretrained/optim4rl_gridworlds", f"pretrained/optim4rl_{env_name}"}
-        both = {"pretrained/adam4rl", "untrained:pretrained/adam4rl", "untrained"}
-        both |= {*evaluate.Args.optimizers}
-        assert set(runs) == both | trained and runs["pretrained/adam4rl"] == (1.0,)
+        everywhere = {"pretrained/adam4rl", "untrained:pretrained/adam4rl", "untrained"}
+        everywhere |= {*evaluate.Args.optimizers}
+        assert set(runs) == everywhere | trained
+        assert runs["pretrained/adam4rl"] == (1.0,)
         assert len(runs["adam"]) > 1 and len(runs["untrained"]) == 1
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for suite, seen in (
@@ -263,7 +264,9 @@ def test_a_suite_takes_what_has_weights_and_says_what_it_leaves_out(monkeypatch)
             for run in evaluate.plan(evaluate.fill_in(evaluate.Args(suite=suite)))
             if run.env_name == "ant"
         ]
-        assert {run.optimizer for run in runs} == both | {"pretrained/optim4rl_gridworlds"} | seen
+        assert {run.optimizer for run in runs} == everywhere | {
+            "pretrained/optim4rl_gridworlds"
+        } | seen
 
 
 GOES_WRONG = """
