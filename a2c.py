@@ -206,8 +206,8 @@ def a2c_loss(params: dict, batch: Batch, args: Args) -> jax.Array:
 class Agent(NamedTuple):
     """The functions that meta-training calls; ppo.py has the same.
 
-    A state is a NamedTuple with params, opt_state and reward_factor (a scalar that multiplies its
-    rewards). The metrics of learn have "return", a scalar, NaN before the first episode ends.
+    A state is a NamedTuple with params and opt_state, among others. The metrics of learn have
+    "return", a scalar, NaN before the first episode ends.
     """
 
     init: Callable  # key, optimizer -> state
@@ -221,8 +221,6 @@ class AgentState(NamedTuple):
     params: dict
     opt_state: Any
     streams: Stream  # [B]
-    # [], multiplied with args.reward_scale; meta-training may draw one for each agent
-    reward_factor: jax.Array
 
 
 def make_agent(env: Any, args: Args) -> Agent:
@@ -234,16 +232,14 @@ def make_agent(env: Any, args: Args) -> Agent:
         params = init_network(key_params, env.obs_shape, env.num_actions, *sizes)
         start = partial(start_stream, env=env)
         streams = jax.vmap(start)(jax.random.split(key_envs, args.num_envs))
-        return AgentState(params, optimizer.init(params), streams, jnp.ones(()))
+        return AgentState(params, optimizer.init(params), streams)
 
     def fresh_batch(key, state):
         act = partial(rollout, env=env, num_steps=args.rollout_steps)
         keys = jax.random.split(key, args.num_envs)
         batches, streams = jax.vmap(act, (0, None, 0))(keys, state.params, state.streams)
-        reward = jnp.mean(batches.reward)
-        batches = batches._replace(reward=state.reward_factor * batches.reward)
         batches = jax.lax.stop_gradient(batches)
-        return batches, reward, state._replace(streams=streams)
+        return batches, jnp.mean(batches.reward), state._replace(streams=streams)
 
     def mean_loss(params, batches):
         return jnp.mean(jax.vmap(a2c_loss, (None, 0, None))(params, batches, args))

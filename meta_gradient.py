@@ -1,14 +1,7 @@
-"""Three estimators of the meta-gradient, d meta-loss / d theta. Each also trains its units for K
-updates:
+"""The meta-gradient of pipeline training, d meta-loss / d theta, by record and replay.
 
-    estimator(theta, schedule, units, agent, learned, ...)
-        -> sum of the units' meta-gradients, units, metrics
-
-schedule: a pipeline_train.Schedule, of which age, sign and key are read.
-
-**backprop**, the paper's. The meta-loss is the agent loss on one more rollout. Agent-gradients are
-constants to the meta-gradient (optim4rl.py stops the derivative there), so with g_1 .. g_K
-recorded,
+The meta-loss is the agent loss on one more rollout after K updates. Agent-gradients are constants
+to the meta-gradient (optim4rl.py stops the derivative there), so with g_1 .. g_K recorded,
 
     params_K(theta) = params_0 + sum_k update_k(theta; g_1 .. g_k)
     cotangent = d meta-loss / d params_K
@@ -17,29 +10,13 @@ recorded,
 This needs no derivative of rollouts, losses or agent-gradients, and equals jax.grad through
 everything.
 
-**pes**, persistent evolution strategies (Vicol, Metz & Sohl-Dickstein 2021, arXiv 2112.13835). The
-meta-loss is minus the return of the latest episodes, averaged over the K updates. Each unit learns
-with a perturbed theta, newly perturbed every K updates, and
-
-    d meta-loss / d theta ~ mean over units of
-        meta-loss * (sum of the unit's perturbations since its reset) / sigma^2
-
-This needs no derivative, and it has no bias from the K updates being only a window of a lifetime.
-Units come in antithetic pairs that share their keys and differ in the sign of their perturbations.
-
-**nres**, noise-reuse evolution strategies (Li, Harrison, Sohl-Dickstein, Smith & Metz 2023, arXiv
-2304.12180; ES-Single of Vicol, Kolter & Swersky 2023 is the same). As pes, but a unit keeps one
-perturbation for its lifetime, which replaces the sum. The windows of a lifetime then move together.
-The estimate has less noise: the randomness of a late window is multiplied by one perturbation, not
-by the sum of many.
-
 Legend: N units, K inner updates, S gradient steps of an update, M blocks of C coordinates
 (optim4rl.py).
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,72 +25,55 @@ import optax
 from optim4rl import LearnedOptimizer, to_blocks, to_optax
 
 
-class Unit(NamedTuple):
-    agent: Any  # the state of an a2c.Agent or ppo.Agent
-    learning_rate: jax.Array  # []
-    # Like theta, perturbations / (sign sigma). pes: the sum since the reset; nres: the one;
-    # backprop: ().
-    noise: Any
+def inner_loop(key, state, age, theta, task, learned, inner_updates, lifetime):
+    """K updates of one unit, an agent's state. age, lifetime: in meta-iterations.
 
-
-def inner_loop(key, unit, age, theta, agent, learned, inner_updates, lifetime):
-    """K updates of one unit's agent. age, lifetime: in meta-iterations.
-
-    -> state of the agent, inputs of the optimizer (grads, extra_args), each [K, S, ...],
-    metrics [K]
+    -> state, inputs of the optimizer (grads, extra_args), each [K, S, ...], metrics [K]
     """
-    optimizer = to_optax(learned, theta, unit.learning_rate)
+    optimizer = to_optax(learned, theta, task.learning_rate)
 
     def update(state, key_and_number):
         key, number = key_and_number
         done = age * inner_updates + number
         progress = (done / (lifetime * inner_updates), (done + 1) / (lifetime * inner_updates))
-        state, recorded, metrics = agent.learn(key, state, optimizer, progress)
+        state, recorded, metrics = task.agent.learn(key, state, optimizer, progress)
         return state, (recorded, metrics)
 
     keys = jax.random.split(key, inner_updates)
-    state, (recorded, metrics) = jax.lax.scan(update, unit.agent, (keys, jnp.arange(inner_updates)))
+    state, (recorded, metrics) = jax.lax.scan(update, state, (keys, jnp.arange(inner_updates)))
     return state, recorded, metrics
 
 
-# --- backprop ---
+def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifetime):
+    """Train units for K updates. -> the sum of their meta-gradients, units, metrics [N]
 
+    keys, ages: [N]; units: states of task.agent, [N, ...]; task: a pipeline_train.Task.
+    """
 
-def backprop(theta, schedule, units, agent, learned, inner_updates, lifetime, sigma):
-    """The paper's meta-gradient, by record and replay. -> its sum over units, units, metrics [N]"""
-    del sigma
-    start = units.agent
-
-    def train(key, unit, age):
+    def train(key, state, age):
         key_inner, key_meta = jax.random.split(key)
         state, recorded, metrics = inner_loop(
-            key_inner, unit, age, theta, agent, learned, inner_updates, lifetime
+            key_inner, state, age, theta, task, learned, inner_updates, lifetime
         )
 
         def meta_loss(params):
-            return agent.loss(key_meta, state._replace(params=params))
+            return task.agent.loss(key_meta, state._replace(params=params))
 
         (loss, state), cotangent = jax.value_and_grad(meta_loss, has_aux=True)(state.params)
         recorded = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), recorded)
-        return (
-            unit._replace(agent=state),
-            recorded,
-            cotangent,
-            {"meta_loss": loss, "return": metrics["return"][-1]},
-        )
+        return state, recorded, cotangent, {"meta_loss": loss, "return": metrics["return"][-1]}
 
-    units, recorded, cotangent, metrics = jax.vmap(train)(schedule.key, units, schedule.age)
+    after, recorded, cotangent, metrics = jax.vmap(train)(keys, units, ages)
     if learned.rule:
         gradient = streamed_replay_gradient(
-            learned.rule, theta, start.opt_state, recorded[0], cotangent, units.learning_rate
+            learned.rule, theta, units.opt_state, recorded[0], cotangent, task.learning_rate
         )
     else:
-        replay = jax.vmap(partial(replay_gradient, learned, theta))
-        gradients = replay(
-            (start.params, start.opt_state), *recorded, cotangent, units.learning_rate
-        )
+        replay = partial(replay_gradient, learned, theta, learning_rate=task.learning_rate)
+        start = (units.params, units.opt_state)
+        gradients = jax.vmap(replay)(start, *recorded, cotangent)
         gradient = jax.tree.map(lambda g: jnp.sum(g, axis=0), gradients)
-    return gradient, units, metrics
+    return gradient, after, metrics
 
 
 def replay_gradient(
@@ -144,7 +104,7 @@ def replay_gradient(
 
 
 def streamed_replay_gradient(
-    rule: Callable, theta, opt_state, grads, cotangent, learning_rates
+    rule: Callable, theta, opt_state, grads, cotangent, learning_rate
 ) -> Any:
     """The sum of replay_gradient over units, for a coordinate-wise optimizer, in the memory of one
     block.
@@ -156,7 +116,7 @@ def streamed_replay_gradient(
     blocks = (
         jnp.moveaxis(jax.vmap(jax.vmap(to_blocks))(grads), 1, 2),  # [N, M, K, C]
         opt_state,
-        -learning_rates[:, None, None] * jax.vmap(to_blocks)(cotangent),  # [N, M, C]
+        -learning_rate * jax.vmap(to_blocks)(cotangent),  # [N, M, C]
     )
     blocks = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)
 
@@ -181,37 +141,3 @@ def streamed_replay_gradient(
         return jax.tree.map(jnp.add, total, jax.grad(moved)(theta, block)), None
 
     return jax.lax.scan(add_block, jax.tree.map(jnp.zeros_like, theta), blocks)[0]
-
-
-# --- pes and nres ---
-
-
-def evolution(theta, schedule, units, agent, learned, inner_updates, lifetime, sigma, reuse):
-    """pes, or nres if `reuse`. The two units of a pair have the same key and the signs 1 and -1.
-
-    -> the sum over units of their estimates, units, metrics [N]
-    """
-
-    def train(key, unit, age, sign):
-        key_noise, key_inner = jax.random.split(key)
-        noise = unit.noise if reuse else optax.tree.random_like(key_noise, theta, jax.random.normal)
-        perturbed = optax.tree.add_scale(theta, sign * sigma, noise)
-        state, _, metrics = inner_loop(
-            key_inner, unit, age, perturbed, agent, learned, inner_updates, lifetime
-        )
-        noise = noise if reuse else optax.tree.add(unit.noise, noise)
-        loss = -jnp.mean(jnp.nan_to_num(metrics["return"]))  # NaN before the first episode ends
-        metrics = {"meta_loss": loss, "return": metrics["return"][-1]}
-        return (
-            optax.tree.scale(sign * loss / sigma, noise),
-            Unit(state, unit.learning_rate, noise),
-            metrics,
-        )
-
-    gradients, units, metrics = jax.vmap(train)(schedule.key, units, schedule.age, schedule.sign)
-    return jax.tree.map(lambda g: jnp.sum(g, axis=0), gradients), units, metrics
-
-
-pes, nres = partial(evolution, reuse=False), partial(evolution, reuse=True)
-
-ESTIMATORS = {"backprop": backprop, "pes": pes, "nres": nres}

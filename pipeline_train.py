@@ -8,14 +8,12 @@ A unit is an agent in its own environments with its own optimizer state. One met
 
     1. reset every unit that is due                                (schedule, reset_due)
     2. K updates of every unit with the optimizer theta            (meta_gradient.inner_loop)
-    3. the meta-gradient of the agents' loss on one more rollout   (meta_gradient.backprop)
+    3. the meta-gradient of the agents' loss on one more rollout   (meta_gradient.py)
     4. a step of Adam on theta with its mean over units and tasks  (meta_step)
 
-With --meta-estimator pes or nres the meta-loss is minus the agents' return, and its gradient is
-estimated by perturbing theta. Flags that are not set take the paper's value for the environment;
-the script prints all values.
+Flags that are not set take the paper's value for the environment; the script prints all values.
 
-Legend: N units, K inner updates, S gradient steps of one update, m reset interval.
+Legend: N units, K inner updates, m reset interval.
 """
 
 import dataclasses
@@ -40,7 +38,7 @@ import ppo
 import runs
 import tasks
 from checkpoints import Checkpoints, resumed_args, wait_for_all
-from meta_gradient import ESTIMATORS, Unit
+from meta_gradient import meta_gradient
 from networks import all_finite
 from optim4rl import MAX_BYTES, LearnedOptimizer, to_optax
 
@@ -55,7 +53,7 @@ class Task(NamedTuple):
 class MetaState(NamedTuple):
     theta: Any
     meta_opt_state: Any
-    units: tuple  # for each task a meta_gradient.Unit of [N, ...]
+    units: tuple  # for each task the states of its agents, [N, ...]
     iteration: jax.Array  # [] int32
     bad_updates: jax.Array  # [] int32, updates skipped in a row: the meta-gradient was not finite
 
@@ -65,7 +63,6 @@ class Schedule(NamedTuple):
 
     due: jax.Array  # [N] bool, whether it is reset
     age: jax.Array  # [N] int32, meta-iterations since its reset
-    sign: jax.Array  # [N], of its perturbation (meta_gradient.evolution)
     key: jax.Array  # [N]
 
 
@@ -76,35 +73,22 @@ def reset_slots(num_units: int, reset_interval: int) -> np.ndarray:
 
 def schedule(key: jax.Array, iteration: jax.Array, args: "Args") -> Schedule:
     """The schedule of an iteration. Before its first reset, and without the pipeline, a unit is as
-    old as training. With pes and nres, the units of a pair share their key and slot."""
-    pair, slots = 1, reset_slots(args.num_units, args.reset_interval)
-    if args.meta_estimator != "backprop":
-        # Few pairs: evenly spaced round a circle, so that the last is not next to the first.
-        pair, num_pairs = 2, args.num_units // 2
-        slots = np.repeat(np.arange(num_pairs) * args.reset_interval // num_pairs, pair)
+    old as training."""
+    slots = reset_slots(args.num_units, args.reset_interval)
     since_reset = (iteration - slots) % args.reset_interval
     age = jnp.where(args.pipeline, jnp.minimum(since_reset, iteration), iteration)
-    number = jnp.arange(args.num_units)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, number // pair)
-    return Schedule((since_reset == 0) & args.pipeline, age, 1.0 - 2 * (number % 2), keys)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(args.num_units))
+    return Schedule((since_reset == 0) & args.pipeline, age, keys)
 
 
-def new_unit(key, theta, task: Task, learned: LearnedOptimizer, args: "Args") -> Unit:
-    """A unit with a new agent, learning rate and reward scale, the last two from their ranges."""
-    key_agent, key_rate, key_reward = jax.random.split(key, 3)
-    key_noise = jax.random.fold_in(key, 3)
-    agent = task.agent.init(key_agent, to_optax(learned, theta, 1.0))
-    agent = agent._replace(reward_factor=log_uniform(key_reward, args.reward_scale_range))
-    learning_rate = task.learning_rate * log_uniform(key_rate, args.learning_rate_range)
-    noise = {
-        "backprop": lambda: (),
-        "pes": lambda: optax.tree.zeros_like(theta),
-        "nres": lambda: optax.tree.random_like(key_noise, theta, jax.random.normal),
-    }[args.meta_estimator]()
-    return Unit(agent, learning_rate, noise)
+def new_unit(key: jax.Array, theta, task: Task, learned: LearnedOptimizer) -> Any:
+    """The state of a new agent."""
+    # Split once, so that the commands in pretrained/README.md still give those weights.
+    key = jax.random.split(key)[0]
+    return task.agent.init(key, to_optax(learned, theta, task.learning_rate))
 
 
-def reset_due(keys: jax.Array, units: Unit, due: jax.Array, new: Callable) -> Unit:
+def reset_due(keys: jax.Array, units: Any, due: jax.Array, new: Callable) -> Any:
     """New units (parameters, optimizer state, environments) where due, the others unchanged.
     due: [N] bool"""
 
@@ -117,21 +101,20 @@ def reset_due(keys: jax.Array, units: Unit, due: jax.Array, new: Callable) -> Un
     return jax.lax.cond(jnp.any(due), reset, lambda units: units, units)
 
 
-def train_group(theta, plan: Schedule, units: Unit, task: Task, learned, args: "Args"):
+def train_group(theta, plan: Schedule, units, task: Task, learned, args: "Args"):
     """Reset and train some units in parallel. -> sum of their meta-gradients, units, metrics [N]
 
     A unit whose parameters are not finite is reset too. A sum that is not finite becomes zero.
     metrics["broken"] marks the units of both.
     """
     key_reset, key_train = jnp.moveaxis(jax.vmap(jax.random.split)(plan.key), 1, 0)
-    broken = ~jax.vmap(all_finite)(units.agent.params)
-    new = partial(new_unit, theta=theta, task=task, learned=learned, args=args)
+    broken = ~jax.vmap(all_finite)(units.params)
+    new = partial(new_unit, theta=theta, task=task, learned=learned)
     units = reset_due(key_reset, units, plan.due | broken, new)
     lifetime = args.reset_interval if args.pipeline else args.num_iterations
-    options = {"inner_updates": args.inner_updates, "lifetime": lifetime, "sigma": args.sigma}
-    estimate = ESTIMATORS[args.meta_estimator]
-    plan = plan._replace(key=key_train)
-    gradient, units, metrics = estimate(theta, plan, units, task.agent, learned, **options)
+    gradient, units, metrics = meta_gradient(
+        theta, key_train, plan.age, units, task, learned, args.inner_updates, lifetime
+    )
     lost = ~all_finite(gradient)
     gradient = keep_if_finite(gradient, optax.tree.zeros_like(gradient))
     return gradient, units, metrics | {"broken": broken | lost}
@@ -144,7 +127,7 @@ def init_meta_state(key, all_tasks: list[Task], learned: LearnedOptimizer, args:
     units = []
     for i, task in enumerate(all_tasks):
         keys = schedule(jax.random.fold_in(key_units, i), 0, args).key
-        new = partial(new_unit, theta=theta, task=task, learned=learned, args=args)
+        new = partial(new_unit, theta=theta, task=task, learned=learned)
         units.append(jax.vmap(new)(keys))
     meta_opt_state = meta_optimizer(args).init(theta)
     return MetaState(theta, meta_opt_state, tuple(units), jnp.int32(0), jnp.int32(0))
@@ -191,14 +174,7 @@ META_CLIPS = {
 
 
 def meta_optimizer(args: "Args") -> optax.GradientTransformation:
-    last = 0.0 if args.anneal_meta_lr else args.meta_learning_rate
-    return optax.adam(optax.linear_schedule(args.meta_learning_rate, last, args.num_iterations))
-
-
-def log_uniform(key: jax.Array, limits: tuple) -> jax.Array:
-    """A number between the limits, uniform in its logarithm."""
-    low, high = jnp.log(jnp.array(limits))
-    return jnp.exp(jax.random.uniform(key, minval=low, maxval=high))
+    return optax.adam(args.meta_learning_rate)
 
 
 def keep_if_finite(new: Any, old: Any, judge: Any = None) -> Any:
@@ -281,20 +257,9 @@ class Args:
     """factor on rewards: one, or one for each of --env-name (paper: by environment)"""
     backend: Literal["spring", "generalized", "positional", "mjx"] = "spring"
     """physics of Brax's tasks: spring, generalized, positional or mjx"""
-    reward_scale_range: tuple[float, float] = (1.0, 1.0)
-    """range of a further factor on rewards, drawn for each unit at each reset, e.g. 0.1 100"""
-    learning_rate_range: tuple[float, float] = (1.0, 1.0)
-    """range of a factor on the learning rate, drawn likewise"""
     # --- Meta-gradient ---
-    meta_estimator: Literal["backprop", "pes", "nres"] = "backprop"
-    """the paper's meta-gradient of the agents' loss (backprop), or evolution strategies on their
-    return, persistent (pes) or noise-reuse (nres)"""
-    sigma: float = 0.05
-    """pes, nres: standard deviation of the perturbations of theta"""
     meta_learning_rate: float | None = None
     """learning rate of Adam on theta (paper: 1e-5 to 1e-3; catch up to 1e-2)"""
-    anneal_meta_lr: bool = False
-    """the learning rate on theta falls linearly to 0 at the last iteration"""
     meta_clip: Literal["global_norm", "elementwise", "none"] = "global_norm"
     """clipping of each environment's meta-gradient: to norm 0.5, each element to 1, or none"""
     # --- Run ---
@@ -336,15 +301,14 @@ def set_up(args: Args) -> tuple[list[Task], LearnedOptimizer, dict]:
 
 
 def bytes_of_units(task: Task, learned: LearnedOptimizer, args: Args) -> int:
-    """Of this process's units, and of the gradients that backprop records of one."""
+    """Of this process's units, and of the gradients recorded of one."""
 
     def unit():
         key = jax.random.key(0)
-        return new_unit(key, learned.init_theta(key), task, learned, args)
+        return new_unit(key, learned.init_theta(key), task, learned)
 
-    recorded = args.inner_updates if args.meta_estimator == "backprop" else 0
     units = args.num_units // args.num_processes * checks.size_of(unit)
-    return units + recorded * checks.size_of(lambda: unit().agent.params)
+    return units + args.inner_updates * checks.size_of(lambda: unit().params)
 
 
 def make_learned(args: Args) -> tuple[LearnedOptimizer, dict]:

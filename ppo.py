@@ -214,9 +214,9 @@ def ppo_loss(params, normaliser, batch: Batch, key, actions: Distribution, args:
 class Agent(NamedTuple):
     """The functions that meta-training calls; a2c.py has the same.
 
-    A state is a NamedTuple with params, opt_state and reward_factor (a scalar that multiplies its
-    rewards). The metrics of learn have "return", a scalar, NaN before the first episode ends. The
-    optimizer's inputs, (grads, extra_args), have a leading axis of gradient steps.
+    A state is a NamedTuple with params and opt_state, among others. The metrics of learn have
+    "return", a scalar, NaN before the first episode ends. The optimizer's inputs, (grads,
+    extra_args), have a leading axis of gradient steps.
     """
 
     init: Callable  # key, optimizer -> state
@@ -230,8 +230,6 @@ class AgentState(NamedTuple):
     opt_state: Any
     streams: Stream  # [B]
     normaliser: Normaliser
-    # [], multiplied with args.reward_scale; meta-training may draw one for each agent
-    reward_factor: jax.Array
 
 
 def act(key, params, normaliser, streams: Stream, env: Env, args: Args) -> tuple[Batch, Stream]:
@@ -254,9 +252,8 @@ def collect(key, state: AgentState, env: Env, args: Args) -> tuple[Batch, jax.Ar
     keys = jax.random.split(key, num_rollouts // args.num_envs)
     streams, batches = jax.lax.scan(again, state.streams, keys)
     batch = jax.tree.map(lambda x: x.reshape(num_rollouts, *x.shape[2:]), batches)
-    reward = jnp.mean(batch.reward)
-    batch = jax.lax.stop_gradient(batch._replace(reward=state.reward_factor * batch.reward))
-    return batch, reward, state._replace(streams=streams)
+    batch = jax.lax.stop_gradient(batch)
+    return batch, jnp.mean(batch.reward), state._replace(streams=streams)
 
 
 def learn_epochs(key, state: AgentState, batch: Batch, optimizer, progress, env: Env, args: Args):
@@ -310,7 +307,7 @@ def init_state(key: jax.Array, optimizer, env: Env, args: Args) -> AgentState:
     normaliser = Normaliser(jnp.ones(()), zeros, ones)
     batch, streams = act(key_first, params, normaliser, streams, env, args)
     normaliser = update_normaliser(Normaliser(jnp.zeros(()), zeros, zeros), batch.obs[:, :-1])
-    return AgentState(params, optimizer.init(params), streams, normaliser, jnp.ones(()))
+    return AgentState(params, optimizer.init(params), streams, normaliser)
 
 
 def make_agent(env: Env, args: Args) -> Agent:

@@ -220,20 +220,20 @@ def all_unit_args(args: Any) -> list:
 def steps_per_iteration(args: Any) -> int:
     """Environment steps of a meta-iteration in the first environment, over all its units.
 
-    Each unit makes K rollouts, and with backprop one more for the meta-loss.
+    Each unit makes K rollouts, and one more for the meta-loss.
     """
     agent = agent_of(args.env_name[0])
-    rollouts = args.inner_updates + (args.meta_estimator == "backprop")
-    return args.num_units * rollouts * agent.steps_per_update(all_unit_args(args)[0])
+    return (
+        args.num_units * (args.inner_updates + 1) * agent.steps_per_update(all_unit_args(args)[0])
+    )
 
 
 PER_ENVIRONMENT = ("learning_rate", "reward_scale", "envs_per_unit")
 MOST_DEVICES = 1024  # of one process; a CPU can be as many as it is told to
 MAY_BE_UNSET = ("theta", "num_devices", "resume")
-RANGES = ("reward_scale_range", "learning_rate_range")
 POSITIVE = (
     "num_units envs_per_unit inner_updates reset_interval num_iterations total_steps learning_rate "
-    "reward_scale meta_learning_rate sigma hidden_size readout_layers num_devices num_processes "
+    "reward_scale meta_learning_rate hidden_size readout_layers num_devices num_processes "
     "save_theta_every checkpoint_minutes"
 ).split()
 
@@ -294,14 +294,6 @@ def check(args: Any) -> None:
         values, flag = getattr(args, name), name.replace("_", "-")
         if len(values) not in (1, len(args.env_name)):
             raise ValueError(f"--{flag} takes 1 value or {len(args.env_name)}, got {len(values)}")
-    for name in RANGES:
-        (low, high), flag = getattr(args, name), name.replace("_", "-")
-        if not 1e-38 <= low <= high <= checks.LARGEST:
-            wanted = "two numbers from 1e-38 to 3.4e38, the lower first"
-            raise ValueError(f"--{flag} must be {wanted}, got {low:g} {high:g}")
-    if args.meta_estimator != "backprop" and args.num_units % 2:
-        pairs = f"even with {args.meta_estimator} (antithetic pairs)"
-        raise ValueError(f"--num-units must be {pairs}, got {args.num_units}")
     checks.grad_clip(args.grad_clip)
     checks.seed(args)
     port = re.fullmatch(r"\S+:([1-9]\d{0,4})", args.coordinator)

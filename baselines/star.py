@@ -31,7 +31,7 @@ TIMESCALES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
 
 class Moments(NamedTuple):
     """Running means of one tensor's gradients. A tensor of fewer than two axes is not factored: row
-    is v itself, col empty."""
+    is v itself, col a 0 (checkpoints take no empty arrays)."""
 
     m: jax.Array  # [3, *shape] of g
     rms: jax.Array  # [1, *shape] of g^2
@@ -55,7 +55,7 @@ def factored_axes(shape: tuple) -> tuple[int, int] | None:
 
 def init_moments(param: jax.Array) -> Moments:
     axes, shape = factored_axes(jnp.shape(param)), jnp.shape(param)
-    row, col = (np.delete(shape, axis) for axis in axes) if axes else (shape, (0,))
+    row, col = (np.delete(shape, axis) for axis in axes) if axes else (shape, (1,))
     sizes = {"m": shape, "rms": shape, "row": row, "col": col}
     decays = {"m": "momentum", "rms": "rms", "row": "adafactor", "col": "adafactor"}
     return Moments(
@@ -76,7 +76,7 @@ def update_moments(moments: Moments, g: jax.Array, decays: dict) -> Moments:
     rms = running_mean(moments.rms, square, decays["rms"])
     axes = factored_axes(g.shape)
     square = square + 1e-30
-    means = [jnp.mean(square, axis) for axis in axes] if axes else [square, jnp.zeros(0)]
+    means = [jnp.mean(square, axis) for axis in axes] if axes else [square, jnp.zeros(1)]
     row = running_mean(moments.row, means[0], decays["adafactor"])
     col = running_mean(moments.col, means[1], decays["adafactor"])
     return Moments(m, rms, row, col)

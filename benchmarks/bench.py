@@ -192,7 +192,7 @@ def measure_meta(name, units, way, devices=1, inner_updates=4, repeats=3):
     num_params = (
         sum(
             x.size
-            for x in jax.tree.leaves(state.units[0].agent.params if way == "ours" else state.params)
+            for x in jax.tree.leaves(state.units[0].params if way == "ours" else state.params)
         )
         // units
     )

@@ -69,7 +69,7 @@ def watch(args: pipeline_train.Args, mesh, interrupted) -> Seen:
 
         def on_iteration(iteration, state, row):
             seen.ages.append(np.asarray(pipeline_train.schedule(key, iteration - 1, args).age))
-            seen.sizes.append(np.asarray(measure(iteration, state.units[0].agent)))
+            seen.sizes.append(np.asarray(measure(iteration, state.units[0])))
             bar.update()
             return interrupted()
 

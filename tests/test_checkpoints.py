@@ -10,9 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import optimizers
+from checkpoints import Checkpoints
+from pipeline_train import Args
 from runs import rows_before
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +87,16 @@ def test_killed_at_random_moments_and_resumed_it_ends_the_same_bit_for_bit(
         out, err = process.communicate(timeout=300)
         assert number < kills or process.returncode == 0, err
     assert_same_run(only_folder(tmp_path / "runs"), uninterrupted)
+
+
+@pytest.mark.parametrize("kind", optimizers.LEARNED)
+def test_the_state_of_every_learned_optimizer_is_saved_and_restored(kind, tmp_path):
+    learned, params = optimizers.LEARNED[kind](), {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
+    state = {"opt_state": jax.tree.map(lambda x: x + 2, learned.init_state(params))}
+    checkpoints = Checkpoints(tmp_path, Args())
+    checkpoints.save(5, state)
+    restored = checkpoints.restore(jax.tree.map(jnp.zeros_like, state))
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
 AGENTS = {

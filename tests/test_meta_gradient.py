@@ -27,7 +27,7 @@ def test_meta_gradient_is_jax_grad_through_everything(kind, agent):
     task, learned = TASKS[agent](), LEARNED[kind]()
     theta, units = make_units(task, learned, num_units, shift=0.01 if kind == "velo" else 0.1)
     plan = planned(num_units, age=2)
-    num_params = sum(x.size for x in jax.tree.leaves(pick(units.agent.params, 0)))
+    num_params = sum(x.size for x in jax.tree.leaves(pick(units.params, 0)))
     assert num_params > BLOCK and num_params % BLOCK
 
     def meta_loss(theta, key, agent):
@@ -45,7 +45,7 @@ def test_meta_gradient_is_jax_grad_through_everything(kind, agent):
         return task.agent.loss(key_meta, jax.lax.scan(learn, agent, numbered)[0])[0]
 
     through_everything = jax.jit(jax.value_and_grad(meta_loss))
-    each = [through_everything(theta, plan.key[i], pick(units.agent, i)) for i in range(num_units)]
+    each = [through_everything(theta, plan.key[i], pick(units, i)) for i in range(num_units)]
     loss, expected = jax.tree.map(lambda *xs: sum(xs), *each)
     gradient, _, metrics = group_of(task, learned, inner_updates=inner_updates)(theta, plan, units)
     assert relative(gradient, expected) < 1e-5
@@ -91,7 +91,7 @@ def test_meta_gradient_against_finite_differences_in_float64(cell, inputs):
 
         cotangent = jax.grad(loss_of)(replayed(theta))
         one_unit = jax.tree.map(lambda x: x[None], (start[1], grads, cotangent))
-        streamed = streamed_replay_gradient(learned.rule, theta, *one_unit, jnp.array([0.1]))
+        streamed = streamed_replay_gradient(learned.rule, theta, *one_unit, 0.1)
         unstreamed = replay_gradient(learned, theta, start, grads, {}, cotangent, 0.1)
         loss = jax.jit(lambda theta: loss_of(replayed(theta)))
         for seed in range(5):

@@ -338,7 +338,7 @@ def test_an_accelerators_streamed_replay_is_the_cpus(num_updates, monkeypatch):
 
         def compute():
             replay = jax.jit(lambda *args: streamed_replay_gradient(learned.rule, *args))
-            return replay(theta, state, grads, cotangent, jnp.array([0.1, 0.3]))
+            return replay(theta, state, grads, cotangent, 0.1)
 
         here, there = on_both(monkeypatch, compute)
     assert_close(there, here)

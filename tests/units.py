@@ -10,7 +10,6 @@ import optax
 import a2c
 import gridworld
 import ppo
-from meta_gradient import Unit
 from optim4rl import to_optax
 from pipeline_train import Args, Schedule, Task, train_group
 from tasks import fill_in
@@ -54,7 +53,7 @@ def make_regression_task():
 
     def init(key, optimizer):
         params = {"w": 0.1 * jax.random.normal(key, (30, 40)), "b": jnp.zeros(40)}
-        return a2c.AgentState(params, optimizer.init(params), (), jnp.ones(()))
+        return a2c.AgentState(params, optimizer.init(params), ())
 
     def loss(key, state):
         x = jax.random.normal(key, (3, 30))
@@ -91,7 +90,7 @@ def make_units(task, learned, num_units, seed=0, shift=0.1):
         )
         learn = jax.vmap(lambda key, agent: task.agent.learn(key, agent, optimizer)[0])
         agents = learn(jax.random.split(jax.random.key(seed + 2), num_units), agents)
-        return theta, Unit(agents, jnp.full(num_units, task.learning_rate), ())
+        return theta, agents
 
     return make()
 
@@ -104,7 +103,7 @@ def relative(a, b):
 def planned(num_units, age=0, seed=7):
     """A schedule in which no unit is reset."""
     keys, ages = jax.random.split(jax.random.key(seed), num_units), jnp.full(num_units, age)
-    return Schedule(jnp.zeros(num_units, bool), ages, jnp.ones(num_units), keys)
+    return Schedule(jnp.zeros(num_units, bool), ages, keys)
 
 
 def group_of(task, learned, **changes):
