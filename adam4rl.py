@@ -2,22 +2,22 @@
 
     u = w_0 g + w_1 m_.5 + w_2 m_.9 + w_3 m_.99
     log r = sum_c a_c log(sqrt(v_c) + 1e-8)
-    d = sign(u) (|u / r|^(1 + power) (|m_.9| / sqrt(v_.9))^signal exp(o_0) + o_1)
-    update = -c N^-alpha s(f) k RMS(d)^-norm d
+    d = exp(o_0) u / r + o_1 sign(u), with u / r clipped to -150 .. 150
+    update = -c N^-alpha exp(schedule(f)) k D(d)
 
-    w = (0, 0, 1, 0) + momenta + log(N / 1000) momenta_n
+    w = (0, 0, 1, 0) + momenta
     a = (0, 0, 1) + squares, for v_.9, v_.99, v_.999, with sum 1
     c N^-alpha = 9 / N exp(rate_0) (N / 1000)^-rate_1
-    s(f) = exp(schedule(f)) max(1 - f, 1 / N)^fall
+    k = (widest / 64)^shape_0 (matrices / 6)^shape_1
 
 with bias-corrected running means m_b of the gradient g and v_c of g^2, the number N of updates of
-the whole training, the fraction f of it that is done, schedule(f) piecewise linear in f. k is a
-power of the fan-in and fan-out of a tensor, or a factor for biases, times powers of the network's
-largest fan-in (clipped to 64 .. 512) and of the number of its matrices (3 at least). RMS is over a
-tensor; |m_.9| / sqrt(v_.9) is clipped to e^-10 .. e^2. o is the output of a small network that
-reads, for each coordinate, what is above (`inputs`); without one it is 0. theta holds the network
-and what has a name; where these and the network's last layer are zero, this is Adam with the
-learning rate 9 / N.
+the whole training, the fraction f of it that is done, schedule(f) piecewise linear in f. k is the
+network's: its largest fan-in, clipped to 64 .. 512, and the number of its matrices, 3 at least.
+Of a matrix, D(d) is the weighted mean of d and of the orthogonal matrix closest to it, as in Muon
+(Jordan et al. 2024), both scaled to the RMS of d, with the weights 1 - spectral and spectral, and
+that scaled again; else it is d. o is the output of a small network that reads, for each
+coordinate, what is above (`inputs`); without one it is 0. theta holds the network and what has a
+name; where these and the network's last layer are zero, this is Adam with the learning rate 9 / N.
 
 It is not in the paper. Copy this file and optim4rl.py into your project, and use it with optax:
 
@@ -29,6 +29,7 @@ Legend: C coordinates in a block, M blocks.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,25 +50,22 @@ from optim4rl import (
 M_DECAYS = (0.5, 0.9, 0.99)
 V_DECAYS = (0.9, 0.99, 0.999)
 EPS = 1e-8
+LARGEST = 150.0  # step of a coordinate, in root mean squares of its gradient
 KNOTS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # of the schedule, in fractions of training
 RATE = 9.0  # the untrained learning rate times N
-USUAL_STEPS = 1000.0  # N where momenta_n has no effect
-USUAL_FAN = 32
+USUAL_STEPS = 1000.0  # N where rate_1 has no effect
 LEAST_FAN, MOST_FAN = 64, 512  # what the network's largest fan-in is clipped to
 USUAL_MATRICES, LEAST_MATRICES = 6, 3
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Muon
+ITERATIONS = 5
 NUM_INPUTS = 9  # of the network
 SIZES = {
     "rate": 2,
     "schedule": len(KNOTS),
-    "fall": 1,
     "momenta": 1 + len(M_DECAYS),
-    "momenta_n": 1 + len(M_DECAYS),
     "squares": 2,
-    "power": 1,
-    "signal": 1,
-    "norm": 1,
-    "shape": 3,  # exponents of fan-in and of fan-out; log factor of biases
-    "network_shape": 2,  # exponents of the largest fan-in and of the number of matrices
+    "spectral": 1,
+    "shape": 2,  # exponents of the largest fan-in and of the number of matrices
 }
 
 
@@ -99,38 +97,65 @@ def direction(shared: tuple, g: jax.Array, moments: jax.Array) -> tuple:
     theta, log_n, fraction = shared
     g = jax.lax.stop_gradient(g)
     m, v, moments = update_moments(g, moments)
-    w = jnp.array([0.0, 0.0, 1.0, 0.0]) + theta["momenta"] + log_n * theta["momenta_n"]
+    w = jnp.array([0.0, 0.0, 1.0, 0.0]) + theta["momenta"]
     u = w[0] * g + jnp.sum(w[1:, None] * m, axis=0)
-    root = jnp.sqrt(v) + EPS
-    logs = jnp.log(root)
+    logs = jnp.log(jnp.sqrt(v) + EPS)
     a = jnp.append(theta["squares"], 1 - jnp.sum(theta["squares"]))
-    log_size = jnp.log(jnp.abs(u) + 1e-30) - jnp.sum(a[:, None] * logs, axis=0)
-    log_size = jnp.clip(log_size, -60, 5)
-    log_signal = jnp.clip(jnp.log(jnp.abs(m[1]) + EPS) - logs[0], -10, 2)
-    exponent = (1 + theta["power"]) * log_size + theta["signal"] * log_signal
+    d = jnp.clip(u * jnp.exp(-jnp.sum(a[:, None] * logs, axis=0)), -LARGEST, LARGEST)
     if "network" not in theta:
-        return jnp.sign(u) * jnp.exp(exponent), moments
-    relative = [jnp.sign(u) * x / root[1] for x in (g, *m)]
-    x = inputs(relative, [log_size, log_signal, logs[0] - logs[2]], [log_n, fraction])
-    factor, addend = readout(theta["network"], x)
-    return jnp.sign(u) * (jnp.exp(exponent + factor) + addend), moments
+        return d, moments
+    relative = [jnp.sign(u) * x * jnp.exp(-logs[1]) for x in (g, *m)]
+    log_signal = jnp.log(jnp.abs(m[1]) + EPS) - logs[0]
+    log_ratios = [jnp.log(jnp.abs(d) + EPS), log_signal, logs[0] - logs[2]]
+    factor, addend = readout(theta["network"], inputs(relative, log_ratios, [log_n, fraction]))
+    return d * jnp.exp(factor) + jnp.sign(u) * addend, moments
 
 
-def log_tensor_factor(theta: dict, d: jax.Array) -> jax.Array:
-    """log(k RMS(d)^-norm) of a tensor whose last axis is its layer's output, k without what the
-    network's shape adds. -> []"""
-    fan_in_power, fan_out_power, bias = theta["shape"]
-    rms = jnp.sqrt(jnp.mean(jnp.square(d)) + 1e-12)
-    factor = -theta["norm"][0] * jnp.log(rms)
-    if d.ndim < 2:
-        return factor + bias
-    fan_in, fan_out = max(1, math.prod(d.shape[:-1])), max(1, d.shape[-1])
-    factor += fan_in_power * math.log(fan_in / USUAL_FAN)
-    return factor + fan_out_power * math.log(fan_out / USUAL_FAN)
+def scaled_to(size: jax.Array, x: jax.Array) -> jax.Array:
+    """x with this RMS, over its last two axes; 0 stays. size: [B, 1, 1], x: [B, rows, columns]"""
+    return x * size / rms(x)
 
 
-def log_network_factor(theta: dict, params) -> jax.Array:
-    """What the network's shape adds to log k of all its tensors. -> []
+def rms(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x), axis=(-2, -1), keepdims=True) + 1e-24)
+
+
+def orthogonal(x: jax.Array) -> jax.Array:
+    """About the orthogonal matrices closest to x, by Newton-Schulz iterations: the same singular
+    vectors, with singular values from .7 to 1.2. x: [B, rows, columns]"""
+    rows, columns = x.shape[-2:]
+    if rows > columns:
+        return orthogonal(x.mT).mT
+    a, b, c = NEWTON_SCHULZ
+
+    def iterate(_, x):
+        gram = x @ x.mT
+        return a * x + (b * gram + c * gram @ gram) @ x
+
+    # With this RMS, no singular value is above 1.
+    start = scaled_to(jnp.float32(1 / math.sqrt(rows * columns)), x)
+    return jax.lax.fori_loop(0, ITERATIONS, iterate, start)
+
+
+def mix_orthogonal(weight: jax.Array, d) -> Any:
+    """D(d) for all tensors of the tree d, with their last axes as columns."""
+    leaves, treedef = jax.tree.flatten(d)
+    by_shape: dict = {}
+    for number, leaf in enumerate(leaves):
+        if leaf.ndim > 1:
+            shape = math.prod(leaf.shape[:-1]), leaf.shape[-1]
+            by_shape.setdefault(shape, []).append(number)
+    for shape, numbers in by_shape.items():  # those of one shape together
+        x = jnp.stack([leaves[number].reshape(shape) for number in numbers])
+        size = rms(x)
+        x = scaled_to(size, (1 - weight) * x + weight * scaled_to(size, orthogonal(x)))
+        for number, new in zip(numbers, x, strict=True):
+            leaves[number] = new.reshape(leaves[number].shape)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def log_shape_factor(theta: dict, params) -> jax.Array:
+    """log k, the same for all tensors of the network. -> []
 
     A layer sums the changes of all that it reads, and a deep network those of all its layers: the
     wider and deeper it is, the more does every step count."""
@@ -140,7 +165,7 @@ def log_network_factor(theta: dict, params) -> jax.Array:
         math.log(min(widest, MOST_FAN) / LEAST_FAN),
         math.log(max(LEAST_MATRICES, len(shapes)) / USUAL_MATRICES),
     )
-    return jnp.dot(theta["network_shape"], jnp.array(logs))
+    return jnp.dot(theta["shape"], jnp.array(logs))
 
 
 def make_adam4rl(network_size: int = 0) -> LearnedOptimizer:
@@ -173,15 +198,11 @@ def make_adam4rl(network_size: int = 0) -> LearnedOptimizer:
         alpha = 1 + theta["rate"][1]
         log_rate = math.log(RATE / USUAL_STEPS) + theta["rate"][0] - alpha * log_n
         log_rate += jnp.interp(fraction, jnp.array(KNOTS), theta["schedule"])
-        log_rate += log_network_factor(theta, grads)
-        log_rate += theta["fall"][0] * jnp.log(jnp.maximum(1 - fraction, 1 / num_steps))
-
-        def scaled(d, g):
-            factor = jnp.exp(log_rate + log_tensor_factor(theta, d))
-            return (-learning_rate * factor * d).astype(g.dtype)
-
+        log_rate += log_shape_factor(theta, grads)
+        factor = -learning_rate * jnp.exp(log_rate)
         d = from_blocks(d, jax.tree.map(lambda g: jnp.zeros(jnp.shape(g)), grads))
-        return jax.tree.map(scaled, d, grads), state
+        d = mix_orthogonal(theta["spectral"][0], d)
+        return jax.tree.map(lambda d, g: (factor * d).astype(g.dtype), d, grads), state
 
     return LearnedOptimizer(init_theta, init_state, update, rule=None, own_rate=1.0)
 

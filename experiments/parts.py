@@ -1,7 +1,7 @@
 r"""What each part of adam4rl's theta is worth, on the tasks of search.py:
 
     python experiments/parts.py --theta runs/adam4rl.npz
-    python experiments/parts.py --without shape power+signal momenta_n
+    python experiments/parts.py --without spectral squares+momenta
 
 Trains with theta, with theta where a part is as in Adam, and with Adam, on the same tasks, seeds
 and numbers of updates. Writes OUT.csv (every score) and OUT.md: for each, the share of lifetimes in
@@ -36,7 +36,7 @@ class Args:
     theta: str = "pretrained/adam4rl.npz"
     """theta file (.npz) of adam4rl"""
     without: tuple[str, ...] = tuple(SIZES)
-    """parts, by their names in theta; power+signal: without both"""
+    """parts, by their names in theta; squares+momenta: without both"""
     tasks: tuple[str, ...] = tuple(search.TASKS)
     """tasks of search.py"""
     repeats: int = 2

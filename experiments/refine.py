@@ -1,7 +1,7 @@
 r"""Refine theta of adam4rl.py one number after the other, on the tasks of search.py:
 
     python experiments/refine.py --theta runs/adam4rl.npz --out runs/refined
-    python experiments/refine.py --theta runs/adam4rl.npz --numbers rate.0 shape.1+shape.2
+    python experiments/refine.py --theta runs/adam4rl.npz --numbers rate.0 rate.0+shape.0
 
 CMA-ES changes all numbers at once, so what one of them does is lost among the others. Here each is
 tried at OFFSETS, in steps of --step times search.SCALES, in lifetimes of every task with the same
@@ -43,7 +43,7 @@ class Args:
     theta: str = "pretrained/adam4rl.npz"
     """theta file (.npz) of adam4rl without a network"""
     numbers: tuple[str, ...] = NUMBERS
-    """which, in this order: a name of theta and a place, from 0; rate.1+network_shape.1: both at
+    """which, in this order: a name of theta and a place, from 0; rate.1+shape.1: both at
     once"""
     tasks: tuple[str, ...] = tuple(search.TASKS)
     """tasks of search.py"""

@@ -46,39 +46,41 @@ def numpy_update(theta, grads, num_steps, shape):
     n = len(grads)
     m = [old / (1 - b**n) for b, old in m.items()]
     v = [old / (1 - c**n) for c, old in v.items()]
-    w = [0, 0, 1, 0] + theta["momenta"] + np.log(num_steps / 1000) * theta["momenta_n"]
+    w = [0, 0, 1, 0] + theta["momenta"]
     u = w[0] * grads[-1] + w[1] * m[0] + w[2] * m[1] + w[3] * m[2]
     a = np.append(theta["squares"], 1 - theta["squares"].sum())
     r = np.exp(sum(a[i] * np.log(np.sqrt(v[i]) + 1e-8) for i in range(3)))
-    signal = np.clip(np.abs(m[1]) / np.sqrt(v[0]), np.exp(-10), np.exp(2))
-    d = np.abs(u / r) ** (1 + theta["power"][0]) * signal ** theta["signal"][0]
+    d = u / r
     if "network" in theta:
         root, f = np.sqrt(v[1]), np.full(shape, (n - 1) / num_steps)
         x = [np.clip(np.sign(u) * y / root, -3, 3) for y in (grads[-1], *m)]
-        logs = np.log([np.abs(u / r), signal, np.sqrt(v[0] / v[2])])
+        logs = np.log([np.abs(u / r), np.abs(m[1]) / np.sqrt(v[0]), np.sqrt(v[0] / v[2])])
         x += [*np.clip(logs, -5, 5) / 2]
         x = np.array([*x, np.full(shape, np.log(num_steps / 1000)), f])
         layers = theta["network"]
         hidden = np.tensordot(layers["0"]["w"], x, 1)
         hidden = np.maximum((hidden.T + layers["0"]["b"]).T, 0)
         o = (np.tensordot(layers["1"]["w"], hidden, 1).T + layers["1"]["b"]).T
-        d = d * np.exp(o[0]) + o[1]
-    d *= np.sign(u)
+        d = d * np.exp(o[0]) + np.sign(u) * o[1]
     rate = 9 * np.exp(theta["rate"][0]) * 1000 ** theta["rate"][1]
     rate *= num_steps ** (-1 - theta["rate"][1])
-    done = (n - 1) / num_steps
-    rate *= np.exp(np.interp(done, KNOTS, theta["schedule"]))
-    rate *= max(1 - done, 1 / num_steps) ** theta["fall"][0]
-    x = theta["shape"]
-    if len(shape) < 2:
-        k = np.exp(x[2])
-    else:
-        fan_in, fan_out = np.prod(shape[:-1]), shape[-1]
-        k = (fan_in / 32) ** x[0] * (fan_out / 32) ** x[1]
-    x = theta["network_shape"]
+    rate *= np.exp(np.interp((n - 1) / num_steps, KNOTS, theta["schedule"]))
     widest = np.prod(shape[:-1]) if len(shape) > 1 else 1
+    x = theta["shape"]
     rate *= (np.clip(widest, 64, 512) / 64) ** x[0] * (3 / 6) ** x[1]  # one matrix, or none
-    return -rate * k * np.sqrt(np.mean(d**2)) ** -theta["norm"][0] * d
+    return -rate * (with_orthogonal(d, theta["spectral"][0]) if len(shape) > 1 else d)
+
+
+def with_orthogonal(d, weight):
+    """By singular values, of which Newton-Schulz iterations are polynomials."""
+    matrix = d.reshape(-1, d.shape[-1])
+    u, s, v = np.linalg.svd(matrix / np.linalg.norm(matrix), full_matrices=False)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    assert np.all(s > 0.6) and np.all(s < 1.3)
+    size = lambda x: np.sqrt(np.mean(x**2))  # noqa: E731
+    mixed = (1 - weight) * matrix / size(matrix) + weight * (u * s) @ v / size((u * s) @ v)
+    return (mixed * size(matrix) / size(mixed)).reshape(d.shape)
 
 
 @pytest.mark.parametrize("network_size", [0, 4])
@@ -107,7 +109,7 @@ def test_the_update_is_the_equation(shape, network_size):
     ],
 )
 def test_every_step_has_powers_of_the_largest_fan_in_and_of_the_number_of_matrices(added, factor):
-    theta = zero() | {"network_shape": jnp.array([-0.5, -1.0])}
+    theta = zero() | {"shape": jnp.array([-0.5, -1.0])}
     params = PARAMS | {"more": [jnp.ones(shape) for shape in added]}  # PARAMS has one matrix
     grads = jax.tree.map(jnp.ones_like, params)
     updates = [

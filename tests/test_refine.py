@@ -33,7 +33,7 @@ def test_each_number_goes_where_its_scores_are_highest_and_is_not_tried_again(
     start = make_adam4rl().init_theta(jax.random.key(0))
     optimizers.save_theta(tmp_path / "start.npz", start, "adam4rl", {}, {"generations": 3})
     target = {name: np.zeros(np.shape(x)) for name, x in start.items()}
-    target["rate"][0], target["network_shape"][0] = 0.3, -0.5
+    target["rate"][0], target["shape"][0] = 0.3, -0.5
     tried = []
 
     def train(thetas, drawn, jobs, results, chunks):
@@ -51,22 +51,22 @@ def test_each_number_goes_where_its_scores_are_highest_and_is_not_tried_again(
         refine.main()
         return load_theta(tmp_path / "out.npz")[0]
 
-    found = main("rate.0", "network_shape.0")
+    found = main("rate.0", "shape.0")
     # Mean ranks -.4, -.2, .2, .4, 0 at -.75 .. .75: numpy.polyfit's parabola has this vertex. And
     # .2, .4, 0, -.2, -.4: its vertex is at -.79, beyond the end.
-    assert found["rate"][0] == pytest.approx(0.2625) and found["network_shape"][0] == -0.75
+    assert found["rate"][0] == pytest.approx(0.2625) and found["shape"][0] == -0.75
     for name, x in found.items():
-        if name not in ("rate", "network_shape"):
+        if name not in ("rate", "shape"):
             np.testing.assert_array_equal(x, start[name])
     assert len(tried) == 2 and tried[0] != tried[1]  # other seeds for each number
     assert sorted({name for name, *_ in tried[0]}) == sorted(refine.search.TASKS)
-    again = main("rate.0", "network_shape.0", "fall.0")
-    assert len(tried) == 3 and again["rate"][0] == found["rate"][0] and again["fall"][0] == 0
+    again = main("rate.0", "shape.0", "squares.0")
+    assert len(tried) == 3 and again["rate"][0] == found["rate"][0] and again["squares"][0] == 0
     trained = load_theta(tmp_path / "out.npz")[1]["trained"]
     assert trained["generations"] == 3
-    assert trained["refined"] == ["rate.0", "network_shape.0", "fall.0"]
+    assert trained["refined"] == ["rate.0", "shape.0", "squares.0"]
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [row["numbers"] for row in rows] == ["rate.0", "network_shape.0", "fall.0"]
+    assert [row["numbers"] for row in rows] == ["rate.0", "shape.0", "squares.0"]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_each_number_goes_where_its_scores_are_highest_and_is_not_tried_again(
     [
         (["--numbers", "rate.2"], "'rate.2' is none of rate.0, rate.1, schedule.0"),
         (["--numbers"], "at least one"),
-        (["--numbers", "rate.0", "fall.0+rate.0"], "each once, got rate.0 fall.0+rate.0"),
+        (["--numbers", "rate.0", "squares.0+rate.0"], "each once, got rate.0 squares.0+rate.0"),
         (["--tasks", "ant"], "'ant' is none of small_dense_short"),
         (["--theta", "pretrained/optim4rl_catch.npz"], "not a theta of adam4rl"),
     ],
@@ -107,5 +107,5 @@ def test_a_log_of_something_else_is_refused_in_one_line(line, said, tmp_path, mo
 def test_a_number_that_changes_no_score_stays(monkeypatch):
     monkeypatch.setattr(refine.search, "train", lambda thetas, *_, **__: np.ones((1, 5, 2)))
     theta, _ = refine.begin(args := refine.Args(tasks=("cartpole",)))
-    row = refine.refine(args, theta, "network_shape.0", None, None)
+    row = refine.refine(args, theta, "shape.0", None, None)
     assert row["value"] == row["from"] and row["ranks"] == [0.0] * 5
