@@ -30,9 +30,9 @@ def zero(network_size=0):
 @pytest.mark.parametrize("network_size", [0, 4])
 def test_untrained_it_is_adam_at_nine_over_the_number_of_updates(network_size):
     ours, adam = adam4rl(zero(network_size), num_steps=300), optax.adam(9 / 300)
-    state, adam_state = ours.init(PARAMS), adam.init(PARAMS)
+    state, adam_state, update = ours.init(PARAMS), adam.init(PARAMS), jax.jit(ours.update)
     for t in range(30):
-        updates, state = ours.update(gradients(t), state, PARAMS)
+        updates, state = update(gradients(t), state, PARAMS)
         expected, adam_state = adam.update(gradients(t), adam_state, PARAMS)
         jax.tree.map(lambda u, e: np.testing.assert_allclose(u, e, rtol=5e-5), updates, expected)
 
@@ -90,10 +90,10 @@ def test_the_update_is_the_equation(shape, network_size):
     theta = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape), zero(network_size))
     optimizer = adam4rl(jax.tree.map(jnp.float32, theta), num_steps=40)
     params = {"x": jnp.zeros(shape)}
-    state, grads = optimizer.init(params), []
+    state, grads, update = optimizer.init(params), [], jax.jit(optimizer.update)
     for _ in range(12):
         grads.append(rng.normal(size=shape))
-        updates, state = optimizer.update({"x": jnp.float32(grads[-1])}, state, params)
+        updates, state = update({"x": jnp.float32(grads[-1])}, state, params)
         expected = numpy_update(theta, grads, 40, shape)
         np.testing.assert_allclose(updates["x"], expected, rtol=2e-3, atol=1e-6)
 
