@@ -45,6 +45,7 @@ from optim4rl import (
     readout,
     to_blocks,
     to_optax,
+    unknown_to_xla,
 )
 
 M_DECAYS = (0.5, 0.9, 0.99)
@@ -149,8 +150,8 @@ def mix_orthogonal(weight: jax.Array, d) -> Any:
         x = jnp.stack([leaves[number].reshape(shape) for number in numbers])
         size = rms(x)
         x = scaled_to(size, (1 - weight) * x + weight * scaled_to(size, orthogonal(x)))
-        for number, new in zip(numbers, x, strict=True):
-            leaves[number] = new.reshape(leaves[number].shape)
+        for number, place in zip(numbers, unknown_to_xla([*range(len(numbers))], x), strict=True):
+            leaves[number] = x[place].reshape(leaves[number].shape)
     return jax.tree.unflatten(treedef, leaves)
 
 
