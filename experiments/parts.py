@@ -1,12 +1,12 @@
 r"""What each part of adam4rl's theta is worth, on the tasks of search.py:
 
     python experiments/parts.py --theta runs/adam4rl.npz
-    python experiments/parts.py --without spectral squares+momenta
+    python experiments/parts.py --without spectral squares+momenta --others runs/another.npz
 
-Trains with theta, with theta where a part is as in Adam, and with Adam, on the same tasks, seeds
-and numbers of updates. Writes OUT.csv (every score) and OUT.md: for each, the share of lifetimes in
-which theta does better, by the mean over training and by that of the last tenth, and Wilcoxon's p
-of the differences in rank.
+Trains with theta, with theta where a part is as in Adam, with the theta of other files, and with
+Adam, on the same tasks, seeds and numbers of updates. Writes OUT.csv (every score) and OUT.md: for
+each, the share of lifetimes in which theta does better, by the mean over training and by that of
+the last tenth, and Wilcoxon's p of the differences in rank.
 """
 
 import sys
@@ -37,6 +37,8 @@ class Args:
     """theta file (.npz) of adam4rl"""
     without: tuple[str, ...] = tuple(SIZES)
     """parts, by their names in theta; squares+momenta: without both"""
+    others: tuple[str, ...] = ()
+    """theta files to compare with, of the same network size"""
     tasks: tuple[str, ...] = tuple(search.TASKS)
     """tasks of search.py"""
     repeats: int = 2
@@ -49,11 +51,9 @@ class Args:
 
 def candidates(args: Args) -> tuple[dict, int]:
     """-> name -> theta, the theta of the file first and Adam last; hidden units of its network.
-    Raises a one-line ValueError for a file that is not adam4rl's, or a part that it lacks."""
-    _, theta, header = optimizers.load_learned(args.theta)
-    if header["optimizer"] != "adam4rl":
-        raise ValueError(f"{args.theta}: of {header['optimizer']}, not of adam4rl")
-    size = network_size(theta)
+    Raises a one-line ValueError for a file that is not adam4rl's, a part that it lacks, or another
+    file with another network."""
+    theta, size = load(args.theta)
     adam = make_adam4rl(size).init_theta(jax.random.key(0))
     found = {"theta": theta}
     for group in args.without:
@@ -61,7 +61,19 @@ def candidates(args: Args) -> tuple[dict, int]:
         if unknown := [part for part in parts if part not in theta]:
             raise ValueError(f"{unknown[0]!r} is none of {', '.join(theta)}")
         found[f"without {group}"] = theta | {part: adam[part] for part in parts}
+    for path in args.others:
+        found[path], other_size = load(path)
+        if other_size != size:
+            raise ValueError(f"{path}: {other_size} hidden units, {args.theta} has {size}")
     return found | {"Adam": adam}, size
+
+
+def load(path: str) -> tuple[dict, int]:
+    """-> theta, hidden units of its network"""
+    _, theta, header = optimizers.load_learned(path)
+    if header["optimizer"] != "adam4rl":
+        raise ValueError(f"{path}: of {header['optimizer']}, not of adam4rl")
+    return theta, network_size(theta)
 
 
 def compare(scores: np.ndarray) -> list[tuple]:

@@ -16,7 +16,12 @@ def test_candidates_have_adams_numbers_in_the_parts_that_they_lack(tmp_path):
     start = jax.tree.map(lambda x: x + 1, start)
     path = str(tmp_path / "theta.npz")
     optimizers.save_theta(path, start, "adam4rl", {"network_size": 2}, {})
-    found, size = parts.candidates(parts.Args(path, without=("squares+rate", "network")))
+    optimizers.save_theta(
+        other := str(tmp_path / "other.npz"), start, "adam4rl", {"network_size": 2}, {}
+    )
+    args = parts.Args(path, without=("squares+rate", "network"), others=(other,))
+    found, size = parts.candidates(args)
+    jax.tree.map(np.testing.assert_array_equal, found.pop(other), start)
     assert [*found] == ["theta", "without squares+rate", "without network", "Adam"] and size == 2
     assert all(x.sum() == 0 for name, x in found["Adam"].items() if name != "network")
     for name, theta in found.items():
@@ -62,6 +67,7 @@ def test_it_writes_every_score_and_a_table(tmp_path, monkeypatch, capsys):
         (["--without", "rate+nothing"], "'nothing' is none of momenta, rate"),
         (["--tasks", "ant"], "'ant' is none of small_dense_short"),
         (["--theta", "pretrained/optim4rl_catch.npz"], "of optim4rl, not of adam4rl"),
+        (["--others", "pretrained/optim4rl_catch"], "of optim4rl, not of adam4rl"),
         (["--repeats", "0"], "--repeats"),
     ],
 )
