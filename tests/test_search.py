@@ -1,5 +1,8 @@
 """The search for adam4rl's theta: its tasks, its lifetimes and its fitness."""
 
+import json
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,3 +137,46 @@ def test_on_an_accelerator_threads_answer_and_a_failure_is_raised(lifetimes, mon
         np.testing.assert_array_equal(found, expected)
     with pytest.raises(RuntimeError, match="one: "):
         search.train(thetas[:, 1:], drawn[:1], *workers, chunks=1)
+
+
+class Halving:
+    """In place of CMA-ES: its mean goes half of the way to the best candidate."""
+
+    sigma = 1.0
+
+    def __init__(self):
+        self.mean, self.countiter = np.zeros(NUMBERS), 0
+
+    def ask(self):
+        return [self.mean + shift for shift in (-1.0, 0.0, 1.0)]
+
+    def tell(self, candidates, losses):
+        self.mean = (self.mean + candidates[np.argmin(losses)]) / 2
+        self.countiter += 1
+
+
+def test_a_search_is_continued_by_more_generations(tmp_path, monkeypatch):
+    def train(thetas, drawn, *_, **__):  # best where theta's numbers are large
+        return np.tile(thetas.sum(axis=1)[:, None], (len(drawn), 1, 2))
+
+    def begin(args, space, state):
+        if state.exists():
+            return pickle.loads(state.read_bytes())
+        return Halving(), np.random.default_rng(0), [], [np.zeros(NUMBERS)]
+
+    monkeypatch.setattr(search, "start_workers", lambda size: (None, None))
+    monkeypatch.setattr(search, "train", train)
+    monkeypatch.setattr(search, "begin", begin)
+    for name, runs in {"once": (5,), "continued": (2, 5)}.items():
+        for generations in runs:
+            flags = ["--generations", str(generations), "--out", str(tmp_path / name)]
+            monkeypatch.setattr("sys.argv", ["search.py", *flags])
+            search.main()
+    rows = (tmp_path / "once.jsonl").read_text()
+    assert (tmp_path / "continued.jsonl").read_text() == rows
+    assert [json.loads(row)["generation"] for row in rows.splitlines()] == [1, 2, 3, 4, 5]
+    # The mean moves by half a scale in each; the last third of 0, .5 ... 2.5 is 2 and 2.5.
+    for name in ("once", "continued"):
+        _, theta, header = optimizers.load_learned(str(tmp_path / f"{name}.npz"))
+        np.testing.assert_allclose(theta["momenta"], 2.25 * np.array(search.SCALES["momenta"]))
+        assert header["trained"]["generations"] == 5
