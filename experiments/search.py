@@ -1,8 +1,8 @@
 r"""Search theta of adam4rl.py by CMA-ES (Hansen 2016, arXiv 1604.00772), on whole lifetimes:
 
     pip install cma
-    python experiments/search.py                 # pretrained/adam4rl.npz: 85 minutes of two cores
-    python experiments/search.py --population 64 --tasks-per-generation 15     # on an accelerator
+    python experiments/search.py        # the first step to pretrained/adam4rl.npz: 85 minutes
+    python experiments/search.py --population 64 --tasks-per-generation 15  # on an accelerator
 
 A generation trains agents with every candidate on a few tasks, drawn in turn from TASKS: A2C and
 PPO on random gridworlds, PPO on control tasks, each with a random number of updates. On a task all

@@ -1,0 +1,176 @@
+r"""Refine theta of adam4rl.py one number after the other, on the tasks of search.py:
+
+    python experiments/refine.py --theta runs/adam4rl.npz --out runs/refined
+    python experiments/refine.py --theta runs/adam4rl.npz --numbers rate.0 rate.0+shape.0
+
+CMA-ES changes all numbers at once, so what one of them does is lost among the others. Here each is
+tried at OFFSETS, in steps of --step times search.SCALES, in lifetimes of every task with the same
+seeds for all, other seeds for each number. A parabola through their mean ranks, over the tasks
+where they differ, gives the best value; it is taken if it ranks higher by --least than where it
+was. Numbers that depend on each other are tried together, at all pairs of offsets.
+
+Writes OUT.npz after each number, and OUT.jsonl: a line a number, with the mean ranks and every
+score of every task. Numbers that OUT.jsonl has are not tried again, so the same command
+continues.
+"""
+
+import itertools
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import checks  # noqa: E402, once the project is on the path
+import optimizers  # noqa: E402
+import runs  # noqa: E402
+import search  # noqa: E402
+from adam4rl import SIZES  # noqa: E402
+
+OFFSETS = (-1.0, -0.5, 0.0, 0.5, 1.0)
+NUMBERS = tuple(f"{name}.{i}" for name, size in SIZES.items() for i in range(size))
+
+
+@dataclass(frozen=True)
+class Args:
+    theta: str = "pretrained/adam4rl.npz"
+    """theta file (.npz) of adam4rl without a network"""
+    numbers: tuple[str, ...] = NUMBERS
+    """which, in this order: a name of theta and a place, from 0; rate.1+shape.1: both at
+    once"""
+    tasks: tuple[str, ...] = tuple(search.TASKS)
+    """tasks of search.py"""
+    repeats: int = 1
+    """lifetimes of each task"""
+    step: float = 1.5
+    """the largest offset, relative to search.SCALES"""
+    least: float = 0.07
+    """mean rank (-0.5 to 0.5) that a change must gain by the parabola"""
+    seed: int = 1
+    """seed of the seeds and of the numbers of updates"""
+    out: str = "runs/refined"
+    """files are written with this name and the endings .npz, .jsonl"""
+
+
+def best_offsets(offsets: np.ndarray, ranks: np.ndarray, least: float) -> np.ndarray:
+    """Where the quadratic function through the mean ranks is highest for offsets from -1 to 1; 0 if
+    that gains less than `least`. offsets: [P, numbers], ranks: [P] -> [numbers]"""
+
+    def features(x):
+        x = np.column_stack([np.ones(len(x)), x])
+        return np.column_stack([x[:, i] * x[:, j] for j in range(len(x.T)) for i in range(j + 1)])
+
+    weights = np.linalg.lstsq(features(offsets), ranks, rcond=None)[0]
+    numbers = offsets.shape[1]
+    fine = np.array(list(itertools.product(np.linspace(-1, 1, 41), repeat=numbers)))
+    fitted = features(fine) @ weights
+    gain = fitted.max() - features(np.zeros((1, numbers)))[0] @ weights
+    return fine[np.argmax(fitted)] if gain >= least else np.zeros(numbers)
+
+
+def begin(args: Args) -> tuple[dict, dict]:
+    """-> theta; how it was trained. Raises a one-line ValueError for a name that is not one of
+    theta's, or a file that is not adam4rl's without a network."""
+    if not args.numbers or not args.tasks:
+        raise ValueError("--numbers and --tasks must name at least one")
+    numbers = [number for group in args.numbers for number in group.split("+")]
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"--numbers must name each once, got {' '.join(args.numbers)}")
+    for what, known in ((numbers, NUMBERS), (args.tasks, search.TASKS)):
+        for name in what:
+            if name not in known:
+                raise ValueError(f"{name!r} is none of {', '.join(known)}")
+    _, theta, header = optimizers.load_learned(args.theta)
+    if header["optimizer"] != "adam4rl" or "network" in theta:
+        raise ValueError(f"{args.theta}: not a theta of adam4rl without a network")
+    return {name: np.array(x, float) for name, x in theta.items()}, header["trained"]
+
+
+def read_rows(log: Path, start: str) -> list[dict]:
+    """What was logged before. Raises a one-line ValueError for a file of another start, or that is
+    not this script's."""
+    try:
+        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        if all(row["start"] == start and places(search.SCALES, row["numbers"]) for row in rows):
+            return rows
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{log}: not a log of refine.py ({error}); another --out") from None
+    raise ValueError(f"{log} starts at another theta than {start}; another --out")
+
+
+def places(theta: dict, group: str) -> list[tuple[np.ndarray, int]]:
+    """-> for each number of the group the array of theta that holds it, and where"""
+    return [(theta[name], int(i)) for name, i in (number.split(".") for number in group.split("+"))]
+
+
+def flat(theta: dict) -> np.ndarray:
+    return np.asarray(ravel_pytree(jax.tree.map(jnp.float32, theta))[0])
+
+
+def put(theta: dict, group: str, values) -> dict:
+    """Change the numbers of a group in theta. -> theta"""
+    for (array, i), value in zip(places(theta, group), values, strict=True):
+        array[i] = value
+    return theta
+
+
+def refine(args: Args, theta: dict, group: str, submit, results) -> dict:
+    """Try the numbers of a group and change them in theta. -> the row to log"""
+    began = time.monotonic()
+    rng = np.random.default_rng([args.seed, *group.encode()])
+    drawn = [search.draw(rng, task) for task in args.tasks for _ in range(args.repeats)]
+    middle, scale = (
+        np.array([x[i] for x, i in places(tree, group)]) for tree in (theta, search.SCALES)
+    )
+    offsets = np.array(list(itertools.product(OFFSETS, repeat=len(middle))))
+    values = middle + args.step * scale * offsets
+    thetas = np.array([flat(put(theta, group, candidate)) for candidate in values])
+    # One job of a task: the same program, so that scores without a difference are equal.
+    scores = search.train(thetas, drawn, submit, results, chunks=1)
+    differs = np.any(np.ptp(scores, axis=1) > 0, axis=-1)  # not so if the task has no such tensor
+    ranks = search.fitness(scores[differs]) if differs.any() else np.zeros(len(values))
+    best = middle + args.step * scale * best_offsets(offsets, ranks, args.least)
+    put(theta, group, best)
+    row = {"start": args.theta, "numbers": group, "from": middle.tolist(), "value": best.tolist()}
+    row |= {"ranks": ranks.tolist(), "seconds": time.monotonic() - began, "step": args.step}
+    lifetimes = zip(drawn, scores.tolist(), strict=True)
+    row["tasks"] = [(task, num_updates, score) for (task, _, num_updates), score in lifetimes]
+    return row
+
+
+def main() -> None:
+    args = runs.parse(Args, __doc__)
+    with runs.bad_input():
+        checks.positive(args, "repeats", "step")
+        checks.seed(args)
+        theta, trained = begin(args)
+        out, log = Path(args.out).with_suffix(".npz"), Path(args.out).with_suffix(".jsonl")
+        rows = read_rows(log, args.theta)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        put(theta, row["numbers"], row["value"])
+    done = [row["numbers"] for row in rows]
+    workers = search.start_workers(0)
+    for group in args.numbers:
+        if group in done:
+            continue
+        row = refine(args, theta, group, *workers)
+        with open(log, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        shown = [" ".join(f"{x:.2f}" for x in row[key]) for key in ("from", "value", "ranks")]
+        print("{}: {} -> {}; ranks {}".format(group, *shown), flush=True)
+        done.append(group)
+        trained |= {"refined": done, "refined_on": list(args.tasks)}
+        optimizers.save_theta(out, jax.tree.map(jnp.float32, theta), "adam4rl", {}, trained)
+    print(f"written: {out}, {log}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Refining theta one number after the other."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import optimizers
+import refine
+from adam4rl import make_adam4rl
+from optim4rl import load_theta
+
+
+def test_the_best_offsets_are_those_of_the_quadratic_and_none_if_they_gain_too_little():
+    x = np.array(refine.OFFSETS)[:, None]
+    for vertex, expected in ((0.3, 0.3), (-0.8, -0.8), (2.0, 1.0), (-5.0, -1.0)):
+        found = refine.best_offsets(x, -0.2 * (x[:, 0] - vertex) ** 2, 0.01)
+        assert found == pytest.approx([expected])
+    assert refine.best_offsets(x, 0.2 * x[:, 0] ** 2 + 0.01 * x[:, 0], 0.05) == 1.0  # a valley
+    assert refine.best_offsets(x, -0.2 * (x[:, 0] - 0.3) ** 2, 0.02) == 0.0  # gains .018
+    assert refine.best_offsets(x, np.zeros(5), 0.05) == 0.0
+    # A ridge, which no search along one axis finds: highest at (.6, -.7).
+    pairs = np.array([(a, b) for a in refine.OFFSETS for b in refine.OFFSETS])
+    a, b = pairs.T
+    ridge = -0.5 * (a + b + 0.1) ** 2 - 0.02 * (a - b - 1.3) ** 2
+    np.testing.assert_allclose(refine.best_offsets(pairs, ridge, 0.01), [0.6, -0.7], atol=1e-9)
+
+
+def test_each_number_goes_where_its_scores_are_highest_and_is_not_tried_again(
+    tmp_path, monkeypatch
+):
+    start = make_adam4rl().init_theta(jax.random.key(0))
+    optimizers.save_theta(tmp_path / "start.npz", start, "adam4rl", {}, {"generations": 3})
+    target = {name: np.zeros(np.shape(x)) for name, x in start.items()}
+    target["rate"][0], target["shape"][0] = 0.3, -0.5
+    tried = []
+
+    def train(thetas, drawn, jobs, results, chunks):
+        tried.append(drawn)
+        distance = np.sum((thetas - refine.flat(target)) ** 2, axis=1)
+        return np.broadcast_to(-distance[:, None], (len(drawn), len(thetas), 2))
+
+    monkeypatch.setattr(refine.search, "start_workers", lambda size: (None, None))
+    monkeypatch.setattr(refine.search, "train", train)
+
+    def main(*numbers):
+        names = ["--theta", str(tmp_path / "start.npz"), "--out", str(tmp_path / "out")]
+        names += ["--least", "0.04"]
+        monkeypatch.setattr("sys.argv", ["refine.py", *names, "--numbers", *numbers])
+        refine.main()
+        return load_theta(tmp_path / "out.npz")[0]
+
+    found = main("rate.0", "shape.0")
+    # Mean ranks -.4, -.2, .2, .4, 0 at -.75 .. .75: numpy.polyfit's parabola has this vertex. And
+    # .2, .4, 0, -.2, -.4: its vertex is at -.79, beyond the end.
+    assert found["rate"][0] == pytest.approx(0.2625) and found["shape"][0] == -0.75
+    for name, x in found.items():
+        if name not in ("rate", "shape"):
+            np.testing.assert_array_equal(x, start[name])
+    assert len(tried) == 2 and tried[0] != tried[1]  # other seeds for each number
+    assert sorted({name for name, *_ in tried[0]}) == sorted(refine.search.TASKS)
+    again = main("rate.0", "shape.0", "squares.0")
+    assert len(tried) == 3 and again["rate"][0] == found["rate"][0] and again["squares"][0] == 0
+    trained = load_theta(tmp_path / "out.npz")[1]["trained"]
+    assert trained["generations"] == 3
+    assert trained["refined"] == ["rate.0", "shape.0", "squares.0"]
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["numbers"] for row in rows] == ["rate.0", "shape.0", "squares.0"]
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--numbers", "rate.2"], "'rate.2' is none of rate.0, rate.1, schedule.0"),
+        (["--numbers"], "at least one"),
+        (["--numbers", "rate.0", "squares.0+rate.0"], "each once, got rate.0 squares.0+rate.0"),
+        (["--tasks", "ant"], "'ant' is none of small_dense_short"),
+        (["--theta", "pretrained/optim4rl_catch.npz"], "not a theta of adam4rl"),
+    ],
+)
+def test_bad_input_is_one_line(flags, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["refine.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        refine.main()
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ('{"start": "other.npz", "numbers": "rate.0"}', "another theta"),
+        ('{"numbers": "rate.0"', "not a log of refine.py"),
+        ('{"start": "pretrained/adam4rl.npz", "numbers": "old.0"}', "not a log of refine.py"),
+    ],
+)
+def test_a_log_of_something_else_is_refused_in_one_line(line, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out.jsonl").write_text(line + "\n")
+    monkeypatch.setattr("sys.argv", ["refine.py", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        refine.main()
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and said in err and err.count("\n") == 1
+
+
+def test_a_number_that_changes_no_score_stays(monkeypatch):
+    monkeypatch.setattr(refine.search, "train", lambda thetas, *_, **__: np.ones((1, 5, 2)))
+    theta, _ = refine.begin(args := refine.Args(tasks=("cartpole",)))
+    row = refine.refine(args, theta, "shape.0", None, None)
+    assert row["value"] == row["from"] and row["ranks"] == [0.0] * 5
