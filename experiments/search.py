@@ -1,7 +1,7 @@
 r"""Search theta of adam4rl.py by CMA-ES (Hansen 2016, arXiv 1604.00772), on whole lifetimes:
 
     pip install cma
-    python experiments/search.py        # the first step to pretrained/adam4rl.npz: 85 minutes
+    python experiments/search.py                                            # on two cores: hours
     python experiments/search.py --population 64 --tasks-per-generation 15  # on an accelerator
 
 A generation trains agents with every candidate on a few tasks, drawn in turn from TASKS: A2C and
@@ -144,7 +144,8 @@ def mixed(env: ppo.Env, obs_size: int) -> ppo.Env:
 
 
 SMALL = [gridworld.GRIDS[f"small_{name}"] for name in ("dense_short", "sparse_long", "dense_long")]
-# As on Brax: short rollouts, a deep critic, rewards scaled by 10.
+# As on Brax: short rollouts, a deep critic, rewards scaled by 10. Some of these lifetimes are long:
+# else a large number of updates and a deep network would mean the same.
 DEEP = {"policy_layers": (32,) * 4, "value_layers": (64,) * 5, "num_envs": 128}
 DEEP |= {"rollout_steps": 5, "batch_size": 64, "num_minibatches": 8, "reward_scale": 10.0}
 # 128 updates an iteration: in few of these the policy changes much in each.
@@ -162,20 +163,20 @@ TASKS = {
     "cartpole": Search(partial(ppo_on, "cartpole", **UNCLIPPED), "reward", 30, 240),
     "two_link_reacher": Search(partial(ppo_on, "two_link_reacher"), "reward", 30, 240),
     "acrobot, deep": Search(
-        partial(ppo_on, "acrobot", entropy_weight=1e-2, **DEEP), "reward", 40, 120
+        partial(ppo_on, "acrobot", entropy_weight=1e-2, **DEEP), "reward", 40, 320
     ),
     "cartpole, few iterations": Search(
         partial(ppo_on, "cartpole", **FEW | LARGE_REWARDS), "reward", 8, 24
     ),
     "4 cartpoles, deep": Search(
-        partial(ppo_on, "cartpole", copies=4, **DEEP | LARGE_REWARDS), "reward", 40, 160
+        partial(ppo_on, "cartpole", copies=4, **DEEP | LARGE_REWARDS), "reward", 40, 320
     ),
     "3 pendulums, mixed": Search(
-        partial(ppo_on, "pendulum", copies=3, obs_size=40, **DEEP, **UNCLIPPED), "reward", 40, 120
+        partial(ppo_on, "pendulum", copies=3, obs_size=40, **DEEP, **UNCLIPPED), "reward", 40, 320
     ),
     "swimmer": Search(partial(ppo_on, "purcell_swimmer", **UNCLIPPED), "reward", 40, 320),
     "swimmer of 9, mixed": Search(
-        partial(ppo_on, "purcell_swimmer", links=9, obs_size=120, **DEEP), "reward", 40, 100
+        partial(ppo_on, "purcell_swimmer", links=9, obs_size=120, **DEEP), "reward", 40, 320
     ),
     "small_dense_short by ppo": Search(
         partial(ppo_on, "small_dense_short", **UNCLIPPED), "return", 30, 100
