@@ -69,18 +69,18 @@ def test_meta_train_then_evaluate(tmp_path):
     assert (folder / "table.md").read_text() in done.stdout
 
 
-def test_velo_by_pes_then_evaluate(tmp_path):
-    """The kind that reads most, by the other estimator, to the end of the line."""
+def test_velo_then_evaluate(tmp_path):
+    """The kind that reads most, checkpoints and all, to the end of the line."""
     flags = "--env-name catch --num-units 2 --num-iterations 2 --inner-updates 2".split()
-    flags += "--optimizer velo --meta-estimator pes".split()
+    flags += "--optimizer velo --checkpoint-minutes 0.0001".split()
     done = run_script("pipeline_train", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     header = load_theta(folder / "theta.npz")[1]
     assert header["optimizer"] == "velo" and header["config"]["num_bases"] == 64
-    assert (
-        header["trained"]["env_steps"] == 2 * 2 * 2 * 20
-    )  # iterations, units, updates, rollout steps: no meta-loss's rollout
+    # iterations, units, updates and the meta-loss's rollout, steps
+    assert header["trained"]["env_steps"] == 2 * 2 * (2 + 1) * 20
+    assert (folder / "checkpoint" / "2").is_dir()
     theta = str(folder / "theta.npz")
     flags = [
         "--num-seeds",
