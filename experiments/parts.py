@@ -22,10 +22,9 @@ from jax.flatten_util import ravel_pytree
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checks  # noqa: E402, once the project is on the path
-import optimizers  # noqa: E402
 import runs  # noqa: E402
 import search  # noqa: E402
-from adam4rl import SIZES, make_adam4rl, network_size  # noqa: E402
+from adam4rl import SIZES, make_adam4rl  # noqa: E402
 from figures import report  # noqa: E402
 
 COLUMNS = ("task", "seed", "updates", "candidate", "mean", "last_tenth")
@@ -53,7 +52,7 @@ def candidates(args: Args) -> tuple[dict, int]:
     """-> name -> theta, the theta of the file first and Adam last; hidden units of its network.
     Raises a one-line ValueError for a file that is not adam4rl's, a part that it lacks, or another
     file with another network."""
-    theta, size = load(args.theta)
+    theta, size, _ = search.load(args.theta)
     adam = make_adam4rl(size).init_theta(jax.random.key(0))
     found = {"theta": theta}
     for group in args.without:
@@ -62,18 +61,10 @@ def candidates(args: Args) -> tuple[dict, int]:
             raise ValueError(f"{unknown[0]!r} is none of {', '.join(theta)}")
         found[f"without {group}"] = theta | {part: adam[part] for part in parts}
     for path in args.others:
-        found[path], other_size = load(path)
+        found[path], other_size, _ = search.load(path)
         if other_size != size:
             raise ValueError(f"{path}: {other_size} hidden units, {args.theta} has {size}")
     return found | {"Adam": adam}, size
-
-
-def load(path: str) -> tuple[dict, int]:
-    """-> theta, hidden units of its network"""
-    _, theta, header = optimizers.load_learned(path)
-    if header["optimizer"] != "adam4rl":
-        raise ValueError(f"{path}: of {header['optimizer']}, not of adam4rl")
-    return theta, network_size(theta)
 
 
 def compare(scores: np.ndarray) -> list[tuple]:

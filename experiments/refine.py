@@ -87,10 +87,10 @@ def begin(args: Args) -> tuple[dict, dict]:
         for name in what:
             if name not in known:
                 raise ValueError(f"{name!r} is none of {', '.join(known)}")
-    _, theta, header = optimizers.load_learned(args.theta)
-    if header["optimizer"] != "adam4rl" or "network" in theta:
-        raise ValueError(f"{args.theta}: not a theta of adam4rl without a network")
-    return {name: np.array(x, float) for name, x in theta.items()}, header["trained"]
+    theta, size, trained = search.load(args.theta)
+    if size:
+        raise ValueError(f"{args.theta} has a network; refine.py is for a theta without")
+    return {name: np.array(x, float) for name, x in theta.items()}, trained
 
 
 def read_rows(log: Path, start: str) -> list[dict]:

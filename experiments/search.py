@@ -150,7 +150,7 @@ DEEP = {"policy_layers": (32,) * 4, "value_layers": (64,) * 5, "num_envs": 128}
 DEEP |= {"rollout_steps": 5, "batch_size": 64, "num_minibatches": 8, "reward_scale": 10.0}
 # 128 updates an iteration: in few of these the policy changes much in each.
 FEW = DEEP | {"batch_size": 128, "num_minibatches": 32}
-LARGE_REWARDS = {"reward_scale": 100.0}  # the critic's gradients are clipped, mostly
+LARGE_REWARDS = {"reward_scale": 100.0}  # more of the critic's gradients are clipped
 UNCLIPPED = {"grad_clip": math.inf}  # on some tasks, as it may be where theta is used
 SQUARE, OBLONG = gridworld.Grid(5, 5, 2, 0.2, 100), gridworld.Grid(5, 6, 2, 0.3, 200)
 TASKS = {
@@ -274,6 +274,15 @@ class Space(NamedTuple):
         return thetas
 
 
+def load(path: str) -> tuple[dict, int, dict]:
+    """-> theta, hidden units of its network, how it was trained. Raises a one-line ValueError for a
+    file that is not adam4rl's."""
+    _, theta, header = optimizers.load_learned(path)
+    if header["optimizer"] != "adam4rl":
+        raise ValueError(f"{path}: of {header['optimizer']}, not of adam4rl")
+    return theta, network_size(theta), header["trained"]
+
+
 def search_space(args: Args) -> Space:
     """Raises a one-line ValueError for a network size that does not fit, or for a theta file that
     is not adam4rl's or has a network of another size."""
@@ -281,10 +290,8 @@ def search_space(args: Args) -> Space:
     untrained = make_adam4rl(args.network_size).init_theta(jax.random.key(args.seed))
     start = dict(untrained)
     if args.theta:
-        _, theta, header = optimizers.load_learned(args.theta)
-        if header["optimizer"] != "adam4rl":
-            raise ValueError(f"{args.theta}: of {header['optimizer']}; the search is of adam4rl")
-        if (size := network_size(theta)) not in (0, args.network_size):
+        theta, size, _ = load(args.theta)
+        if size not in (0, args.network_size):
             raise ValueError(f"{args.theta} has a network: give --network-size {size}")
         start |= theta
     scale = {name: jnp.array(x) * (not args.only_network) for name, x in SCALES.items()}

@@ -24,6 +24,8 @@ def test_candidates_have_adams_numbers_in_the_parts_that_they_lack(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found.pop(other), start)
     assert [*found] == ["theta", "without squares+rate", "without network", "Adam"] and size == 2
     assert all(x.sum() == 0 for name, x in found["Adam"].items() if name != "network")
+    with pytest.raises(ValueError, match="adam4rl: 0 hidden units, .* has 2"):
+        parts.candidates(parts.Args(path, without=(), others=("pretrained/adam4rl",)))
     for name, theta in found.items():
         lacks = {"theta": (), "Adam": start}.get(name, name.removeprefix("without ").split("+"))
         for part, value in theta.items():

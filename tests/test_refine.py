@@ -76,7 +76,7 @@ def test_each_number_goes_where_its_scores_are_highest_and_is_not_tried_again(
         (["--numbers"], "at least one"),
         (["--numbers", "rate.0", "squares.0+rate.0"], "each once, got rate.0 squares.0+rate.0"),
         (["--tasks", "ant"], "'ant' is none of small_dense_short"),
-        (["--theta", "pretrained/optim4rl_catch.npz"], "not a theta of adam4rl"),
+        (["--theta", "pretrained/optim4rl_catch.npz"], "of optim4rl, not of adam4rl"),
     ],
 )
 def test_bad_input_is_one_line(flags, said, monkeypatch, capsys):
@@ -109,3 +109,12 @@ def test_a_number_that_changes_no_score_stays(monkeypatch):
     theta, _ = refine.begin(args := refine.Args(tasks=("cartpole",)))
     row = refine.refine(args, theta, "shape.0", None, None)
     assert row["value"] == row["from"] and row["ranks"] == [0.0] * 5
+
+
+def test_a_theta_with_a_network_is_refused(tmp_path):
+    theta = make_adam4rl(2).init_theta(jax.random.key(0))
+    optimizers.save_theta(
+        path := str(tmp_path / "x.npz"), theta, "adam4rl", {"network_size": 2}, {}
+    )
+    with pytest.raises(ValueError, match="has a network; refine.py is for a theta without"):
+        refine.begin(refine.Args(theta=path))
