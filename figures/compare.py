@@ -6,8 +6,8 @@ Each seed has two scores: the final return, and the mean return over all of trai
 its curve). Of an optimizer's learning rates the one with the best mean final return is taken.
 
 Writes scores.csv (both scores of every seed), table.md (means with 90 % bootstrap intervals), and
-compare.png: the probability that the optimizer is better than each other one on a task drawn at
-random, and performance profiles (Agarwal et al. 2021, arXiv 2108.13264). A folder with a scores.csv
+compare.png: the probability that the optimizer is better than each other one, the mean over tasks,
+and performance profiles (Agarwal et al. 2021, arXiv 2108.13264). A folder with a scores.csv
 may stand for the evaluations it was made of.
 """
 
@@ -32,6 +32,7 @@ import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend tha
 
 COLUMNS = ("env_name", "optimizer", "learning_rate", "seed", "first", "final", "mean")
 KINDS = ("final", "mean")
+NAMES = {"final": "return at the end", "mean": "return averaged over training"}
 RESAMPLES = 2000
 
 
@@ -125,8 +126,24 @@ def verdicts(by_env: dict, of: str) -> list[str]:
     return lines
 
 
+def summary(by_env: dict, of: str) -> str:
+    """A row for each environment: the final returns of `of`, of its untrained form, of Adam and of
+    the best classical optimizer, where they are there."""
+    rows = [
+        f"| task | `{report.short(of)}` | untrained | Adam | best classical |",
+        "|---" * 5 + "|",
+    ]
+    for name, scores in by_env.items():
+        best, by_label = best_classical(scores, "final"), {s.label: s for s in scores}
+        labels = (of, of.replace("(trained)", "(untrained)"), "adam", best.label)
+        cells = [cell(by_label[x].final) if x in by_label else "-" for x in labels]
+        cells[-1] = f"{best.label} {cells[-1]}"
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def table(by_env: dict, of: str) -> str:
-    parts = ["\n".join(verdicts(by_env, of))]
+    parts = ["\n".join(verdicts(by_env, of)), summary(by_env, of)]
     for name, scores in by_env.items():
         rows = [f"### {name}, {max(len(s.final) for s in scores)} seeds", ""]
         rows += ["| optimizer | learning rate | final return | mean return |", "|---" * 4 + "|"]
@@ -138,36 +155,52 @@ def table(by_env: dict, of: str) -> str:
 
 
 def draw(path: Path, by_env: dict, of: str) -> None:
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    for kind, (left, right) in zip(KINDS, axes, strict=True):
-        pairs: dict = {}
-        profile: dict = {}
-        for scores in by_env.values():
-            by_label = {s.label: getattr(s, kind) for s in scores}
-            for label, values in by_label.items():
-                pairs.setdefault(label, []).append((by_label[of], values))
-            for label, values in normalised(scores, kind).items():
-                profile.setdefault(label, []).append(values)
-        others = [label for label in pairs if label != of]
-        for row, label in enumerate(others):
-            middle, low, high = probability_of_improvement(pairs[label])
-            left.plot([low, high], [row, row], color="C0", linewidth=5, alpha=0.4)
-            left.plot(middle, row, "o", color="C0")
-        names = [f"{report.short(x)} ({len(pairs[x])})" for x in others]
-        left.set(yticks=range(len(others)), yticklabels=names, xlim=(0, 1))
-        left.axvline(0.5, color="0.5", linewidth=0.8)
-        left.set(title=f"P({report.short(of)} is better), {kind} return (tasks)")
-        at = np.linspace(0, 1.5, 200)
-        most = len(by_env)
-        for label, values in profile.items():
-            if len(values) == most:  # profiles are over the same tasks
-                share = np.mean([[np.mean(v > x) for x in at] for v in values], axis=0)
-                right.plot(at, share, label=report.short(label), linewidth=2 if label == of else 1)
-        right.set(xlabel="return (0: first, 1: best classical)", ylabel="share of seeds above")
-        right.legend(fontsize="x-small", frameon=False)
-        right.grid(alpha=0.3)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5.5), layout="constrained")
+    draw_probabilities(axes[0], by_env, of)
+    draw_profiles(axes[1], by_env, of)
     runs.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
     plt.close(figure)
+
+
+def draw_probabilities(axis, by_env: dict, of: str) -> None:
+    """That `of` is better than each other optimizer, the hardest to beat at the top."""
+    found: dict = {}  # (label, kind) -> the probability and its interval
+    number: dict = {}  # label -> of tasks
+    for label in {s.label for scores in by_env.values() for s in scores} - {of}:
+        tasks = [{s.label: s for s in scores} for scores in by_env.values()]
+        tasks = [scores for scores in tasks if label in scores]
+        number[label] = len(tasks)
+        for kind in KINDS:
+            pairs = [tuple(getattr(scores[x], kind) for x in (of, label)) for scores in tasks]
+            found[label, kind] = probability_of_improvement(pairs)
+    others = sorted(number, key=lambda label: (-found[label, "final"][0], label))
+    for kind, color, shift in zip(KINDS, ("C0", "C1"), (0.15, -0.15), strict=True):
+        middle, low, high = np.transpose([found[label, kind] for label in others])
+        rows = np.arange(len(others)) + shift
+        axis.hlines(rows, low, high, color=color, linewidth=4, alpha=0.4)
+        axis.plot(middle, rows, "o", color=color, markersize=5, label=NAMES[kind])
+    names = [f"{report.short(label)} ({number[label]})" for label in others]
+    axis.set(yticks=range(len(others)), yticklabels=names, xlim=(0, 1))
+    axis.axvline(0.5, color="0.5", linewidth=0.8)
+    axis.set(title=f"probability that {report.short(of)} is better than ... (tasks)")
+    axis.legend(frameon=False, loc="lower left")
+
+
+def draw_profiles(axis, by_env: dict, of: str) -> None:
+    """Of all optimizers that are in every environment."""
+    values: dict = {}
+    for scores in by_env.values():
+        for label, x in normalised(scores, "final").items():
+            values.setdefault(label, []).append(x)
+    at = np.linspace(0, 1.5, 200)
+    for label, tasks in values.items():
+        if len(tasks) == len(by_env):
+            share = np.mean([[np.mean(x > y) for y in at] for x in tasks], axis=0)
+            axis.plot(at, share, label=report.short(label), linewidth=2 if label == of else 1)
+    axis.set(title="final return (0: first, 1: best classical optimizer)")
+    axis.set(ylabel="share of seeds above")
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.3)
 
 
 # --- Files ---
