@@ -132,7 +132,7 @@ META = {
         num_units=64,
         total_steps=5e5,
         reset_interval=32,
-        meta_learning_rate=1e-3,
+        meta_learning_rate=1e-2,
         grad_clip=float("inf"),
         multitask=(1e-3, 1.0),
     ),

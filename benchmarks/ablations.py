@@ -55,7 +55,7 @@ class Table(NamedTuple):
 
 
 TABLES = {
-    "catch": Table("catch", "", "1"),
+    "catch": Table("catch", "--meta-learning-rate 1e-3", "1"),
     "small_dense_long": Table("small_dense_long", "--num-units 32 --num-iterations 200", "3"),
     # 512 units, 585 iterations, the best meta-learning rate of a sweep.
     "small_dense_long in the paper's setting": Table(
