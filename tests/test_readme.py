@@ -63,3 +63,9 @@ def test_links_and_files_of_the_readme_are_there():
     assert len(there) > 20
     for path in there:
         assert (ROOT / path).exists(), path
+
+
+def test_the_table_of_results_is_that_of_the_comparison():
+    compared = (ROOT / "results" / "compare" / "table.md").read_text().split("\n\n")[1]
+    assert compared.startswith("| task |") and compared.count("\n") > 10
+    assert compared in TEXT
