@@ -166,12 +166,12 @@ def draw_probabilities(axis, by_env: dict, of: str) -> None:
     """That `of` is better than each other optimizer, the hardest to beat at the top."""
     found: dict = {}  # (label, kind) -> the probability and its interval
     number: dict = {}  # label -> of tasks
-    for label in {s.label for scores in by_env.values() for s in scores} - {of}:
-        tasks = [{s.label: s for s in scores} for scores in by_env.values()]
-        tasks = [scores for scores in tasks if label in scores]
-        number[label] = len(tasks)
+    by_label = [{s.label: s for s in scores} for scores in by_env.values()]
+    for label in set().union(*by_label) - {of}:
+        both = [(scores[of], scores[label]) for scores in by_label if label in scores]
+        number[label] = len(both)
         for kind in KINDS:
-            pairs = [tuple(getattr(scores[x], kind) for x in (of, label)) for scores in tasks]
+            pairs = [(getattr(ours, kind), getattr(theirs, kind)) for ours, theirs in both]
             found[label, kind] = probability_of_improvement(pairs)
     others = sorted(number, key=lambda label: (-found[label, "final"][0], label))
     for kind, color, shift in zip(KINDS, ("C0", "C1"), (0.15, -0.15), strict=True):

@@ -9,6 +9,7 @@ a tenth signal and the rest noise. Each magnitude is a coordinate of one vector 
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -58,21 +59,25 @@ def sequences() -> dict[str, np.ndarray]:
     return {name: (whole * MAGNITUDES).astype(np.float32) for name, whole in wholes.items()}
 
 
-def steps_made(name: str, grads: np.ndarray) -> np.ndarray:
-    """The optimizer's movement against the gradient's usual sign, in learning rates. grads:
-    [steps, magnitudes] -> the same shape"""
-    rate = optimizers.own_rate(name) or STEP_SIZE
-    optimizer = optax.with_extra_args_support(optimizers.make_optimizer(name, rate))
+def steps_of(optimizer: optax.GradientTransformation, grads: jax.Array) -> jax.Array:
+    """The optimizer's movement against the gradient's usual sign. grads: [steps, parameters] -> the
+    same shape"""
+    optimizer = optax.with_extra_args_support(optimizer)
     params = jnp.zeros(grads.shape[1])
     extra_args = {"value": jnp.float32(0), "fraction": jnp.float32(0), "num_steps": TRAINING}
 
     def step(state, g):
         updates, state = optimizer.update(g, state, params, **extra_args)
-        return state, -updates / STEP_SIZE
+        return state, -updates
 
-    return np.asarray(
-        jax.jit(lambda state: jax.lax.scan(step, state, grads)[1])(optimizer.init(params))
-    )
+    return jax.lax.scan(step, optimizer.init(params), grads)[1]
+
+
+def steps_made(name: str, grads: np.ndarray) -> np.ndarray:
+    """The steps of an optimizer by name, in learning rates. grads: [steps, magnitudes] -> the same
+    shape"""
+    optimizer = optimizers.make_optimizer(name, optimizers.own_rate(name) or STEP_SIZE)
+    return np.asarray(jax.jit(partial(steps_of, optimizer))(grads)) / STEP_SIZE
 
 
 def inspect(path: str, out: Path) -> list[tuple]:

@@ -22,14 +22,14 @@ import pipeline_train  # noqa: E402
 import runs  # noqa: E402
 import tasks  # noqa: E402
 from figures import report  # noqa: E402
+from figures.inspection import steps_of  # noqa: E402
 from optim4rl import to_optax  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
 
 GRADIENT = 1e-3
-UPDATES = 20  # before the step that is measured
-USUAL_UPDATES = 4  # inner updates, to which the settings' reset interval belongs
+UPDATES = 20  # with this gradient, of which the last is measured
 COLUMNS = ("inner_updates", "learning_rate", "iteration", "step")
 
 
@@ -59,26 +59,20 @@ class Args:
 
 
 def step_of(theta, learned) -> jax.Array:
-    """The step in learning rates after UPDATES updates with the same gradient. -> []"""
-    optimizer = to_optax(learned, theta, 1.0)
-    gradient = jnp.full(1, GRADIENT)
-
-    def update(state, _):
-        updates, state = optimizer.update(gradient, state)
-        return state, -updates[0]
-
-    return jax.lax.scan(update, optimizer.init(gradient), None, UPDATES)[1][-1]
+    """The step, in learning rates. -> []"""
+    return steps_of(to_optax(learned, theta, 1.0), jnp.full((UPDATES, 1), GRADIENT))[-1, 0]
 
 
 def meta_training_args(args: Args, learning_rate: float, inner_updates: int) -> pipeline_train.Args:
     """Raises a one-line ValueError for values that do not fit."""
     usual = tasks.meta_settings((args.env_name,))["reset_interval"]
+    lifetime = usual * pipeline_train.Args.inner_updates  # in agent updates
     return tasks.fill_in(
         pipeline_train.Args(
             env_name=(args.env_name,),
             learning_rate=(learning_rate,),
             inner_updates=inner_updates,
-            reset_interval=max(1, usual * USUAL_UPDATES // inner_updates),
+            reset_interval=max(1, lifetime // inner_updates),
             meta_learning_rate=args.meta_learning_rate,
             num_iterations=args.num_iterations,
             num_units=args.num_units,
@@ -88,9 +82,9 @@ def meta_training_args(args: Args, learning_rate: float, inner_updates: int) -> 
     )
 
 
-def watch(args: pipeline_train.Args, mesh, every: int, interrupted) -> list[tuple]:
-    """Meta-train. -> rows of COLUMNS"""
-    all_tasks, learned, _ = pipeline_train.set_up(args)
+def watch(args: pipeline_train.Args, set_up: tuple, mesh, every: int, interrupted) -> list[tuple]:
+    """Meta-train. set_up: what pipeline_train.set_up made of args -> rows of COLUMNS"""
+    all_tasks, learned, _ = set_up
     measure = jax.jit(lambda theta: step_of(theta, learned))
     rate, rows = args.learning_rate[0], []
     title = f"learning rate {rate:g}, {args.inner_updates} inner updates"
@@ -130,12 +124,13 @@ def main() -> None:
         pairs = [(rate, k) for k in args.inner_updates for rate in args.learning_rates]
         all_args = [meta_training_args(args, *pair) for pair in pairs]
         mesh = runs.choose_devices(all_args[0].num_units, args.num_devices)
+        set_ups = [pipeline_train.set_up(given) for given in all_args]
         folder = runs.make_folder(args.runs_dir, args.env_name, "learned_step", args.seed, args)
     rows = []
     with runs.interruptible() as interrupted:
-        for given in all_args:
+        for given, set_up in zip(all_args, set_ups, strict=True):
             if not interrupted():
-                rows += watch(given, mesh, args.every, interrupted)
+                rows += watch(given, set_up, mesh, args.every, interrupted)
                 report.write_csv(folder / "learned_step.csv", COLUMNS, rows)
     draw(folder / "learned_step.png", rows, f"{args.env_name}: the learned step")
     print(f"written: {folder}/learned_step.png, learned_step.csv, config.json")

@@ -83,6 +83,27 @@ def test_the_sweep_runs_each_setting_once_and_continues_an_interrupted_one(tmp_p
     assert commands == [("pipeline_train", f"--resume {folder}")]
 
 
+def test_a_table_of_ablations_leaves_the_others_and_the_text(tmp_path, monkeypatch, capsys):
+    ablations = importlib.import_module("ablations")
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    path = tmp_path / "results" / "ablations.md"
+    said = f"# Ablations\n\n## What they show\n\n- x\n\n{ablations.MARK}\n"
+    path.write_text(f"{said}\n## catch\n\n| old |\n\n## ant\n\n| kept |\n")
+    ablations.write("catch", [["GRU", "`--cell gru`", "0.1", "2", "1 to 3"]])
+    ablations.write("new", [])
+    text = path.read_text()
+    assert text.startswith(f"{said}\n## catch\n") and "old" not in text
+    assert (
+        text.count("| GRU | 0.1 | 2 | 1 to 3 | `--cell gru` |\n\n## ant\n\n| kept |\n\n## new") == 1
+    )
+    monkeypatch.setattr("sys.argv", ["ablations.py", "--tables", "ant"])
+    with pytest.raises(SystemExit) as end:
+        ablations.main()
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith("error: --tables are catch;") and "got ant" in err
+
+
 def test_the_table_runs_what_it_lacks_and_replaces_it_only_if_told(tmp_path, monkeypatch, capsys):
     table = importlib.import_module("table")
     commands, level, numbers = [], 1.0, itertools.count()
