@@ -208,7 +208,8 @@ def train(learner: tasks.Learner, run: Run, rate: float, title: str, interrupted
 
         optimizer = optimizers.make_optimizer(run.optimizer, rate)
         history = agent.train(agent_args, env, optimizer, on_update)
-    return result(learner, run, rate, *curves(learner, history))
+    seeds = learner.args.seed + np.arange(learner.args.num_seeds)
+    return result(learner, run, rate, *curves(learner, history), seeds)
 
 
 def curves(learner: tasks.Learner, history: dict) -> tuple:
@@ -219,13 +220,12 @@ def curves(learner: tasks.Learner, history: dict) -> tuple:
     return np.asarray(history.get("eval_steps", updates)), returns
 
 
-def result(learner: tasks.Learner, run: Run, rate: float, env_steps, returns) -> report.Result:
-    """The Result of agents that learned with one optimizer, from their curves."""
-    agent, finite = learner.agent, np.isfinite(returns[:, -1])
+def result(learner: tasks.Learner, run: Run, rate: float, env_steps, returns, seeds):
+    """The report.Result of agents that learned with one optimizer, from their curves."""
+    agent = learner.agent
     is_default = agent is tasks.agent_of(run.env_name)
     env_name = run.env_name if is_default else f"{run.env_name} by {agent.__name__}"
-    ended = int(np.sum(~finite))
-    return report.Result(env_name, run.label, rate, env_steps, returns[finite], ended)
+    return report.Result(env_name, run.label, rate, env_steps, returns, seeds)
 
 
 def sweep(learner: tasks.Learner, run: Run, args: Args, title: str, interrupted) -> list:
@@ -282,13 +282,13 @@ def main() -> None:
                 if interrupted():
                     break
                 swept += tried
-                rate = max(tried, key=report.Result.score).learning_rate
+                rate = max(tried, key=report.Result.rank).learning_rate
             result = train(learner, run, rate, title, interrupted)
             if interrupted():  # this one is incomplete
                 break
             results.append(result)
             # Written after each optimizer: a kill loses one at most.
-            report.write_results(folder / "results.csv", results, args.seed)
+            report.write_results(folder / "results.csv", results)
             if len(results) == 1:
                 runs.warn_if_long((time.perf_counter() - began) * len(to_run), SHORTER)
     if results:

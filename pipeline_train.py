@@ -218,8 +218,8 @@ class Args:
     """the same seed gives the same theta"""
     # --- Optimizer ---
     optimizer: str = "optim4rl"
-    """kind of learned optimizer: optim4rl, linear_optim, l2lgd2, star, velo; adam4rl (not in the
-    paper)"""
+    """kind of learned optimizer: optim4rl, linear_optim, l2lgd2, star, velo; not in the paper:
+    adam4rl, open"""
     cell: Literal["lstm", "gru"] = "lstm"
     """recurrent cell (not star, velo); the authors' code has gru"""
     inputs: Literal["raw", "log"] = "raw"

@@ -398,8 +398,8 @@ def train(args: Args, env: Env, optimizer, on_update: Callable, restore=lambda x
 
     on_update(updates done, metrics, TrainState) is called after each update; training ends if it
     returns True. restore(initial TrainState) -> the TrainState to start from. A seed whose
-    simulation, loss or parameters are not finite keeps its previous state, and its metrics are NaN
-    from then on; training ends when none is left.
+    simulation or parameters are not finite keeps its previous state, and its metrics are NaN from
+    then on; training ends when none is left.
 
     -> {"return", "reward", "loss": [num_seeds, updates done],
     "eval_return": [num_seeds, evaluations], "eval_steps": [evaluations]}

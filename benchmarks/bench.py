@@ -246,7 +246,7 @@ def measure_ppo(name):
     import ppo
     import tasks
 
-    learner = tasks.make_learner(name, "spring", rollout_steps=5, **PPO[name])
+    learner = tasks.make_learner(name, "ppo", "spring", rollout_steps=5, **PPO[name])
     agent, optimizer = ppo.make_agent(learner.env, learner.args), optax.adam(3e-4)
     state = jax.jit(lambda key: agent.init(key, optimizer))(jax.random.key(0))
 

@@ -106,7 +106,9 @@ def train(learner, lanes: list[Lane], title: str, interrupted) -> list[report.Re
         returns.append(own)
     returns, results = np.concatenate(returns), []
     for (run, rate), group in itertools.groupby(range(len(lanes)), lambda i: lanes[i][:2]):
-        results.append(evaluate.result(learner, run, rate, env_steps, returns[[*group]]))
+        group = list(group)
+        seeds = np.array([lanes[i].seed for i in group])
+        results.append(evaluate.result(learner, run, rate, env_steps, returns[group], seeds))
     return results
 
 
@@ -151,7 +153,7 @@ def evaluate_all(learner, to_run: list[evaluate.Run], args: Any, interrupted) ->
         tried.setdefault(result.label, []).append(result)
     if interrupted():
         return []
-    best = {label: max(some, key=report.Result.score) for label, some in tried.items()}
+    best = {label: max(some, key=report.Result.rank) for label, some in tried.items()}
     rates = {
         run: best[run.label].learning_rate if run in sweeps else run.rates[0] for run in to_run
     }

@@ -4,8 +4,8 @@
     state, obs, reward, terminated = env.step(state, action)  # action [A] in [-1, 1]
 
 One environment each; `vmap` them for more. Everything is traceable and every shape is fixed by the
-name. An environment neither resets itself nor ends for lack of time: both are the rollout's to do,
-after EPISODE_LENGTH steps. Every reward is in [0, 1], and smooth.
+name. An environment neither resets itself nor ends for lack of time: both are the rollout's to do
+(settings.py has 200 steps). Every reward is in [0, 1], and smooth.
 
     pendulum     swing a pendulum up and hold it; the torque is too weak to lift it at once
     cartpole     swing a pole up by pushing its cart, hold it, stay in the middle of the track
@@ -223,7 +223,6 @@ TASKS = {
     "acrobot": Task((jnp.pi, 0.0), 0.1, (10.0,), *ACROBOT),
 }
 NAMES = tuple(TASKS)
-EPISODE_LENGTH = dict.fromkeys(NAMES, 200)  # steps
 
 
 def make(name: str) -> Env:

@@ -156,7 +156,7 @@ def train(
     @jax.jit
     def update(params, opt_state, batch, fraction):
         loss, grads = jax.value_and_grad(mean_loss)(params, images[batch], labels[batch])
-        extra_args = {"value": loss, "fraction": fraction}
+        extra_args = {"value": loss, "fraction": fraction, "num_steps": float(total)}
         updates, opt_state = optax.with_extra_args_support(optimizer).update(
             grads, opt_state, params, **extra_args
         )

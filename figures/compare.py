@@ -3,7 +3,8 @@
     python figures/compare.py runs/FOLDER runs/ANOTHER --out results/all_tasks
 
 Each seed has two scores: the final return, and the mean return over all of training (the area under
-its curve). Of an optimizer's learning rates the one with the best mean final return is taken.
+its curve). Those of a lost seed, which ended early, are -inf: below all others. Of an optimizer's
+learning rates the one with the best mean final return is taken.
 
 Writes scores.csv (both scores of every seed), table.md (means with 90 % bootstrap intervals), and
 compare.png: the probability that the optimizer is better than each other one, the mean over tasks,
@@ -52,17 +53,24 @@ class Scores(NamedTuple):
     env_name: str
     label: str
     learning_rate: float
-    first: np.ndarray  # [seeds], the first return of each seed
-    final: np.ndarray  # [seeds]
-    mean: np.ndarray  # [seeds]
+    seeds: np.ndarray  # [seeds], their numbers
+    first: np.ndarray  # [seeds], the first return; NaN of a lost seed
+    final: np.ndarray  # [seeds], -inf of a lost one
+    mean: np.ndarray  # [seeds], -inf of a lost one
 
 
 # --- Statistics ---
 
 
 def scores_of(result: report.Result) -> Scores:
-    first = result.returns[:, np.isfinite(result.returns).all(axis=0).argmax()]
-    return Scores(*result[:3], first, result.scores(), np.nanmean(result.returns, axis=1))
+    first, final, mean = (
+        np.full(len(result.seeds), np.nan),
+        *np.full((2, len(result.seeds)), -np.inf),
+    )
+    kept = result.kept
+    first[~result.lost] = kept[:, np.isfinite(kept).all(axis=0).argmax()]
+    final[~result.lost], mean[~result.lost] = result.scores(), np.nanmean(kept, axis=1)
+    return Scores(*result[:3], result.seeds, first, final, mean)
 
 
 def better(x: np.ndarray, y: np.ndarray) -> float:
@@ -91,7 +99,7 @@ def best_classical(scores: list[Scores], kind: str) -> Scores:
 def normalised(scores: list[Scores], kind: str) -> dict:
     """label -> [seeds], 0 at the first return of training and 1 at the mean of the best classical
     optimizer. scores: of one environment"""
-    low = np.mean(np.concatenate([s.first for s in scores]))
+    low = np.nanmean(np.concatenate([s.first for s in scores]))
     high = getattr(best_classical(scores, kind), kind).mean()
     return {s.label: (getattr(s, kind) - low) / (high - low) for s in scores}
 
@@ -100,8 +108,20 @@ def normalised(scores: list[Scores], kind: str) -> dict:
 
 
 def cell(values: np.ndarray) -> str:
-    low, high = report.bootstrap_interval(values)
-    return f"{values.mean():.4g} ({low:.4g} to {high:.4g})"
+    """The mean of the seeds that are not lost, and its interval."""
+    kept = values[np.isfinite(values)]
+    lost = f", {len(values) - len(kept)} lost" if len(kept) < len(values) else ""
+    if not len(kept):
+        return f"-{lost}"
+    low, high = report.bootstrap_interval(kept)
+    return f"{kept.mean():.4g} ({low:.4g} to {high:.4g}){lost}"
+
+
+def interval(values: np.ndarray) -> tuple:
+    """Of the mean; -inf with a lost seed."""
+    if not np.isfinite(values).all():
+        return -np.inf, -np.inf
+    return report.bootstrap_interval(values)
 
 
 def verdicts(by_env: dict, of: str) -> list[str]:
@@ -113,7 +133,7 @@ def verdicts(by_env: dict, of: str) -> list[str]:
         for name, scores in by_env.items():
             ours = next(getattr(s, kind) for s in scores if s.label == of)
             theirs = getattr(best_classical(scores, kind), kind)
-            (low, high), (their_low, their_high) = map(report.bootstrap_interval, (ours, theirs))
+            (low, high), (their_low, their_high) = interval(ours), interval(theirs)
             place = "above" if low > their_high else "below" if high < their_low else "level"
             places[place].append(name)
         counts = "; ".join(
@@ -212,7 +232,7 @@ def read_scores(path: Path) -> list[Scores]:
     try:
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
-                env_name, label, rate, _, *values = (row[name] for name in COLUMNS)
+                env_name, label, rate, *values = (row[name] for name in COLUMNS)
                 rows.setdefault((env_name, label, float(rate)), []).append(list(map(float, values)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a scores.csv of compare.py ({error})") from None
@@ -238,9 +258,9 @@ def read(folders: tuple[str, ...]) -> dict:
 
 def write_scores(path: Path, scores: list[Scores]) -> None:
     rows = [
-        (s.env_name, s.label, f"{s.learning_rate:g}", seed, *(f"{x:.5g}" for x in values))
+        (s.env_name, s.label, f"{s.learning_rate:g}", f"{seed:g}", *(f"{x:.5g}" for x in values))
         for s in scores
-        for seed, values in enumerate(zip(s.first, s.final, s.mean, strict=True))
+        for seed, *values in zip(s.seeds, s.first, s.final, s.mean, strict=True)
     ]
     report.write_csv(path, COLUMNS, rows)
 

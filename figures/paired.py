@@ -5,8 +5,7 @@ and environments whatever its optimizer, so the difference is taken seed by seed
 
 prints, for every optimizer that shares at least two seeds with the one named, the mean difference
 of the final return, its 90 % bootstrap interval, and p of Wilcoxon's signed-rank test (two-sided).
-A run of which a seed ended early (its table says so) does not fit: the seeds after it are numbered
-one lower in results.csv.
+A seed that ended early counts for neither.
 """
 
 import sys
@@ -39,8 +38,9 @@ def final_returns(folders: tuple) -> dict:
     for folder in folders:
         for key, curve in report.read_curves(Path(folder) / "results.csv").items():
             env_name, optimizer, rate, seed = key
-            score = np.nanmean(curve[-tasks.score_window(env_name) :, 1])
-            found.setdefault((env_name, optimizer, rate), {})[seed] = score
+            if np.isfinite(curve[-1, 1]):
+                score = np.nanmean(curve[-tasks.score_window(env_name) :, 1])
+                found.setdefault((env_name, optimizer, rate), {})[seed] = score
     return found
 
 

@@ -68,8 +68,8 @@ class Result(NamedTuple):
     label: str
     learning_rate: float
     env_steps: np.ndarray  # [updates or evaluations]
-    returns: np.ndarray  # [seeds, updates or evaluations], without the seeds that ended early
-    ended: int = 0  # seeds that ended early because something was not finite
+    returns: np.ndarray  # [seeds, updates or evaluations]
+    seeds: np.ndarray  # [seeds], their numbers
 
     @property
     def last(self) -> int:
@@ -77,13 +77,28 @@ class Result(NamedTuple):
         (PPO)."""
         return tasks.score_window(self.env_name)
 
+    @property
+    def lost(self) -> np.ndarray:
+        """The seeds that ended early, because something was not finite. -> [seeds] bool"""
+        return ~np.isfinite(self.returns[:, -1])
+
+    @property
+    def kept(self) -> np.ndarray:
+        """The returns of the seeds that are not lost."""
+        return self.returns[~self.lost]
+
     def scores(self, until: float = 1.0) -> np.ndarray:
-        """Each seed's score at the first return after this fraction of training. -> [seeds]"""
+        """The score of each seed that is not lost, at the first return after this fraction of
+        training."""
         end = 1 + np.searchsorted(self.env_steps, until * self.env_steps[-1])
-        return np.nanmean(self.returns[:, max(0, end - self.last) : end], axis=1)
+        return np.nanmean(self.kept[:, max(0, end - self.last) : end], axis=1)
 
     def score(self, until: float = 1.0) -> float:
-        return float(self.scores(until).mean()) if len(self.returns) else -np.inf
+        return float(self.scores(until).mean()) if len(self.kept) else -np.inf
+
+    def rank(self) -> tuple:
+        """The best of several learning rates has the largest: few lost seeds, then the score."""
+        return -np.sum(self.lost), self.score()
 
 
 # --- Statistics ---
@@ -120,22 +135,24 @@ def names_of(results: list, field: str) -> list[str]:
 
 def table(results: list[Result]) -> str:
     """A markdown table of the optimizers in one environment."""
-    goal = 0.9 * max(result.score() for result in results)
-    most = max(len(result.returns) + result.ended for result in results)
+    best = max(result.score() for result in results)
+    goal = 0.9 * best if best > 0 else np.nan  # a share of a negative return says nothing
+    most = max(len(result.returns) for result in results)
     rows = [
         f"| optimizer | learning rate | return (mean of last {results[0].last}) | 90 % interval "
         f"| steps to reach {goal:.3g} |",
         "|---" * 5 + "|",
     ]
     for result in results:
-        note = f" ({result.ended} seeds ended early, not finite)" if result.ended else ""
-        if len(result.returns) + result.ended < most:  # another row has more seeds
+        kept, lost = result.kept, np.sum(result.lost)
+        note = f" ({lost} seeds ended early, not finite)" if lost else ""
+        if len(result.returns) < most:  # another row has more seeds
             note += f" (seeds: {len(result.returns)})"
-        interval, reached = "one seed" if len(result.returns) else "none", "never"
-        if len(result.returns) > 1:
+        interval, reached = "one seed" if len(kept) else "none", "never"
+        if len(kept) > 1:
             interval = "{:.3f} to {:.3f}".format(*bootstrap_interval(result.scores()))
-        if len(result.returns) and np.isfinite(
-            steps := steps_to_reach(goal, result.returns.mean(axis=0), result.env_steps)
+        if len(kept) and np.isfinite(
+            steps := steps_to_reach(goal, kept.mean(axis=0), result.env_steps)
         ):
             reached = f"{steps:.3g}"
         rows.append(
@@ -150,7 +167,7 @@ def at_best_rate(results: list[Result]) -> list[Result]:
     best: dict = {}
     for result in results:
         key = (result.env_name, result.label)
-        best[key] = max(best.get(key, result), result, key=Result.score)
+        best[key] = max(best.get(key, result), result, key=Result.rank)
     return list(best.values())
 
 
@@ -162,7 +179,7 @@ def relative_table(results: list[Result]) -> str:
 
     def cell(env_name, label):
         result, adam = by_name.get((env_name, label)), by_name.get((env_name, REFERENCE))
-        if not (result and adam and len(result.returns) and len(adam.returns)):
+        if not (result and adam and len(result.kept) and len(adam.kept)):
             return "-"
         pairs = [(result.score(until), adam.score(until)) for until in (0.25, 1.0)]
         return ", ".join(f"{ours / theirs:.2f}" if theirs > 0 else "-" for ours, theirs in pairs)
@@ -235,8 +252,8 @@ class Curve(NamedTuple):
 
 def curves_of(results: list[Result]) -> list[Curve]:
     """The curve of each optimizer at its best learning rate."""
-    best = [result for result in at_best_rate(results) if len(result.returns)]
-    return [Curve(*r[:4], r.returns.mean(axis=0), *bootstrap_interval(r.returns)) for r in best]
+    best = [result for result in at_best_rate(results) if len(result.kept)]
+    return [Curve(*r[:4], r.kept.mean(axis=0), *bootstrap_interval(r.kept)) for r in best]
 
 
 def draw_panel(axes, curves: list[Curve]) -> None:
@@ -291,11 +308,11 @@ def write_text(path: Path, text: str) -> None:
     runs.write_whole(path, lambda file: file.write(f"{text}\n".encode()))
 
 
-def write_results(path: Path, results: list[Result], first_seed: int) -> None:
+def write_results(path: Path, results: list[Result]) -> None:
     """Write every curve of every seed, for read_results."""
     rows = []
     for result in results:
-        for seed, returns in enumerate(result.returns, start=first_seed):
+        for seed, returns in zip(result.seeds, result.returns, strict=True):
             for steps, value in zip(result.env_steps, returns, strict=True):
                 rows.append(
                     (
@@ -331,22 +348,22 @@ def read_results(*paths: Path) -> list[Result]:
                     f"{path}: {key[1]} in {key[0]} has not as many updates as in {first[0]}; "
                     "they cannot be joined"
                 )
-    # environment, optimizer, learning rate -> [seeds, updates, 2]
-    joined = {
-        key: np.stack([curve for _, curve in seeds.values()]) for key, seeds in curves.items()
-    }
-    return [Result(*key, curve[0, :, 0], curve[:, :, 1]) for key, curve in joined.items()]
+    results = []
+    for key, seeds in curves.items():
+        curve = np.stack([curve for _, curve in seeds.values()])
+        results.append(Result(*key, curve[0, :, 0], curve[:, :, 1], np.array([*seeds])))
+    return results
 
 
 def read_curves(path: Path) -> dict:
-    """(environment, optimizer, learning rate, seed) -> [updates, 2], steps and return. Raises a
-    one-line ValueError for a file in another format."""
+    """(environment, optimizer, learning rate, seed) -> [updates, 2], steps and return; a return of
+    a lost seed is NaN. Raises a one-line ValueError for a file in another format."""
     rows: dict = {}
     try:
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
                 env_name, label, rate, seed, steps, value = (row[name] for name in COLUMNS)
-                rows.setdefault((env_name, label, float(rate), seed), []).append(
+                rows.setdefault((env_name, label, float(rate), int(seed)), []).append(
                     (float(steps), float(value))
                 )
     except FileNotFoundError:
@@ -359,9 +376,11 @@ def read_curves(path: Path) -> dict:
 def summary_rows(result: Result, points: int = 40) -> list[tuple]:
     """The mean curve and its interval, at `points` points at most, as kept in results/."""
     at = np.unique(np.linspace(0, len(result.env_steps) - 1, points).round().astype(int))
-    low, high = bootstrap_interval(result.returns[:, at])
-    numbers = zip(result.env_steps[at], result.returns[:, at].mean(axis=0), low, high, strict=True)
-    name = (result.env_name, result.label, f"{result.learning_rate:g}", len(result.returns))
+    kept = result.kept[:, at]
+    if not len(kept):
+        return []
+    numbers = zip(result.env_steps[at], kept.mean(axis=0), *bootstrap_interval(kept), strict=True)
+    name = (result.env_name, result.label, f"{result.learning_rate:g}", len(kept))
     return [(*name, f"{steps:g}", *(f"{x:.5g}" for x in values)) for steps, *values in numbers]
 
 

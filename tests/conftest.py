@@ -8,7 +8,10 @@ import os
 flags = os.environ.get("XLA_FLAGS")
 os.environ["XLA_FLAGS"] = f"{flags or ''} --xla_backend_optimization_level=0"
 
+import sys  # noqa: E402
+
 import jax  # noqa: E402, after its flags
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.devices()  # reads the flags
@@ -17,3 +20,20 @@ if flags is None:
     del os.environ["XLA_FLAGS"]
 else:
     os.environ["XLA_FLAGS"] = flags
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """call(main, flags) runs a script's main in this process, in the folder tmp_path. -> exit code,
+    stdout, stderr. It takes seconds less than a new process."""
+
+    def run(main, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, flags)])
+        monkeypatch.chdir(tmp_path)
+        try:
+            code = main()
+        except SystemExit as end:
+            code = end.code
+        return code or 0, *capsys.readouterr()
+
+    return run

@@ -27,6 +27,13 @@ def test_every_script_can_be_imported(name):
     importlib.import_module(name)
 
 
+def test_bench_measures_ppo(monkeypatch):
+    bench = importlib.import_module("bench")
+    sizes = dict(num_envs=4, batch_size=4, num_minibatches=1, num_epochs=1)
+    monkeypatch.setattr(bench, "PPO", {"pendulum": sizes})
+    assert bench.measure_ppo("pendulum")["steps_per_s"] > 0
+
+
 def test_the_sweep_runs_each_setting_once_and_continues_an_interrupted_one(tmp_path, monkeypatch):
     sweep = importlib.import_module("sweep")
     commands = []
@@ -181,7 +188,8 @@ def test_an_accelerator_makes_a_table_task_by_task(tmp_path, monkeypatch):
         made.append((learner.args.env_name, [run.rates for run in to_run]))
         steps, returns = np.array([1.0, 2.0]), np.array([[1.0, 2.0], [3.0, 4.0]])
         return [
-            report.Result(run.env_name, run.label, run.rates[-1], steps, returns) for run in to_run
+            report.Result(run.env_name, run.label, run.rates[-1], steps, returns, np.arange(2))
+            for run in to_run
         ]
 
     monkeypatch.setattr(lanes, "evaluate_all", evaluate_all)

@@ -37,10 +37,10 @@ def write_evaluation(folder, finals):
     curve goes from 0 to it in a straight line."""
     folder.mkdir()
     results = [
-        report.Result(*key, np.arange(1, 6), np.outer(final, np.linspace(0, 1, 5)))
+        report.Result(*key, np.arange(1, 6), np.outer(final, np.linspace(0, 1, 5)), np.arange(4))
         for key, final in finals.items()
     ]
-    report.write_results(folder / "results.csv", results, 0)
+    report.write_results(folder / "results.csv", results)
 
 
 @pytest.fixture
@@ -102,3 +102,34 @@ def test_the_summary_has_a_row_for_each_task(evaluation):
     assert [cell.split()[0] for cell in ant.split("|")[2:5]] == ["17.5", "13.12", "8.75"]
     assert ant.split("|")[5] == " rmsprop 10.5 (10.5 to 10.5) "
     assert hopper.split("|")[3] == " - " and humanoid.startswith("| humanoid | 4.375 (")
+
+
+def test_a_lost_seed_is_below_all_and_its_optimizer_is_not_the_best_classical(tmp_path):
+    lost = np.array([90.0, np.nan, 90.0, 90.0])
+    finals = {("ant", OURS, 1.0): 20 * np.ones(4), ("ant", "adam", 0.1): 10 * np.ones(4)}
+    write_evaluation(tmp_path / "run", finals | {("ant", "rmsprop", 0.1): lost})
+    by_env = compare.read((str(tmp_path / "run"),))
+    compare.write_scores(tmp_path / "scores.csv", [*by_env["ant"]])
+    assert "ant,rmsprop,0.1,1,nan,-inf,-inf\n" in (tmp_path / "scores.csv").read_text().replace(
+        "\r", ""
+    )
+    for name, best in (("run", by_env), ("scores", compare.read((str(tmp_path),)))):
+        table = compare.table(best, OURS)
+        assert "adam 8.75 (8.75 to 8.75) |" in table.split("###")[0], name
+        assert "| rmsprop | 0.1 | 78.75 (78.75 to 78.75), 1 lost |" in table
+    ours, _, theirs = (s.final for s in by_env["ant"])
+    assert compare.better(ours, theirs) == 0.25
+    assert compare.verdicts(by_env, "rmsprop")[0].endswith("below on 1: ant")
+
+
+def test_of_two_learning_rates_one_that_loses_no_seed_is_taken():
+    steps, seeds = np.array([1.0, 2.0]), np.arange(2)
+    good = report.Result("ant", "adam", 0.1, steps, np.array([[0.0, 1.0], [0.0, 1.0]]), seeds)
+    lost = good._replace(learning_rate=1.0, returns=np.array([[0.0, 9.0], [0.0, np.nan]]))
+    assert report.at_best_rate([lost, good]) == report.at_best_rate([good, lost]) == [good]
+    assert "| adam (1 seeds ended early, not finite) | 1 | 4.500 | 4.500 to" not in report.table(
+        [lost]
+    )
+    assert "| adam (1 seeds ended early, not finite) | 1 | 4.500 | one seed |" in report.table(
+        [lost]
+    )

@@ -359,7 +359,6 @@ def test_pendulum_is_too_heavy_to_lift_at_once_and_light_enough_to_swing_up():
 
 def test_names():
     assert control.NAMES == ("pendulum", "cartpole", "point_mass", "two_link_reacher", "acrobot")
-    assert set(control.EPISODE_LENGTH) == set(control.NAMES)
     with pytest.raises(
         ValueError, match="unknown task 'pendulums'; choose from pendulum, .*, acrobot$"
     ):

@@ -4,10 +4,8 @@ command line to its files."""
 import csv
 import gzip
 import importlib.util
+import json
 import struct
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +14,8 @@ import optax
 import pytest
 
 import classifier
+import gradient_distributions
 from gradient_distributions import KINDS, STAGES, bin_edges, counting, histogram
-
-ROOT = Path(__file__).parent.parent
 
 
 def numpy_histogram(x):
@@ -110,11 +107,6 @@ def test_a_download_must_have_its_checksum(tmp_path, monkeypatch):
     assert not list((tmp_path / "data").iterdir())
 
 
-def run_script(cwd, *flags):
-    command = [sys.executable, str(ROOT / "figures" / "gradient_distributions.py"), *flags]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-
-
 def check_files(cwd, num_coordinates, tenth):
     (folder,) = (cwd / "runs").iterdir()
     with open(folder / "distributions.csv") as file:
@@ -130,41 +122,30 @@ def check_files(cwd, num_coordinates, tenth):
     assert (folder / "distributions.png").read_bytes()[1:4] == b"PNG"
 
 
-def test_mnist_to_its_files(mnist):
-    folder = mnist[0]
-    done = run_script(
-        folder,
-        "--task",
-        "mnist",
-        "--data-dir",
-        str(folder),
-        "--batch-size",
-        "20",
-        "--num-epochs",
-        "3",
-    )
-    assert done.returncode == 0, done.stderr
-    check_files(folder, 4 * 16 + 16 + 30 * 16 * 32 + 32 + 320 + 10, 3)
+def test_mnist_to_its_files_with_an_optimizer_that_has_no_learning_rate(mnist, call):
+    """It gets its own rate, 1, and the number of updates."""
+    flags = "--task mnist --batch-size 20 --num-epochs 3 --optimizer pretrained/adam4rl --data-dir"
+    code, _, err = call(gradient_distributions.main, *flags.split(), mnist[0])
+    assert code == 0, err
+    check_files(mnist[0], 4 * 16 + 16 + 30 * 16 * 32 + 32 + 320 + 10, 3)
+    config = json.loads(next(mnist[0].glob("runs/*/config.json")).read_text())
+    assert config["args"]["learning_rate"] == 1.0
 
 
-def test_a2c_to_its_files(tmp_path):
+def test_a2c_to_its_files(call, tmp_path):
     flags = "--task a2c --env-name small_dense_short --total-steps 204800"
     flags += " --optimizer adam --learning-rate 1e-2"
-    done = run_script(tmp_path, *flags.split())
-    assert done.returncode == 0, done.stderr
+    code, _, err = call(gradient_distributions.main, *flags.split())
+    assert code == 0, err
     check_files(tmp_path, 6 * 8 * 3 * 32 + 32 + 32 * 9 + 9 + 32 + 1, 2)
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("sklearn") is not None, reason="scikit-learn is installed"
 )
-def test_digits_without_scikit_learn_is_one_line(tmp_path):
-    done = run_script(tmp_path, "--task", "digits")
-    assert (
-        done.returncode == 2
-        and done.stderr.count("\n") == 1
-        and "pip install scikit-learn" in done.stderr
-    )
+def test_digits_without_scikit_learn_is_one_line(call):
+    code, _, err = call(gradient_distributions.main, "--task", "digits")
+    assert code == 2 and err.count("\n") == 1 and "pip install scikit-learn" in err
 
 
 def test_the_classifier_learns(mnist):

@@ -15,14 +15,15 @@ def write(folder, label, finals, first_seed=0):
     """Curves from 0 to each of the finals; the two last evaluations of PPO are the same."""
     folder.mkdir()
     returns = np.outer(finals, [0.0, 1.0, 1.0])
-    result = report.Result("pendulum", label, 1e-3, STEPS, returns)
-    report.write_results(folder / "results.csv", [result], first_seed)
+    seeds = first_seed + np.arange(len(finals))
+    result = report.Result("pendulum", label, 1e-3, STEPS, returns, seeds)
+    report.write_results(folder / "results.csv", [result])
     return str(folder)
 
 
 def test_the_difference_is_of_the_seeds_that_both_have(tmp_path, monkeypatch, capsys):
-    ours = write(tmp_path / "ours", "mine (trained)", [10.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    other = write(tmp_path / "other", "untrained", [1.0, 2.0, 1.0, 1.5, 3.5, 99.0], first_seed=1)
+    ours = write(tmp_path / "ours", "mine (trained)", [np.nan, 2.0, 3.0, 4.0, 5.0, 6.0])
+    other = write(tmp_path / "other", "untrained", [7.0, 1.0, 2.0, 1.0, 1.5, 3.5, 99.0])
     write(tmp_path / "far", "adam", [1.0, 2.0], first_seed=100)
     flags = [ours, other, str(tmp_path / "far"), "--of", "mine (trained)"]
     monkeypatch.setattr(sys, "argv", ["paired.py", *flags])

@@ -220,8 +220,11 @@ def test_seeds_of_several_evaluations_join(tmp_path):
         strict=True,
     ):
         steps = 10 * np.arange(1, rows.shape[1] + 1)
-        parts = [report.Result("catch", label, 0.1, steps, rows) for label in ("adam", "rmsprop")]
-        report.write_results(paths[name], parts, seed)
+        seeds = seed + np.arange(len(rows))
+        parts = [
+            report.Result("catch", label, 0.1, steps, rows, seeds) for label in ("adam", "rmsprop")
+        ]
+        report.write_results(paths[name], parts)
     joined = report.read_results(paths["first"], paths["last"])
     assert [(result.label, result.learning_rate) for result in joined] == [
         ("adam", 0.1),
@@ -444,9 +447,7 @@ def test_tables_show_scores_at_the_end_and_relative_to_adams():
     results = []
     for (env_name, label), slope in lines.items():
         returns = np.broadcast_to(slope * steps / 200, (2, 200))
-        results.append(
-            report.Result(env_name, label, 0.1, steps, returns[np.isfinite(returns[:, -1])])
-        )
+        results.append(report.Result(env_name, label, 0.1, steps, returns, np.arange(2)))
     assert results[1].score() == pytest.approx(20 * 190.5 / 200) and results[1].score(
         0.25
     ) == pytest.approx(20 * 40.5 / 200)
@@ -470,6 +471,11 @@ def test_tables_show_scores_at_the_end_and_relative_to_adams():
 
 def test_a_quarter_is_a_step_with_an_evaluation_and_not_the_one_before_training():
     result = report.Result(
-        "ant", "x", 0.1, np.array([0, 10, 20, 30, 40]), np.array([[5.0, 7.0, 11.0, 13.0, 19.0]])
+        "ant",
+        "x",
+        0.1,
+        np.array([0, 10, 20, 30, 40]),
+        np.array([[5.0, 7.0, 11.0, 13.0, 19.0]]),
+        [0],
     )
     assert [result.score(until) for until in (0.25, 0.3, 0.5, 1.0)] == [6.0, 9.0, 9.0, 16.0]
