@@ -35,6 +35,7 @@ COLUMNS = ("env_name", "optimizer", "learning_rate", "seed", "first", "final", "
 KINDS = ("final", "mean")
 NAMES = {"final": "return at the end", "mean": "return averaged over training"}
 RESAMPLES = 2000
+FEWEST = 3  # tasks of an optimizer in compare.png; those meta-trained on one task have one
 
 
 @dataclass(frozen=True)
@@ -183,12 +184,15 @@ def draw(path: Path, by_env: dict, of: str) -> None:
 
 
 def draw_probabilities(axis, by_env: dict, of: str) -> None:
-    """That `of` is better than each other optimizer, the hardest to beat at the top."""
+    """That `of` is better than each other optimizer, the hardest to beat at the top. The mean is
+    over the tasks that both have."""
     found: dict = {}  # (label, kind) -> the probability and its interval
     number: dict = {}  # label -> of tasks
     by_label = [{s.label: s for s in scores} for scores in by_env.values()]
     for label in set().union(*by_label) - {of}:
         both = [(scores[of], scores[label]) for scores in by_label if label in scores]
+        if len(both) < min(FEWEST, len(by_env)):
+            continue
         number[label] = len(both)
         for kind in KINDS:
             pairs = [(getattr(ours, kind), getattr(theirs, kind)) for ours, theirs in both]
@@ -200,9 +204,10 @@ def draw_probabilities(axis, by_env: dict, of: str) -> None:
         axis.hlines(rows, low, high, color=color, linewidth=4, alpha=0.4)
         axis.plot(middle, rows, "o", color=color, markersize=5, label=NAMES[kind])
     names = [f"{report.short(label)} ({number[label]})" for label in others]
-    axis.set(yticks=range(len(others)), yticklabels=names, xlim=(0, 1))
+    axis.set(yticks=range(len(others)), yticklabels=names, xlim=(0, 1.02))
     axis.axvline(0.5, color="0.5", linewidth=0.8)
-    axis.set(title=f"probability that {report.short(of)} is better than ... (tasks)")
+    axis.set(title=f"{report.short(of)} is better than ... (number of tasks)")
+    axis.set(xlabel="probability that a seed has the higher return, mean over tasks")
     axis.legend(frameon=False, loc="lower left")
 
 
@@ -217,8 +222,8 @@ def draw_profiles(axis, by_env: dict, of: str) -> None:
         if len(tasks) == len(by_env):
             share = np.mean([[np.mean(x > y) for y in at] for x in tasks], axis=0)
             axis.plot(at, share, label=report.short(label), linewidth=2 if label == of else 1)
-    axis.set(title="final return (0: first, 1: best classical optimizer)")
-    axis.set(ylabel="share of seeds above")
+    axis.set(title="optimizers that are on all tasks", ylabel="share of seeds above")
+    axis.set(xlabel="final return (0: start of training, 1: best classical mean)")
     axis.legend(frameon=False)
     axis.grid(alpha=0.3)
 

@@ -11,6 +11,7 @@ the figure show the best one.
 
 import csv
 import io
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,11 +232,8 @@ def short(label: str) -> str:
     """An optimizer's name in a legend."""
     if label == "untrained":
         return "optim4rl untrained"
-    return (
-        label.removeprefix("pretrained/")
-        .replace(" (trained)", "")
-        .replace(" (untrained)", " untrained")
-    )
+    label = re.sub(r"open, .*open_(\w+)", r"OPEN \1", label.removeprefix("pretrained/"))
+    return label.replace(" (trained)", "").replace(" (untrained)", " untrained")
 
 
 class Curve(NamedTuple):
