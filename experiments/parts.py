@@ -93,7 +93,8 @@ def main() -> None:
     rng = np.random.default_rng(args.seed)
     drawn = [search.draw(rng, task) for _ in range(args.repeats) for task in args.tasks]
     flat = [ravel_pytree(jax.tree.map(jnp.float32, theta))[0] for theta in found.values()]
-    scores = search.train(np.array(flat), drawn, *search.start_workers(size), chunks=1)
+    with search.start_workers(size) as submit:
+        scores = search.train(np.array(flat), drawn, submit)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = [

@@ -121,7 +121,7 @@ def put(theta: dict, group: str, values) -> dict:
     return theta
 
 
-def refine(args: Args, theta: dict, group: str, submit, results) -> dict:
+def refine(args: Args, theta: dict, group: str, submit) -> dict:
     """Try the numbers of a group and change them in theta. -> the row to log"""
     began = time.monotonic()
     rng = np.random.default_rng([args.seed, *group.encode()])
@@ -133,7 +133,7 @@ def refine(args: Args, theta: dict, group: str, submit, results) -> dict:
     values = middle + args.step * scale * offsets
     thetas = np.array([flat(put(theta, group, candidate)) for candidate in values])
     # One job of a task: the same program, so that scores without a difference are equal.
-    scores = search.train(thetas, drawn, submit, results, chunks=1)
+    scores = search.train(thetas, drawn, submit)
     differs = np.any(np.ptp(scores, axis=1) > 0, axis=-1)  # not so if the task has no such tensor
     ranks = search.fitness(scores[differs]) if differs.any() else np.zeros(len(values))
     best = middle + args.step * scale * best_offsets(offsets, ranks, args.least)
@@ -157,18 +157,16 @@ def main() -> None:
     for row in rows:
         put(theta, row["numbers"], row["value"])
     done = [row["numbers"] for row in rows]
-    workers = search.start_workers(0)
-    for group in args.numbers:
-        if group in done:
-            continue
-        row = refine(args, theta, group, *workers)
-        with open(log, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        shown = [" ".join(f"{x:.2f}" for x in row[key]) for key in ("from", "value", "ranks")]
-        print("{}: {} -> {}; ranks {}".format(group, *shown), flush=True)
-        done.append(group)
-        trained |= {"refined": done, "refined_on": list(args.tasks)}
-        optimizers.save_theta(out, jax.tree.map(jnp.float32, theta), "adam4rl", {}, trained)
+    with search.start_workers(0) as submit:
+        for group in (group for group in args.numbers if group not in done):
+            row = refine(args, theta, group, submit)
+            with open(log, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            shown = [" ".join(f"{x:.2f}" for x in row[key]) for key in ("from", "value", "ranks")]
+            print("{}: {} -> {}; ranks {}".format(group, *shown), flush=True)
+            done.append(group)
+            trained |= {"refined": done, "refined_on": list(args.tasks)}
+            optimizers.save_theta(out, jax.tree.map(jnp.float32, theta), "adam4rl", {}, trained)
     print(f"written: {out}, {log}")
 
 

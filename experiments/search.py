@@ -19,15 +19,17 @@ generations, as one generation is mostly chance) and OUT.jsonl (a line a generat
 from OUT.pkl if it is there.
 """
 
+import contextlib
+import functools
 import json
 import math
 import multiprocessing
 import os
 import pickle
-import queue
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -218,42 +220,46 @@ def make_lifetimes(search: Search, network_size: int = 0):
     return jax.jit(lifetimes)
 
 
-def work(jobs, results, network_size: int, core: int | None = None) -> None:
-    """Answer jobs: (name of the task, place, thetas, seed, updates) -> (place, scores), or what was
-    raised for scores. place: where they belong in all scores; core: of this process, its own"""
-    if core is not None:
-        os.sched_setaffinity(0, {core})
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/optim4rl-jax"))
-    parent, compiled = multiprocessing.parent_process(), {}
-    while parent is None or parent.is_alive():
-        try:
-            name, place, thetas, seed, num_updates = jobs.get(timeout=5)
-        except queue.Empty:
-            continue
-        try:
-            if name not in compiled:
-                compiled[name] = make_lifetimes(TASKS[name], network_size)
-            scores = compiled[name](jnp.float32(thetas), jax.random.key(seed), num_updates)
-            results.put((place, np.asarray(scores)))
-        except Exception as error:  # for the one who waits for scores
-            results.put((place, RuntimeError(f"{name}: {error}")))
+@functools.cache
+def compiled(name: str, network_size: int) -> Callable:
+    return make_lifetimes(TASKS[name], network_size)
 
 
-def start_workers(network_size: int) -> tuple:
-    """-> submit(job), results, a queue. On a CPU a process on each core; on an accelerator a thread
-    for each task, so that one compiles while another trains."""
+def score(network_size: int, name: str, thetas, seed: int, num_updates: int) -> np.ndarray:
+    """The scores of a task's lifetimes, in a worker. -> [P, 2]"""
+    lifetimes = compiled(name, network_size)
+    return np.asarray(lifetimes(jnp.float32(thetas), jax.random.key(seed), num_updates))
+
+
+def prepare(cores) -> None:
+    """A worker on a CPU: it has a core of its own, and ends with its parent."""
+    os.sched_setaffinity(0, {cores.get()})
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/optim4rl-jax"))
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+@contextlib.contextmanager
+def start_workers(network_size: int):
+    """`with start_workers(size) as submit:` submit(name, thetas, seed, num_updates) is a Future of
+    score. On a CPU a process on each core; on an accelerator a thread for each task, so that one
+    compiles while another trains."""
     if jax.default_backend() == "cpu":
-        context = multiprocessing.get_context("spawn")
-        jobs, results = context.Queue(), context.Queue()
-        for core in os.sched_getaffinity(0):
-            given = (jobs, results, network_size, core)
-            context.Process(target=work, args=given, daemon=True).start()
-        return jobs.put, results
-    results, queues = queue.Queue(), {name: queue.Queue() for name in TASKS}
-    for jobs in queues.values():
-        given = (jobs, results, network_size)
-        threading.Thread(target=work, args=given, daemon=True).start()
-    return lambda job: queues[job[0]].put(job), results
+        context, cores = multiprocessing.get_context("spawn"), os.sched_getaffinity(0)
+        own = context.SimpleQueue()
+        for core in cores:
+            own.put(core)
+        pool = ProcessPoolExecutor(len(cores), context, prepare, (own,))
+    else:
+        pool = ThreadPoolExecutor(len(TASKS))
+    try:
+        yield partial(pool.submit, score, network_size)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # --- Search ---
@@ -323,19 +329,12 @@ def draw(rng, name: str) -> tuple:
     return name, int(rng.integers(2**31)), int(np.exp(rng.uniform(np.log(fewest), np.log(most))))
 
 
-def train(thetas: np.ndarray, drawn: list[tuple], submit, results, chunks: int) -> np.ndarray:
+def train(thetas: np.ndarray, drawn: list[tuple], submit, chunks: int = 1) -> np.ndarray:
     """thetas: [P, D], trained with in every lifetime drawn; chunks: jobs of each
     -> scores [drawn, P, 2]"""
-    for number, (name, seed, num_updates) in enumerate(drawn):
-        for chunk in np.array_split(np.arange(len(thetas)), chunks):
-            submit((name, (number, chunk), thetas[chunk], seed, num_updates))
-    scores = np.zeros((len(drawn), len(thetas), 2))
-    for _ in range(len(drawn) * chunks):
-        place, found = results.get()
-        if isinstance(found, Exception):
-            raise found
-        scores[place] = found
-    return scores
+    parts = np.array_split(np.arange(len(thetas)), chunks)
+    jobs = [[submit(name, thetas[part], *rest) for part in parts] for name, *rest in drawn]
+    return np.array([np.concatenate([job.result() for job in some]) for some in jobs])
 
 
 def fitness(scores: np.ndarray) -> np.ndarray:
@@ -343,13 +342,13 @@ def fitness(scores: np.ndarray) -> np.ndarray:
     return np.mean([ranks(found[:, i]) for found in scores for i in (0, 1)], axis=0)
 
 
-def generation(strategy, drawn: list[tuple], written, space: Space, submit, results) -> dict:
+def generation(strategy, drawn: list[tuple], written, space: Space, submit) -> dict:
     """Sample, train, rank and update the distribution. written: the point that is also ranked
     -> the row to log"""
     candidates = strategy.ask()
     thetas = np.array([*space.thetas(np.array([*candidates, written])), space.adam])
     chunks = CHUNKS if jax.default_backend() == "cpu" else 1
-    scores = train(thetas, drawn, submit, results, chunks)
+    scores = train(thetas, drawn, submit, chunks)
     ranked = fitness(scores)
     strategy.tell(candidates, list(-ranked[: len(candidates)]))
     row = {"rank of theta": ranked[-2], "rank of adam": ranked[-1]}
@@ -379,6 +378,15 @@ def begin(args: Args, space: Space, state: Path) -> tuple:
     return strategy, np.random.default_rng(args.seed), [], [np.zeros(numbers)]
 
 
+def save(args: Args, space: Space, generations: int, mean: np.ndarray) -> None:
+    """Write the theta of a point of the search."""
+    theta = space.unflatten(jnp.float32(space.thetas(mean[None])[0]))
+    trained = {"env_name": list(TASKS), "seed": args.seed, "generations": generations}
+    trained |= {"population": args.population, "start": args.theta}
+    config, path = {"network_size": args.network_size}, Path(args.out).with_suffix(".npz")
+    optimizers.save_theta(path, theta, "adam4rl", config, trained)
+
+
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
@@ -390,26 +398,23 @@ def main() -> None:
         state = out.with_suffix(".pkl")
         strategy, rng, deck, means = begin(args, space, state)
     out.parent.mkdir(parents=True, exist_ok=True)
-    workers = start_workers(args.network_size)
     bar = tqdm(total=args.generations, initial=strategy.countiter, unit="generation")
-    while strategy.countiter < args.generations:
-        while len(deck) < args.tasks_per_generation:
-            deck = [*deck, *map(str, rng.permutation(list(TASKS)))]
-        names, deck = deck[: args.tasks_per_generation], deck[args.tasks_per_generation :]
-        drawn = [draw(rng, name) for name in names]
-        row = generation(strategy, drawn, late_mean(means), space, *workers)
-        means.append(np.array(strategy.mean))
-        row = {"generation": strategy.countiter, "sigma": strategy.sigma, **row}
-        bar.set_postfix({name: round(row[name], 2) for name in ("rank of theta", "rank of adam")})
-        bar.update()
-        with open(out.with_suffix(".jsonl"), "a") as log:
-            log.write(json.dumps(row) + "\n")
-        theta = space.unflatten(jnp.float32(space.thetas(late_mean(means)[None])[0]))
-        trained = {"env_name": list(TASKS), "seed": args.seed, "generations": strategy.countiter}
-        trained |= {"population": args.population, "start": args.theta}
-        config = {"network_size": args.network_size}
-        optimizers.save_theta(out.with_suffix(".npz"), theta, "adam4rl", config, trained)
-        runs.write_whole(state, lambda file: file.write(pickle.dumps((strategy, rng, deck, means))))  # noqa: B023
+    with start_workers(args.network_size) as submit:
+        while strategy.countiter < args.generations:
+            while len(deck) < args.tasks_per_generation:
+                deck = [*deck, *map(str, rng.permutation(list(TASKS)))]
+            names, deck = deck[: args.tasks_per_generation], deck[args.tasks_per_generation :]
+            drawn = [draw(rng, name) for name in names]
+            row = generation(strategy, drawn, late_mean(means), space, submit)
+            means.append(np.array(strategy.mean))
+            row = {"generation": strategy.countiter, "sigma": strategy.sigma, **row}
+            bar.set_postfix({name: round(row[name], 2) for name in row if name.startswith("rank")})
+            bar.update()
+            with open(out.with_suffix(".jsonl"), "a") as log:
+                log.write(json.dumps(row) + "\n")
+            save(args, space, strategy.countiter, late_mean(means))
+            found = pickle.dumps((strategy, rng, deck, means))
+            runs.write_whole(state, lambda file, found=found: file.write(found))
     bar.close()
     print(f"written: {out}.npz, {out}.jsonl; more --generations continue it")
     print(f"next: python experiments/parts.py --theta {out}.npz")

@@ -1,5 +1,6 @@
 """Refining theta one number after the other."""
 
+import contextlib
 import json
 
 import jax
@@ -36,12 +37,12 @@ def test_each_number_goes_where_its_scores_are_highest_and_is_not_tried_again(
     target["rate"][0], target["shape"][0] = 0.3, -0.5
     tried = []
 
-    def train(thetas, drawn, jobs, results, chunks):
+    def train(thetas, drawn, submit):
         tried.append(drawn)
         distance = np.sum((thetas - refine.flat(target)) ** 2, axis=1)
         return np.broadcast_to(-distance[:, None], (len(drawn), len(thetas), 2))
 
-    monkeypatch.setattr(refine.search, "start_workers", lambda size: (None, None))
+    monkeypatch.setattr(refine.search, "start_workers", contextlib.nullcontext)
     monkeypatch.setattr(refine.search, "train", train)
 
     def main(*numbers):
@@ -107,7 +108,7 @@ def test_a_log_of_something_else_is_refused_in_one_line(line, said, tmp_path, mo
 def test_a_number_that_changes_no_score_stays(monkeypatch):
     monkeypatch.setattr(refine.search, "train", lambda thetas, *_, **__: np.ones((1, 5, 2)))
     theta, _ = refine.begin(args := refine.Args(tasks=("cartpole",)))
-    row = refine.refine(args, theta, "shape.0", None, None)
+    row = refine.refine(args, theta, "shape.0", None)
     assert row["value"] == row["from"] and row["ranks"] == [0.0] * 5
 
 

@@ -1,5 +1,6 @@
 """The search for adam4rl's theta: its tasks, its lifetimes and its fitness."""
 
+import contextlib
 import json
 import pickle
 
@@ -93,10 +94,12 @@ def test_mixed_observations_are_of_the_same_environment():
 
 
 SMALL = {"num_envs": 4, "batch_size": 2, "num_minibatches": 2, "num_epochs": 1, "rollout_steps": 4}
+SMALL |= {"policy_layers": (8,), "value_layers": (8,)}
 
 
 @pytest.fixture(scope="module")
 def lifetimes():
+    """Compiled once: all tests have four candidates."""
     small = search.Search(lambda: search.ppo_on("cartpole", **SMALL), "reward", 2, 4)
     return search.make_lifetimes(small)
 
@@ -120,23 +123,22 @@ def test_a_lifetimes_scores_are_the_means_of_all_and_of_the_last_tenth(lifetimes
         key = jax.random.fold_in(key_learn, n)
         state, _, metrics = learn(key, state, optimizer, (n / num_updates, (n + 1) / num_updates))
         rewards.append(metrics["reward"])
-    scores = lifetimes(theta[None], jax.random.key(1), num_updates)
+    scores = lifetimes(jnp.tile(theta, (4, 1)), jax.random.key(1), num_updates)
     np.testing.assert_allclose(scores[0], [np.mean(rewards), rewards[-1]], rtol=1e-3)
 
 
 def test_on_an_accelerator_threads_answer_and_a_failure_is_raised(lifetimes, monkeypatch):
-    small = search.Search(lambda: search.ppo_on("cartpole", **SMALL), "reward", 2, 4)
-    monkeypatch.setattr(search, "TASKS", {"one": small, "other": small})
+    monkeypatch.setattr(search, "compiled", lambda name, size: {"one": lifetimes}[name])
     monkeypatch.setattr(search.jax, "default_backend", lambda: "gpu")
-    workers = search.start_workers(0)
-    thetas = np.array([with_rate(rate) for rate in (0.0, 1.0, -1.0)])
-    drawn = [("one", 1, 6), ("other", 2, 4)]
-    scores = search.train(thetas, drawn, *workers, chunks=1)
+    thetas = np.array([with_rate(rate) for rate in (0.0, 1.0, -1.0, 0.5)])
+    drawn = [("one", 1, 6), ("one", 2, 4)]
+    with search.start_workers(0) as submit:
+        scores = search.train(thetas, drawn, submit)
+        with pytest.raises(KeyError, match="other"):
+            search.train(thetas, [("other", 1, 6)], submit)
     for (_, seed, num_updates), found in zip(drawn, scores, strict=True):
         expected = lifetimes(jnp.float32(thetas), jax.random.key(seed), num_updates)
         np.testing.assert_array_equal(found, expected)
-    with pytest.raises(RuntimeError, match="one: "):
-        search.train(thetas[:, 1:], drawn[:1], *workers, chunks=1)
 
 
 class Halving:
@@ -164,7 +166,7 @@ def test_a_search_is_continued_by_more_generations(tmp_path, monkeypatch):
             return pickle.loads(state.read_bytes())
         return Halving(), np.random.default_rng(0), [], [np.zeros(NUMBERS)]
 
-    monkeypatch.setattr(search, "start_workers", lambda size: (None, None))
+    monkeypatch.setattr(search, "start_workers", contextlib.nullcontext)
     monkeypatch.setattr(search, "train", train)
     monkeypatch.setattr(search, "begin", begin)
     for name, runs in {"once": (5,), "continued": (2, 5)}.items():
