@@ -11,6 +11,7 @@ An accelerator trains all optimizers of a task in one program (lanes.py).
 """
 
 import math
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -99,7 +100,8 @@ def one_by_one(todo: dict, add) -> None:
     """Evaluate each pair by itself. add(its folder)"""
     for number, (key, given) in enumerate(todo.items(), start=1):
         print(f"--- {number} of {len(todo)}: {', '.join(key)} ---", flush=True)
-        add(run("evaluate", flags_of(given), ROOT / "runs" / "table"))
+        # A folder of its own, as another table.py may be running.
+        add(run("evaluate", flags_of(given), ROOT / "runs" / "table" / str(os.getpid())))
 
 
 def flags_of(given: evaluate.Args) -> str:
@@ -132,7 +134,7 @@ def in_one_program(todo: dict, add) -> None:
                 return None
             folder = ROOT / "runs" / "table"
             folder = runs.make_folder(str(folder), env_name, "evaluate", given[0].seed, given[0])
-            report.write_results(folder / "results.csv", results, given[0].seed)
+            report.write_results(folder / "results.csv", results)
             return folder
 
         started = [pool.submit(evaluate_task, *task) for task in by_task.items()]
@@ -145,26 +147,31 @@ def in_one_program(todo: dict, add) -> None:
             done.result()  # raises what a task raised, now that the others are kept
 
 
+def stored(path: Path) -> dict:
+    """(task, label of the row) -> its Scores. Raises a one-line ValueError for another file."""
+    scores = compare.read_scores(path) if path.exists() else ()
+    return {(s.env_name, s.label): s for s in scores}
+
+
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
         checks.positive(args, "num_seeds")
         path = Path(args.out) / "scores.csv"
-        scores = {}
-        for s in compare.read_scores(path) if path.exists() else ():
-            scores[s.env_name, s.label] = s
-        todo = {key: given for key, given in pairs(args).items() if args.again or key not in scores}
+        there = stored(path)
+        todo = {key: given for key, given in pairs(args).items() if args.again or key not in there}
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(folder):
         (found,) = compare.read((str(folder),)).values()
-        scores.update({(s.env_name, s.label): s for s in found})
+        # What is there now: another table.py may have added to it.
+        scores = stored(path) | {(s.env_name, s.label): s for s in found}
         compare.write_scores(path, [*scores.values()])
 
     evaluate_pairs = one_by_one if jax.default_backend() == "cpu" else in_one_program
     evaluate_pairs(todo, add)
     by_env: dict = {}
-    for s in scores.values():
+    for s in stored(path).values():
         by_env.setdefault(s.env_name, []).append(s)
     for name, found in [*by_env.items()]:
         if needs := compare.missing(found, args.of):
