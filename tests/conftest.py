@@ -23,17 +23,24 @@ else:
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
+def call(monkeypatch, capfd, tmp_path):
     """call(main, flags) runs a script's main in this process, in the folder tmp_path. -> exit code,
-    stdout, stderr. It takes seconds less than a new process."""
+    stdout, stderr. It takes seconds less than a new process. (capfd: a signal is told to the file
+    descriptor.)"""
+    change = jax.config.update  # but not the number of devices, which are there already
+
+    def update(key, value):
+        if key != "jax_num_cpu_devices":
+            change(key, value)
 
     def run(main, *flags):
         monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, flags)])
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(jax.config, "update", update)
         try:
             code = main()
         except SystemExit as end:
             code = end.code
-        return code or 0, *capsys.readouterr()
+        return code or 0, *capfd.readouterr()
 
     return run

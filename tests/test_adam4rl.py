@@ -113,7 +113,7 @@ def test_every_step_has_powers_of_the_largest_fan_in_and_of_the_number_of_matric
     params = PARAMS | {"more": [jnp.ones(shape) for shape in added]}  # PARAMS has one matrix
     grads = jax.tree.map(jnp.ones_like, params)
     updates = [
-        (opt := adam4rl(t, num_steps=300)).update(grads, opt.init(params))[0]
+        jax.jit((opt := adam4rl(t, num_steps=300)).update)(grads, opt.init(params))[0]
         for t in (zero(), theta)
     ]
     for usual, found in zip(*map(jax.tree.leaves, updates), strict=True):
@@ -125,10 +125,11 @@ def test_the_drop_in_is_the_agents_optimizer_and_takes_a_schedule():
     dropped_in = adam4rl(theta, num_steps=4, learning_rate=optax.linear_schedule(1.0, 0.0, 4))
     agents = to_optax(make_adam4rl(), theta, 1.0)
     state, agents_state = dropped_in.init(PARAMS), agents.init(PARAMS)
+    update, agents_update = jax.jit(dropped_in.update), jax.jit(agents.update)
     for t in range(4):
-        updates, state = dropped_in.update(gradients(t), state, PARAMS)
+        updates, state = update(gradients(t), state, PARAMS)
         extra_args = {"fraction": t / 4, "num_steps": 4.0, "value": 0.0}
-        expected, agents_state = agents.update(gradients(t), agents_state, PARAMS, **extra_args)
+        expected, agents_state = agents_update(gradients(t), agents_state, PARAMS, **extra_args)
         jax.tree.map(
             lambda u, e, t=t: np.testing.assert_allclose(u, (1 - t / 4) * e, rtol=1e-5),
             updates,

@@ -1,4 +1,4 @@
-"""Classical optimizers by name; files that work when they are copied into an empty folder."""
+"""Files that work when they are copied into an empty folder."""
 
 import os
 import re
@@ -7,47 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
-
-import optimizers
 
 ROOT = Path(__file__).parent.parent
 
-CLASSICAL = {
-    "adam": optax.adam(0.1, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0),
-    "adam_linear": optax.adam(0.1, b1=0.9, b2=0.999, eps=1e-8, eps_root=0.0),
-    "rmsprop": optax.rmsprop(0.1, 0.9, 1e-8, 0.0, eps_in_sqrt=True, centered=False, momentum=None),
-    "sgd": optax.sgd(0.1, momentum=None),
-    "sign_sgd": optax.sign_sgd(0.1),
-}
-
-
-@pytest.mark.parametrize("name", CLASSICAL)
-def test_classical_optimizers_are_those_of_optax_with_these_arguments(name):
-    ours, theirs = optimizers.make_optimizer(name, 0.1), CLASSICAL[name]
-    ours, params = optax.with_extra_args_support(ours), jnp.ones(4)
-    state, expected_state = ours.init(params), theirs.init(params)
-    for t in range(4):
-        g = jax.random.normal(jax.random.key(t), (4,)) * jnp.array([1.0, 100.0, 1e-7, 0.0])
-        updates, state = ours.update(g, state, params, fraction=t / 4)
-        expected, expected_state = theirs.update(g, expected_state, params)
-        left = 1 - t / 4 if name == "adam_linear" else 1
-        np.testing.assert_allclose(updates, left * expected, rtol=1e-6)
-
-
-def test_unknown_optimizer():
-    with pytest.raises(
-        ValueError, match="choose from adam, .*rmsprop, .*untrained, pretrained/NAME"
-    ):
-        optimizers.make_optimizer("adamw", 0.1)
-
-
-# A file copied alone trains an agent, or parameters, for three updates. files: what is copied;
-# code: what is run beside it.
+# A file copied alone makes three steps or updates. files: what is copied; code: what is run beside
+# it. (optim4rl.py and adam4rl.py: the README's code below.)
 ALONE = {
     "gridworld": (
         ["gridworld"],
@@ -58,33 +23,6 @@ state, obs = env.reset(jax.random.key(0))
 for i in range(3):
     state, obs, reward, done = env.step(jax.random.key(i), state, i)
 assert obs.shape == env.obs_shape and int(state.time) == 3
-""",
-    ),
-    "optim4rl": (
-        ["optim4rl"],
-        """
-import jax, optax, optim4rl
-optimizer = optim4rl.optim4rl(optim4rl.init_theta(jax.random.key(0)), 0.1)
-params = {"w": jax.numpy.ones(3)}
-start, opt_state = params, optimizer.init(params)
-for _ in range(3):
-    updates, opt_state = optimizer.update(params, opt_state, params)
-    params = optax.apply_updates(params, updates)
-assert (params["w"] < start["w"]).all()
-""",
-    ),
-    "adam4rl": (
-        ["adam4rl", "optim4rl"],
-        """
-import jax, optax, adam4rl
-theta = adam4rl.make_adam4rl().init_theta(jax.random.key(0))
-optimizer = adam4rl.adam4rl(theta, num_steps=10)
-params = {"w": jax.numpy.ones(3)}
-start, opt_state = params, optimizer.init(params)
-for _ in range(3):
-    updates, opt_state = optimizer.update(params, opt_state, params)
-    params = optax.apply_updates(params, updates)
-assert (params["w"] < start["w"]).all()
 """,
     ),
     "a2c": (

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import pickle
 import random
 import resource
 import shlex
@@ -27,19 +28,17 @@ ROOT = Path(__file__).parent.parent
 
 DEVICES = "jax_num_cpu_devices"
 
-# script, flags, what the line must hold
+# script, flags, what the line must hold (-1, NaN and too large a number for every flag that takes
+# one: test_command_lines.py)
 BAD = [
     ("a2c", "--env-name big_dense", "big_dense_long"),
     ("a2c", "--optimizer adamw", "rmsprop"),
     ("a2c", "--optimizer missing.npz", "no such file"),
     ("a2c", "--optimizer broken.npz", "broken.npz"),
     ("a2c", "--optimizer other.npz", "nosuch"),
-    ("a2c", "--num-envs -1", "--num-envs"),
     ("a2c", "--num-seeds 0", "--num-seeds"),
-    ("a2c", "--learning-rate nan", "--learning-rate"),
     ("a2c", "--total-steps 5", "--total-steps"),
     ("a2c", "--num-envs many", "num-envs"),
-    ("a2c", "--nosuch 1", "nosuch"),
     ("a2c", "--runs-dir a_file", "a_file"),
     ("a2c", "--runs-dir a_file/below", "a_file is not a folder"),
     ("ppo", "--env-name inverted_pendulm", "did you mean inverted_pendulum?"),
@@ -66,7 +65,6 @@ BAD = [
     ("evaluate", "--optimizers untrained:nosuch", "nosuch"),
     ("convert_velo", "nosuch", "no such file"),
     ("pipeline_train", "--reset-interval 0", "--reset-interval"),
-    ("pipeline_train", "--num-units -4", "--num-units"),
     ("pipeline_train", "--inner-updates 0", "--inner-updates"),
     ("pipeline_train", "--readout-layers 4 -1", "--readout-layers"),
     ("pipeline_train", "--total-steps 1e6 --num-iterations 3", "not both"),
@@ -79,18 +77,13 @@ BAD = [
     ("evaluate", "--learning-rates 1e-3 -1", "--learning-rates"),
     ("evaluate", "--num-seeds 0", "--num-seeds"),
     ("a2c", "--discount 1.5", "--discount"),
-    ("a2c", "--discount nan", "--discount"),
-    ("a2c", "--td-lambda -0.1", "--td-lambda"),
     ("a2c", "--rollout-steps 0", "--rollout-steps"),
     ("a2c", "--total-steps inf", "--total-steps"),
-    ("a2c", "--total-steps -3e6", "--total-steps"),
     ("a2c", "--learning-rate 0", "--learning-rate"),
     ("a2c", "--learning-rate", "--learning-rate"),
     ("a2c", "--num-envs 2.5", "num-envs"),
     ("a2c", "--seed one", "seed"),
     ("a2c", "--reward-scale 0", "--reward-scale"),
-    ("a2c", "--entropy-weight nan", "--entropy-weight"),
-    ("a2c", "--critic-weight -1", "--critic-weight"),
     ("a2c", "--checkpoint-minutes 0", "--checkpoint-minutes"),
     ("a2c", "--resume nosuch", "not a run's folder"),
     ("a2c", "--resume a_file", "not a run's folder"),
@@ -104,13 +97,10 @@ BAD = [
     ("ppo", "--gae-lambda 2", "--gae-lambda"),
     ("ppo", "--clip-range 0", "--clip-range"),
     ("ppo", "--grad-clip 0", "--grad-clip"),
-    ("ppo", "--entropy-weight -1", "--entropy-weight"),
-    ("ppo", "--critic-weight nan", "--critic-weight"),
     ("ppo", "--reward-scale inf", "--reward-scale"),
     ("ppo", "--policy-layers 32 0", "--policy-layers"),
     ("ppo", "--value-layers 1 x", "value-layers"),
     ("ppo", "--num-evals 0", "--num-evals"),
-    ("ppo", "--eval-envs -1", "--eval-envs"),
     ("ppo", "--num-minibatches 0", "--num-minibatches"),
     ("ppo", "--episode-length 0", "--episode-length"),
     ("ppo", "--runs-dir a_file", "a_file"),
@@ -123,16 +113,11 @@ BAD = [
     ("pipeline_train", "--env-name catch --inputs sqrt", "log"),
     ("pipeline_train", "--hidden-size 0", "--hidden-size"),
     ("pipeline_train", "--num-iterations 0", "--num-iterations"),
-    ("pipeline_train", "--meta-learning-rate nan", "--meta-learning-rate"),
     ("pipeline_train", "--meta-learning-rate 0", "--meta-learning-rate"),
-    ("pipeline_train", "--learning-rate -1e-3", "--learning-rate"),
     ("pipeline_train", "--reward-scale 0", "--reward-scale"),
     ("pipeline_train", "--save-theta-every 0", "--save-theta-every"),
-    ("pipeline_train", "--checkpoint-minutes -1", "--checkpoint-minutes"),
     ("pipeline_train", "--envs-per-unit 1 2", "--envs-per-unit"),
     ("pipeline_train", "--envs-per-unit 0", "--envs-per-unit"),
-    ("pipeline_train", "--reward-scale-range 1", "reward-scale-range"),
-    ("pipeline_train", "--learning-rate-range 1 inf", "--learning-rate-range"),
     ("pipeline_train", "--total-steps inf", "--total-steps"),
     (
         "pipeline_train",
@@ -189,7 +174,6 @@ BAD = [
     ("a2c", "--optimizer ''", "optimizer must not be empty"),
     ("pipeline_train", "--resume ''", "resume must not be empty"),
     ("pipeline_train", "--theta ''", "theta must not be empty"),
-    ("pipeline_train", "--inspect ''", "Unrecognized options: --inspect"),
     ("pipeline_train", "--env-name ''", "env-name must not be empty"),
     ("evaluate", "--runs-dir ''", "runs-dir must not be empty"),
     ("evaluate", "--optimizers adam ''", "optimizers must not be empty"),
@@ -206,21 +190,19 @@ BAD = [
     ("a2c", "--seed 2147483648", "--seed must be from 0 to 2147483647, got 2147483648"),
     ("ppo", "--seed 2147483647 --num-seeds 2", "--seed must be from 0 to 2147483646"),
     ("evaluate", "--seed 2147483640", "--seed must be from 0 to 2147483636"),
-    ("pipeline_train", "--seed -1", "--seed must be from 0"),
     ("pipeline_figure", "--seed 99999999999999999999", "--seed must be from 0"),
-    ("gradient_distributions", "--seed -1", "--seed must be from 0"),
     ("gradient_distributions", "--learning-rate 0", "--learning-rate must be above 0"),
     ("ppo", "--num-epochs 1000000000", "--num-epochs"),
     ("pipeline_train", "--reset-interval 1000000000", "--reset-interval"),
     ("pipeline_train", "--no-pipeline --num-iterations 1000000000", "--num-iterations"),
     ("pipeline_train", "--num-iterations 1 --inner-updates 1000000000", "--inner-updates"),
-    ("pipeline_train", "--learning-rate-range 1e-300 1", "--learning-rate-range"),
     # processes and devices
     ("pipeline_train", "--coordinator nonsense", "--coordinator must be HOST:PORT"),
     ("pipeline_train", "--coordinator localhost:99999", "--coordinator must be HOST:PORT"),
     ("pipeline_train", "--num-processes 2 --coordinator a..b:99", "--coordinator a..b:99: "),
     ("pipeline_train", "--num-processes 1000000007", "multiple"),
     ("pipeline_train", "--num-units 7 --num-devices 2", "multiple"),
+    ("pipeline_train", "--num-units 8 --num-devices 8", "--num-devices 8: there are 4"),
     ("pipeline_train", "--num-devices 1000000000", "--num-devices must be from 1 to 1024"),
     # more than any machine's memory
     ("a2c", "--num-seeds 1000000000", "lower --num-seeds"),
@@ -329,10 +311,8 @@ def run_in_vain(script, flags, hint, folder, monkeypatch, capsys):
     change = jax.config.update  # but not the number of devices, which are there already
     unless_devices = lambda key, value: key == DEVICES or change(key, value)  # noqa: E731
     monkeypatch.setattr(jax.config, "update", unless_devices)
-    began = time.process_time()
     with pytest.raises(SystemExit) as end:
         module.main()
-    assert time.process_time() - began < 1  # second, after the imports
     out, err = capsys.readouterr()
     assert end.value.code == 2
     assert err.count("\n") == 1 and hint in err and err.startswith("error: "), err
@@ -342,6 +322,12 @@ def run_in_vain(script, flags, hint, folder, monkeypatch, capsys):
 @pytest.mark.parametrize("script, flags, hint", BAD)
 def test_bad_input_is_one_line_and_exit_2(script, flags, hint, files, monkeypatch, capsys):
     run_in_vain(script, shlex.split(flags), hint, files, monkeypatch, capsys)
+
+
+def test_bad_input_is_refused_before_any_long_work(files, monkeypatch, capsys):
+    flags, began = ["--optimizer", "other.npz"], time.process_time()
+    run_in_vain("a2c", flags, FILES["other.npz"], files, monkeypatch, capsys)
+    assert time.process_time() - began < 1  # second, after the imports
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -357,13 +343,13 @@ def test_a_bad_theta_file_is_one_line_and_exit_2(name, files, monkeypatch, capsy
     )
 
 
-def test_ten_thousand_mutated_files_are_refused_in_one_line_or_hold_what_was_saved(good, tmp_path):
+def test_a_thousand_mutated_files_are_refused_in_one_line_or_hold_what_was_saved(good, tmp_path):
     """Bytes changed, cut out, doubled, swapped. No other error, and never other numbers."""
     whole, (theta, header), rng = good.read_bytes(), load_theta(good), random.Random(0)
     learned = optimizers.LEARNED["optim4rl"](**header["config"])
     refused, path = 0, tmp_path / "mutated.npz"
     warnings.simplefilter("ignore")  # numpy's and zipfile's, about what they see in there
-    for _ in range(10_000):
+    for _ in range(1000):
         data = bytearray(whole)
         for _ in range(rng.choice((1, 1, 2, 8))):
             at, length = rng.randrange(len(data)), rng.choice((1, 1, 1, 4, 64))
@@ -390,7 +376,7 @@ def test_ten_thousand_mutated_files_are_refused_in_one_line_or_hold_what_was_sav
                 optimizers.check_theta(str(path), learned, loaded)
             continue
         jax.tree.map(np.testing.assert_array_equal, loaded, theta)
-    assert refused > 5000
+    assert refused > 500
 
 
 def test_loading_runs_nothing_from_the_file(tmp_path):
@@ -404,27 +390,23 @@ def test_loading_runs_nothing_from_the_file(tmp_path):
     with zipfile.ZipFile(tmp_path / "trap.npz", "w") as file:
         file.writestr("header.npy", buffer.getvalue())
         file.writestr("w.npy", buffer.getvalue())
-    with pytest.raises(ValueError, match="not a whole theta file"):
-        load_theta(tmp_path / "trap.npz")
+    (tmp_path / "pickle.npz").write_bytes(pickle.dumps(Trap()))
+    for name in ("trap.npz", "pickle.npz"):
+        with pytest.raises(ValueError, match="not a whole theta file"):
+            load_theta(tmp_path / name)
     assert not (tmp_path / "sprung").exists()
 
 
-@pytest.mark.parametrize("limit, code", [(100, 2), (5000, 1)])
-def test_a_disk_that_is_full_is_one_line_and_no_half_file(tmp_path, limit, code):
-    """At 100 bytes a file the run's folder cannot be made; at 5000 it can, and theta.npz cannot."""
+def test_a_disk_that_is_full_is_one_line_and_no_half_file(tmp_path):
+    """config.json cannot be written. (A checkpoint that cannot: test_damage.py.)"""
     flags = "--env-name catch --num-units 2 --num-iterations 2 --inner-updates 1".split()
     command = [sys.executable, str(ROOT / "pipeline_train.py"), *flags]
-    limits = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
+    limits = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # noqa: E731
     # Not on a GPU: its compiler writes files of its own.
     environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limits, env=environment
     )
-    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "error: " in done.stderr.strip().splitlines()[-1] and "File too large" in done.stderr
-    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
-    assert (
-        (not left)
-        if code == 2
-        else ("theta.npz" not in left and not any("tmp" in name for name in left))
-    )
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))

@@ -144,6 +144,17 @@ def test_a_run_of_before_config_had_the_scripts_name_is_resumed_or_its_other_typ
         assert (err is None) if hint is None else (hint in err)
 
 
+def test_other_arguments_and_a_run_without_a_checkpoint_are_refused(run):
+    folder, config = make_run("pipeline_train")
+    units = config["args"]["num_units"]
+    flags = ["--resume", str(folder), "--num-units", str(2 * units)]
+    hint = f"--num-units is {2 * units} here, and {units} in the run to resume"
+    assert hint in run("pipeline_train", flags)
+    (folder / "checkpoint" / "3").rmdir()
+    (folder / "checkpoint" / "6.tmp").mkdir()  # not written to its end
+    assert "no checkpoint yet" in run("pipeline_train", flags[:2])
+
+
 # script, what changed in the arguments of its run, what the line must hold
 CHANGED = [
     ("a2c", {"num_envs": "64"}, "the num_envs in its config.json is '64'"),

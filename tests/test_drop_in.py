@@ -56,10 +56,11 @@ def test_a_state_of_other_parameters_is_refused(kind):
 def test_a_schedule_is_the_learning_rate_of_each_update(kind):
     schedule = optax.piecewise_constant_schedule(0.1, {1: 0.5, 2: 0.0})  # 0.1, 0.05, 0, 0
     scheduled, constant = DROP_INS[kind](rate=schedule), DROP_INS[kind](rate=1.0)
+    update, constant_update = jax.jit(scheduled.update), jax.jit(constant.update)
     state, constant_state = scheduled.init(PARAMS), constant.init(PARAMS)
     for rate in (0.1, 0.05, 0.0, 0.0):
-        updates, state = jax.jit(scheduled.update)(PARAMS, state, PARAMS)
-        full, constant_state = constant.update(PARAMS, constant_state, PARAMS)
+        updates, state = update(PARAMS, state, PARAMS)
+        full, constant_state = constant_update(PARAMS, constant_state, PARAMS)
         jax.tree.map(
             lambda u, f, rate=rate: np.testing.assert_allclose(u, rate * f, rtol=1e-5),
             updates,
@@ -72,7 +73,7 @@ def test_a_schedule_does_not_scale_the_part_of_star_that_has_no_learning_rate():
     results = []
     for rate in (0.3, lambda count: 0.3):
         optimizer = to_optax(star, THETA["star"], rate)
-        results.append(optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)[0])
+        results.append(jax.jit(optimizer.update)(PARAMS, optimizer.init(PARAMS), PARAMS)[0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *results)
 
 
@@ -102,7 +103,9 @@ def test_many_tensors_come_back_from_blocks_also_under_vmap_and_derivatives():
         return sum(jnp.sum(x * y) for x, y in zip(tree, back, strict=True))
 
     jax.tree.map(
-        lambda d, x: np.testing.assert_allclose(d, 3 * x**2, rtol=1e-6), jax.grad(loss)(MANY), MANY
+        lambda d, x: np.testing.assert_allclose(d, 3 * x**2, rtol=1e-6),
+        jax.jit(jax.grad(loss))(MANY),
+        MANY,
     )
 
 

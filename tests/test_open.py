@@ -98,11 +98,14 @@ def test_the_update_is_the_published_one(flat, tmp_path, monkeypatch):
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     references = [Reference(flat.astype(float), p.size) for _, p in leaves]
     state, total = learned.init_state(params), EPOCHS * MINIBATCHES * ITERATIONS
+    update = jax.jit(
+        lambda grads, state, extra: learned.update(*(theta, grads, state, params, 1.0), **extra)
+    )
     for k in range(14):
         grads = draw(rng, scale=0.02 if k % 2 else 3.0)  # below and above the clipped norm
         extra = {"fraction": k / total, "num_steps": float(total), "num_epochs": EPOCHS}
         extra |= {"num_minibatches": MINIBATCHES, "iteration_step": k % (EPOCHS * MINIBATCHES)}
-        updates, state = learned.update(theta, grads, state, params, 1.0, **extra)
+        updates, state = update(grads, state, extra)
         norms = {
             name: np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(grads[name]))) for name in grads
         }
@@ -123,14 +126,14 @@ def test_noise_moves_the_actor_only_and_changes_with_steps_and_parameters(
     flat[STARTS["d6.b"] + 2] = 1.0  # o = (0, 0, 1): nothing but noise of 0.001
     learned, theta = convert(flat, tmp_path, monkeypatch)
     params = {"policy": {"w": jnp.ones((60, 50))}, "value": {"w": jnp.ones((60, 50))}}
-    state = learned.init_state(params)
-    first, state = learned.update(theta, params, state, params, 1.0)
-    second, _ = learned.update(theta, params, state, params, 1.0)
+    update = jax.jit(lambda params, state: learned.update(theta, params, state, params, 1.0))
+    first, state = update(params, learned.init_state(params))
+    second, _ = update(params, state)
     np.testing.assert_allclose(np.std(first["policy"]["w"]), 1e-3, rtol=0.05)
     assert np.ptp(first["value"]["w"]) == 0  # the mean, which is subtracted everywhere
     np.testing.assert_allclose(np.mean(jnp.concatenate(jax.tree.leaves(first))), 0, atol=1e-9)
     others = jax.tree.map(lambda x: 2 * x, params)
-    third, _ = learned.update(theta, params, learned.init_state(others), others, 1.0)
+    third, _ = update(others, learned.init_state(others))
     for noise in (second, third):
         together = np.corrcoef(np.ravel(first["policy"]["w"]), np.ravel(noise["policy"]["w"]))
         assert abs(together[0, 1]) < 0.1

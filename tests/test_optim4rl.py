@@ -1,10 +1,7 @@
 """The optimizer against its equations written as a loop over scalars, and as a citizen of optax."""
 
-import json
 import math
 import os
-import pickle
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +16,6 @@ import optimizers
 from meta_gradient import streamed_replay_gradient
 from optim4rl import BLOCK, load_theta, make_optim4rl, to_optax
 
-ROOT = Path(__file__).parent.parent
 KINDS = [
     (cell, inputs, layers)
     for cell in ("lstm", "gru")
@@ -97,10 +93,10 @@ def test_update_is_the_equations_coordinate_by_coordinate(cell, inputs, layers):
     theta = make_theta(cell, inputs, layers)
     gradients = np.array([[0.3, -2.5, 0.0, 1e-6], [-0.7, 0.9, 1e-3, -1e-6], [0.2, 4.0, 0.0, 1e-4]])
     optimizer = optim4rl.optim4rl(theta, 0.01)
-    params = jnp.zeros(4)
+    params, update = jnp.zeros(4), jax.jit(optimizer.update)
     state = optimizer.init(params)
     for k in range(3):
-        updates, state = optimizer.update(jnp.asarray(gradients[k], jnp.float32), state, params)
+        updates, state = update(jnp.asarray(gradients[k], jnp.float32), state, params)
         expected = [
             scalar_optimizer(theta, gradients[: k + 1, p], cell, inputs, 3, 0.01)[k]
             for p in range(4)
@@ -119,10 +115,9 @@ def test_untrained_with_raw_inputs_is_nearly_sign_descent_on_small_gradients():
 def test_gradient_clipping(clip):
     optimizer = optim4rl.optim4rl(make_theta(), 0.01, grad_clip=clip)
     grads, limit = jnp.array([3.0, -0.5]), clip or np.inf
-    updates, _ = optimizer.update(grads, optimizer.init(grads))
-    np.testing.assert_array_equal(
-        updates, optimizer.update(jnp.clip(grads, -limit, limit), optimizer.init(grads))[0]
-    )
+    update = jax.jit(lambda grads: optimizer.update(grads, optimizer.init(grads))[0])
+    updates = update(grads)
+    np.testing.assert_array_equal(updates, update(jnp.clip(grads, -limit, limit)))
     unclipped, _ = optim4rl.optim4rl(make_theta(), 0.01, grad_clip=None).update(
         grads, optimizer.init(grads)
     )
@@ -145,7 +140,7 @@ def odd_params():
     }
 
 
-@pytest.mark.parametrize("cell, inputs, layers", KINDS)
+@pytest.mark.parametrize("cell, inputs, layers", [("lstm", "raw", ()), ("gru", "log", (5,))])
 def test_any_pytree_under_chain_and_jit(cell, inputs, layers):
     params = odd_params()
     optimizer = optax.chain(
@@ -164,9 +159,10 @@ def test_each_coordinate_is_on_its_own_wherever_it_lies():
     theta, key = make_theta(), jax.random.key(3)
     grads = jax.random.normal(key, (2 * BLOCK + 11,))
     optimizer = optim4rl.optim4rl(theta, 0.1)
-    whole, _ = optimizer.update(grads, optimizer.init(grads))
+    update = jax.jit(optimizer.update)
+    whole, _ = update(grads, optimizer.init(grads))
     order = jax.random.permutation(key, grads.size)
-    shuffled, _ = optimizer.update(grads[order], optimizer.init(grads))
+    shuffled, _ = update(grads[order], optimizer.init(grads))
     np.testing.assert_allclose(shuffled, whole[order], rtol=1e-5)
     parts = {"a": grads[:5].reshape(5, 1), "b": [grads[5:]]}
     split, _ = optimizer.update(parts, optimizer.init(parts))
@@ -200,9 +196,9 @@ def test_vmap_is_a_loop(theta_batched):
         return first, optimizer.update(grads[1], state)
 
     theta_axis, theta = (0, thetas) if theta_batched else (None, pick(thetas, 0))
-    got = jax.jit(jax.vmap(two_steps, (theta_axis, 1)))(theta, grads)
+    got, loop = jax.jit(jax.vmap(two_steps, (theta_axis, 1)))(theta, grads), jax.jit(two_steps)
     for i in range(3):
-        expected = two_steps(pick(thetas, i), grads[:, i])
+        expected = loop(pick(thetas, i), grads[:, i])
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
             pick(got, i),
@@ -213,6 +209,7 @@ def test_vmap_is_a_loop(theta_batched):
 def test_derivative_with_respect_to_theta_is_that_of_finite_differences():
     theta, grads = make_theta(), jnp.linspace(-1, 1, 9)
 
+    @jax.jit
     def moved(theta):
         optimizer = optim4rl.optim4rl(theta, 0.1)
         return jnp.sum(optimizer.update(grads, optimizer.init(grads))[0] * jnp.arange(9))
@@ -237,7 +234,8 @@ def test_lstm_derivative_is_that_of_jax():
         return jax.nn.sigmoid(o) * jnp.tanh(c), c
 
     got, expected = (
-        jax.vjp(cell, weights, (h, c), x)[1]((h_bar, c_bar)) for cell in (optim4rl.lstm, plain)
+        jax.jit(lambda *at, cell=cell: jax.vjp(cell, *at)[1]((h_bar, c_bar)))(weights, (h, c), x)
+        for cell in (optim4rl.lstm, plain)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), got, expected)
 
@@ -344,7 +342,7 @@ def test_an_accelerators_streamed_replay_is_the_cpus(num_updates, monkeypatch):
     assert_close(there, here)
 
 
-# --- Files ---
+# --- Files (what is wrong in one: test_bad_input.py, test_bad_files.py) ---
 
 
 @pytest.fixture
@@ -383,65 +381,6 @@ def test_save_and_load(saved):
     )
 
 
-class Payload:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
-
-
-def spoil(path, how):
-    whole = path.read_bytes()
-    arrays = dict(np.load(path))
-    header = json.loads(str(arrays["header"]))
-    if how == "missing":
-        path.unlink()
-    elif how == "truncated":
-        path.write_bytes(whole[: len(whole) // 2])
-    elif how == "empty":
-        path.write_bytes(b"")
-    elif how == "flipped":
-        path.write_bytes(whole[:600] + bytes([whole[600] ^ 255]) + whole[601:])
-    elif how == "text":
-        path.write_text("not an archive")
-    elif how == "pickle":
-        path.write_bytes(pickle.dumps(Payload()))
-    elif how == "pickle inside":
-        np.savez(path, **arrays | {"rnn1/b": np.array([Payload()], object)})
-    elif how == "foreign":
-        np.savez(path, weights=np.zeros(3))
-    elif how == "header":
-        np.savez(path, **arrays | {"header": np.array("{")})
-    elif how == "version":
-        np.savez(path, **arrays | {"header": np.array(json.dumps(header | {"format": 99}))})
-    elif how == "other optimizer":
-        np.savez(
-            path, **arrays | {"header": np.array(json.dumps(header | {"optimizer": "nosuch"}))}
-        )
-    elif how == "other config":
-        np.savez(
-            path,
-            **arrays | {"header": np.array(json.dumps(header | {"config": {"hidden_size": 4}}))},
-        )
-    elif how == "array missing":
-        np.savez(path, **{name: array for name, array in arrays.items() if name != "rnn2/w_h"})
-    elif how == "nan":
-        np.savez(path, **arrays | {"rnn1/b": np.full_like(arrays["rnn1/b"], np.nan)})
-
-
-@pytest.mark.parametrize(
-    "how",
-    "missing truncated empty flipped text pickle foreign header version nan".split()
-    + ["pickle inside", "other optimizer", "other config", "array missing"],
-)
-def test_unfit_files_are_refused_in_one_line(saved, how, monkeypatch):
-    path, _, _ = saved
-    spoil(path, how)
-    monkeypatch.chdir(path.parent)
-    with pytest.raises(ValueError) as error:
-        optimizers.make_optimizer(str(path), 0.1)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-    assert not Path("executed").exists()
-
-
 @pytest.mark.parametrize("fails", ["header", "rename"])
 def test_a_failed_save_leaves_the_old_file(saved, fails, monkeypatch):
     path, _, config = saved
@@ -473,27 +412,26 @@ TREES = st.recursive(
 )
 
 
+UNTRAINED = optimizers.make_optimizer("untrained", 0.1)
+UPDATE = jax.jit(UNTRAINED.update)
+
+
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(TREES)
 def test_any_pytree_is_updated_coordinate_by_coordinate(grads):
     """Structure, shapes and dtypes are kept, and each coordinate's updates are those that it has
     alone."""
-    learned = make_optim4rl()
-    theta = learned.init_theta(jax.random.key(0))
-    optimizer, flat = (
-        to_optax(learned, theta, 0.1),
-        [jnp.ravel(leaf) for leaf in jax.tree.leaves(grads)],
-    )
-    state, alone = optimizer.init(grads), {}
+    flat = [jnp.ravel(leaf) for leaf in jax.tree.leaves(grads)]
+    state, alone = UNTRAINED.init(grads), {}
     for scale in (1.0, -0.1):
         g = jax.tree.map(lambda x, scale=scale: (scale * x).astype(x.dtype), grads)
-        updates, state = optimizer.update(g, state, grads)
+        updates, state = UPDATE(g, state, grads)
         assert jax.tree.structure(updates) == jax.tree.structure(grads)
         for new, old in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
             assert (new.shape, new.dtype) == (old.shape, old.dtype)
         for i, values in enumerate(flat):
             if values.size:
                 one = jnp.ravel(jax.tree.leaves(g)[i])[-1:].astype(jnp.float32)
-                expected, alone[i] = optimizer.update(one, alone.get(i, optimizer.init(one)))
+                expected, alone[i] = UPDATE(one, alone.get(i, UNTRAINED.init(one)))
                 last = jnp.ravel(jax.tree.leaves(updates)[i])[-1:]
                 np.testing.assert_array_equal(last, expected.astype(last.dtype))

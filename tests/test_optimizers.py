@@ -26,9 +26,9 @@ def gradients(t):
 def updates_of(optimizer, extra_args):
     """One update for each dict of extra arguments."""
     optimizer = optax.with_extra_args_support(optimizer)
-    state, updates = optimizer.init(PARAMS), []
+    state, update, updates = optimizer.init(PARAMS), jax.jit(optimizer.update), []
     for t, extra in enumerate(extra_args):
-        step, state = optimizer.update(gradients(t), state, PARAMS, **extra)
+        step, state = update(gradients(t), state, PARAMS, **extra)
         updates.append(step)
     return updates
 
@@ -45,6 +45,25 @@ def test_every_classical_optimizer_descends_with_an_agents_extra_arguments(name)
     for step in updates_of(optimizer, [extra]):
         grads = gradients(0)
         assert sum(jnp.sum(step[key] * grads[key]) for key in grads) < 0
+
+
+@pytest.mark.parametrize("name", ["adam", "rmsprop", "sgd", "sign_sgd"])
+def test_the_papers_classical_optimizers_are_their_equations(name):
+    """With gradients that are large, far below epsilon, and zero."""
+    optimizer = optax.with_extra_args_support(optimizers.make_optimizer(name, 0.1))
+    state, update, m, v = optimizer.init(jnp.ones(4)), jax.jit(optimizer.update), 0.0, 0.0
+    decay = 0.9 if name == "rmsprop" else 0.999
+    for t in range(1, 4):
+        g = np.random.default_rng(t).normal(size=4) * [1.0, 100.0, 1e-7, 0.0]
+        m, v = 0.9 * m + 0.1 * g, decay * v + (1 - decay) * g**2
+        expected = {
+            "adam": (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8),
+            "rmsprop": g / np.sqrt(v + 1e-8),  # epsilon within the root
+            "sgd": g,
+            "sign_sgd": np.sign(g),
+        }[name]
+        updates, state = update(jnp.float32(g), state, jnp.ones(4), fraction=0.1)
+        np.testing.assert_allclose(updates, -0.1 * expected, rtol=1e-4)
 
 
 def test_adam_rel_counts_from_the_start_of_an_iteration():
@@ -92,6 +111,13 @@ def test_rmsprop_auto_is_rmsprop_linear_at_18_over_the_number_of_updates():
     np.testing.assert_allclose(
         got[0]["w"], -0.02 * np.asarray(gradients(0)["w"]) / np.sqrt(v), rtol=1e-4
     )
+
+
+def test_unknown_optimizer():
+    with pytest.raises(
+        ValueError, match="choose from adam, .*rmsprop, .*untrained, pretrained/NAME"
+    ):
+        optimizers.make_optimizer("adamw", 0.1)
 
 
 # --- Learning rates of optimizers that have their own ---

@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-import pickle
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -144,10 +145,9 @@ def test_on_an_accelerator_threads_answer_and_a_failure_is_raised(lifetimes, mon
 class Halving:
     """In place of CMA-ES: its mean goes half of the way to the best candidate."""
 
-    sigma = 1.0
-
-    def __init__(self):
-        self.mean, self.countiter = np.zeros(NUMBERS), 0
+    def __init__(self, start, sigma, options):
+        self.mean, self.sigma, self.countiter, self.N = start, sigma, 0, len(start)
+        assert (options["popsize"], options["seed"]) == (3, 7)
 
     def ask(self):
         return [self.mean + shift for shift in (-1.0, 0.0, 1.0)]
@@ -157,21 +157,18 @@ class Halving:
         self.countiter += 1
 
 
-def test_a_search_is_continued_by_more_generations(tmp_path, monkeypatch):
+def test_a_search_is_continued_by_more_generations(tmp_path, monkeypatch, capsys):
     def train(thetas, drawn, *_, **__):  # best where theta's numbers are large
         return np.tile(thetas.sum(axis=1)[:, None], (len(drawn), 1, 2))
 
-    def begin(args, space, state):
-        if state.exists():
-            return pickle.loads(state.read_bytes())
-        return Halving(), np.random.default_rng(0), [], [np.zeros(NUMBERS)]
-
     monkeypatch.setattr(search, "start_workers", contextlib.nullcontext)
     monkeypatch.setattr(search, "train", train)
-    monkeypatch.setattr(search, "begin", begin)
+    cma = types.SimpleNamespace(CMAEvolutionStrategy=Halving)
+    monkeypatch.setitem(sys.modules, "cma", cma)
     for name, runs in {"once": (5,), "continued": (2, 5)}.items():
         for generations in runs:
             flags = ["--generations", str(generations), "--out", str(tmp_path / name)]
+            flags += ["--population", "3", "--seed", "7"]
             monkeypatch.setattr("sys.argv", ["search.py", *flags])
             search.main()
     rows = (tmp_path / "once.jsonl").read_text()
@@ -182,3 +179,7 @@ def test_a_search_is_continued_by_more_generations(tmp_path, monkeypatch):
         _, theta, header = optimizers.load_learned(str(tmp_path / f"{name}.npz"))
         np.testing.assert_allclose(theta["momenta"], 2.25 * np.array(search.SCALES["momenta"]))
         assert header["trained"]["generations"] == 5
+    monkeypatch.setattr("sys.argv", ["search.py", *flags, "--network-size", "2"])
+    with pytest.raises(SystemExit):
+        search.main()
+    assert f"continued.pkl searches {NUMBERS} numbers, not" in capsys.readouterr().err
