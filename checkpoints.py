@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import multihost
 
 import checks
+import devices
 import runs
 from optim4rl import brief
 
@@ -33,11 +34,13 @@ def only_in_main_thread(error) -> None:
         sys.__unraisablehook__(error)
 
 
-# orbax logs every step. An error that it raises comes from its threads, which print it too; asyncio
-# prints those of its other files, which nobody asks for.
-for logger in ("absl", "asyncio"):
-    logging.getLogger(logger).setLevel(logging.CRITICAL + 1)
-sys.unraisablehook = only_in_main_thread
+def silence_orbax() -> None:
+    """It logs every step. An error that it raises comes from its threads, which print it too;
+    asyncio prints those of its other files, which nobody asks for."""
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = only_in_main_thread
+
 
 OF_A_START = ("resume", "process_id", "coordinator")  # arguments of one start, not of the run
 
@@ -51,11 +54,12 @@ class Checkpoints:
     """
 
     def __init__(self, run_folder: Path, args: Any):
+        silence_orbax()
         self.folder, self.args = run_folder.resolve() / "checkpoint", args
         self.seconds = 60 * args.checkpoint_minutes
         self.due = time.monotonic() + min(60, self.seconds)
         self.orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
-        self.shared = not runs.largest_of_processes(not run_folder.is_dir())
+        self.shared = not devices.largest_of_processes(not run_folder.is_dir())
         if not self.shared:
             print(f"no checkpoints: not all processes have {run_folder}")
 
@@ -63,7 +67,7 @@ class Checkpoints:
         """Write a checkpoint if it is due, or `now`, and log its size and time. number: iterations
         or updates done."""
         began = time.monotonic()
-        if not self.shared or not runs.largest_of_processes(now or began >= self.due):
+        if not self.shared or not devices.largest_of_processes(now or began >= self.due):
             return
         log.flush()  # a resumed run writes only the rows after its checkpoint
         try:
@@ -103,7 +107,7 @@ class Checkpoints:
             try:
                 reason = damage(folder)
                 wait_for_all(f"checkpoint {number} checked")
-                if runs.largest_of_processes(reason is not None):
+                if devices.largest_of_processes(reason is not None):
                     reason = reason or "for another process"
                     print(
                         f"the checkpoint at {number} is damaged ({reason}); trying the one before"

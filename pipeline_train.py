@@ -33,6 +33,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import a2c
 import checks
+import devices
 import optimizers
 import ppo
 import runs
@@ -140,7 +141,7 @@ def meta_step(key, state: MetaState, all_tasks: list[Task], learned, args: "Args
         key_task = jax.random.fold_in(jax.random.fold_in(key, state.iteration), i)
         train = partial(train_group, task=task, learned=learned, args=args)
         plan = schedule(key_task, state.iteration, args)
-        gradient, units, metrics = runs.mean_over_units(train, state.theta, plan, units, mesh)
+        gradient, units, metrics = devices.mean_over_units(train, state.theta, plan, units, mesh)
         gradient = optax.tree.scale(jnp.where(jnp.all(metrics["broken"]), jnp.nan, 1.0), gradient)
         gradients.append(gradient)
         all_units.append(units)
@@ -195,7 +196,7 @@ def jit_meta_step(
     shardings = MetaState(whole, whole, split, whole, whole)
     init = partial(init_meta_state, all_tasks=all_tasks, learned=learned, args=args)
     step = partial(meta_step, all_tasks=all_tasks, learned=learned, args=args, mesh=mesh)
-    options = {"out_shardings": (shardings, whole), "compiler_options": runs.COMPILER_OPTIONS}
+    options = {"out_shardings": (shardings, whole), "compiler_options": devices.COMPILER_OPTIONS}
     return jax.jit(init, out_shardings=shardings), jax.jit(step, donate_argnums=1, **options)
 
 
@@ -393,13 +394,13 @@ def main() -> None:
             tasks.check_filled_in(args)
         else:
             args = tasks.fill_in(args)
-        mesh = runs.choose_devices(
+        mesh = devices.choose_devices(
             args.num_units, args.num_devices, args.num_processes, args.process_id, args.coordinator
         )
         args = dataclasses.replace(args, num_devices=mesh.size // args.num_processes)
         all_tasks, learned, config = set_up(args)
         name = "+".join(args.env_name)
-        folder = runs.folder_of_all(lambda: runs.run_folder(args, name, "pipeline_train"))
+        folder = devices.folder_of_all(lambda: runs.run_folder(args, name, "pipeline_train"))
         checkpoints = Checkpoints(folder, args)
     if args.process_id == 0:
         print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
@@ -423,7 +424,7 @@ def main() -> None:
             log.write(iteration, row)
             if iteration % args.save_theta_every == 0:
                 save(state)
-            stop = runs.largest_of_processes(interrupted())
+            stop = devices.largest_of_processes(interrupted())
             checkpoints.save_if_due(iteration, state, log, stop)
             if row["bad_updates"]:
                 log.say(
@@ -440,7 +441,7 @@ def main() -> None:
 
         state = meta_train(args, all_tasks, learned, mesh, on_iteration_or_save, checkpoints)
         save(state)
-    stopped = runs.largest_of_processes(interrupted())
+    stopped = devices.largest_of_processes(interrupted())
     if args.process_id == 0:
         summarise(args, folder, state, stopped)
     sys.exit(stopped)

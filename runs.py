@@ -1,4 +1,4 @@
-"""The parts that all scripts share: command line, devices, run folder, log."""
+"""The parts that all scripts share: command line, run folder, log."""
 
 import ast
 import contextlib
@@ -12,7 +12,6 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -21,20 +20,10 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, PartitionSpec
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-COMPILER_OPTIONS = {
-    # A fifth less time in an iteration, on a CPU with such registers.
-    "xla_cpu_prefer_vector_width": 512,
-    # Each core has its own units, so threads need not share the work of one.
-    "xla_disable_hlo_passes": "cpu-parallel-task-assigner",
-}
 SECTION = re.compile(r" *# --- (.*) ---")
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "chex", "brax")
 
@@ -176,94 +165,6 @@ def interruptible():
             signal.signal(number, handler)
 
 
-def choose_devices(
-    num_units: int, num_devices: int | None, num_processes=1, process_id=0, coordinator=""
-) -> Mesh:
-    """The mesh that units are split over, of one axis "units": num_devices of each process, by
-    default the most that divide the units.
-
-    Makes each core of a CPU a device, so it must be called before anything runs on one. Raises a
-    one-line ValueError if the units cannot be split like this, or the processes cannot meet.
-    """
-    if not 0 <= process_id < num_processes:
-        raise ValueError(f"--process-id must be from 0 to {num_processes - 1}, got {process_id}")
-    if num_units % ((num_devices or 1) * num_processes):
-        asked = f"--num-devices {num_devices}" if num_devices else ""
-        asked += f" --num-processes {num_processes}" if num_processes > 1 else ""
-        raise ValueError(
-            f"--num-units {num_units} must be a multiple of the number of devices ({asked.strip()})"
-        )
-    if num_processes > 1:
-        try:
-            socket.getaddrinfo(
-                coordinator.rpartition(":")[0], None
-            )  # jax aborts without an address
-            jax.distributed.initialize(coordinator, num_processes, process_id)
-        except (OSError, UnicodeError, RuntimeError) as error:
-            raise ValueError(f"--coordinator {coordinator}: {error}") from None
-    jax.config.update("jax_num_cpu_devices", num_devices or len(os.sched_getaffinity(0)))
-    # The backend's threads start here and inherit this mask: only the main thread sees interrupts.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    here = jax.local_device_count()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    if num_devices and num_devices > here:
-        raise ValueError(f"--num-devices {num_devices}: there are {here}")
-    num_devices = num_devices or max(
-        n for n in range(1, here + 1) if num_units % (n * num_processes) == 0
-    )
-    devices = [
-        [d for d in jax.devices() if d.process_index == i][:num_devices]
-        for i in range(num_processes)
-    ]
-    return Mesh(sum(devices, []), "units")
-
-
-def mean_over_units(train: Callable, theta: Any, schedule: Any, units: Any, mesh: Mesh) -> tuple:
-    """Apply `train` to all units, split over the devices of the mesh and, on each device, into
-    groups.
-
-    train(theta, schedule, units) -> sum of meta-gradients, units, metrics. schedule, units:
-    [N, ...] -> mean meta-gradient, units, metrics [N]
-    """
-    num_units = jax.tree.leaves(schedule)[0].shape[0]
-    per_device = num_units // mesh.size
-    # On a CPU one unit at a time, which stays in the cache; on an accelerator many, but within its
-    # memory.
-    most = 1 if jax.default_backend() == "cpu" else 64
-    group = max(size for size in range(1, most + 1) if per_device % size == 0)
-
-    def on_device(theta, schedule, units):
-        def on_group(carry, start):
-            total, units = carry
-            some = jax.tree.map(
-                lambda x: jax.lax.dynamic_slice_in_dim(x, start, group), (schedule, units)
-            )
-            # A copy of this group, so that XLA does not copy all units.
-            some = jax.lax.optimization_barrier(some)
-            gradient, some, metrics = train(theta, *some)
-            units = jax.tree.map(
-                lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, 0), units, some
-            )
-            return (jax.tree.map(jnp.add, total, gradient), units), metrics
-
-        # The units, most of the memory, are the loop's carry: it is updated in place.
-        start = (jax.tree.map(jnp.zeros_like, theta), units)
-        (total, units), metrics = jax.lax.scan(on_group, start, jnp.arange(0, per_device, group))
-        metrics = jax.tree.map(jnp.ravel, metrics)
-        return jax.lax.psum(total, "units"), units, metrics
-
-    split, whole = PartitionSpec("units"), PartitionSpec()
-    on_devices = jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(whole, split, split),
-        out_specs=(whole, split, split),
-        check_vma=False,
-    )
-    total, units, metrics = on_devices(theta, schedule, units)
-    return jax.tree.map(lambda g: g / num_units, total), units, metrics
-
-
 def write_whole(path: str | os.PathLike, write: Callable) -> None:
     """Call write(buffer), and put the buffer into `path` by way of a temporary file: a reader never
     finds half a file."""
@@ -313,26 +214,6 @@ def run_folder(args: Any, env_name: str, script: str) -> Path:
         if args.resume
         else make_folder(args.runs_dir, env_name, script, args.seed, args)
     )
-
-
-def folder_of_all(make: Callable[[], Path]) -> Path:
-    """The folder that process 0 makes with make(), in all processes."""
-    if jax.process_count() == 1:
-        return make()
-    name = np.zeros(4096, np.uint8)
-    if jax.process_index() == 0:
-        folder = make()
-        text = os.fsencode(folder.resolve())
-        name[: len(text)] = list(text)
-    name = multihost_utils.broadcast_one_to_all(name)
-    return folder if jax.process_index() == 0 else Path(os.fsdecode(name.tobytes().rstrip(b"\0")))
-
-
-def largest_of_processes(number: int) -> int:
-    """The largest of all processes' numbers. All must call it."""
-    if jax.process_count() == 1:
-        return number
-    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
 def progress(total: int, title: str = "") -> tqdm:

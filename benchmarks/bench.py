@@ -148,8 +148,8 @@ def measure_meta(name, units, way, devices=1, inner_updates=4, repeats=3):
     import jax
 
     import pipeline_train
-    import runs
     import tasks
+    from devices import choose_devices
 
     flags = {
         "env_name": (name,),
@@ -158,7 +158,7 @@ def measure_meta(name, units, way, devices=1, inner_updates=4, repeats=3):
         "num_devices": devices,
     }
     args = tasks.fill_in(pipeline_train.Args(pipeline=False, num_iterations=1, **flags))
-    mesh = runs.choose_devices(args.num_units, args.num_devices)
+    mesh = choose_devices(args.num_units, args.num_devices)
     (task,), learned, _ = pipeline_train.set_up(args)
     key = jax.random.key(0)
     if way == "ours":

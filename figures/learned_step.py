@@ -18,6 +18,7 @@ import matplotlib
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checks  # noqa: E402, once the project is on the path
+import devices  # noqa: E402
 import pipeline_train  # noqa: E402
 import runs  # noqa: E402
 import tasks  # noqa: E402
@@ -123,7 +124,7 @@ def main() -> None:
         checks.positive(args, "every", "learning_rates", "inner_updates")
         pairs = [(rate, k) for k in args.inner_updates for rate in args.learning_rates]
         all_args = [meta_training_args(args, *pair) for pair in pairs]
-        mesh = runs.choose_devices(all_args[0].num_units, args.num_devices)
+        mesh = devices.choose_devices(all_args[0].num_units, args.num_devices)
         set_ups = [pipeline_train.set_up(given) for given in all_args]
         folder = runs.make_folder(args.runs_dir, args.env_name, "learned_step", args.seed, args)
     rows = []

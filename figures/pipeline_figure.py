@@ -23,7 +23,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import pipeline_train  # noqa: E402, once the project is on the path
+import devices  # noqa: E402, once the project is on the path
+import pipeline_train  # noqa: E402
 import runs  # noqa: E402
 import tasks  # noqa: E402
 from figures import report  # noqa: E402
@@ -144,7 +145,7 @@ def main() -> None:
                 "no --resume"
             )
         args = tasks.fill_in(args)
-        mesh = runs.choose_devices(args.num_units, args.num_devices, process_id=args.process_id)
+        mesh = devices.choose_devices(args.num_units, args.num_devices, process_id=args.process_id)
         pipeline_train.set_up(args)
         folder = runs.make_folder(
             args.runs_dir, args.env_name[0], "pipeline_figure", args.seed, args

@@ -11,9 +11,9 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
+import devices
 import optimizers
 import pipeline_train
-import runs
 from meta_gradient import inner_loop
 from optim4rl import make_optim4rl, to_optax
 from pipeline_train import (
@@ -136,7 +136,9 @@ def test_same_seed_same_theta_bit_for_bit():
 
 def test_one_trace_for_all_iterations(monkeypatch):
     chex.clear_trace_counter()
-    monkeypatch.setattr(runs, "mean_over_units", chex.assert_max_traces(runs.mean_over_units, n=1))
+    monkeypatch.setattr(
+        devices, "mean_over_units", chex.assert_max_traces(devices.mean_over_units, n=1)
+    )
     iterate(small_args())
 
 
@@ -205,7 +207,7 @@ def test_a_unit_that_goes_wrong_is_left_out_and_reset():
     task, learned = make_task(), make_optim4rl()
     theta, units = make_units(task, learned, 3)
     group, mesh = group_of(task, learned), Mesh(jax.devices()[:1], "units")
-    all_units = jax.jit(functools.partial(runs.mean_over_units, group, mesh=mesh))
+    all_units = jax.jit(functools.partial(devices.mean_over_units, group, mesh=mesh))
     good = jnp.array([0, 2])
     whole = group(theta, pick(planned(3), good), pick(units, good))[0]
     for value, overflows in ((jnp.nan, False), (1e30, True)):

@@ -18,6 +18,7 @@ import pytest
 from tqdm import tqdm
 
 import a2c
+import devices
 import evaluate
 import pipeline_train
 import ppo
@@ -265,7 +266,7 @@ def test_meta_gradients_that_are_not_finite_are_skipped_and_ten_in_a_row_end_the
 ):
     """Iterations 4 and 5, infinite and NaN, and from 8 on."""
     flags = "--env-name catch --num-units 4 --inner-updates 2 --meta-clip elementwise".split()
-    mean_over_units = runs.mean_over_units
+    mean_over_units = devices.mean_over_units
 
     def wrong(train, theta, plan, *rest):
         gradient, units, metrics = mean_over_units(train, theta, plan, *rest)
@@ -273,7 +274,7 @@ def test_meta_gradients_that_are_not_finite_are_skipped_and_ten_in_a_row_end_the
         now, value = (age == 3) | (age == 4) | (age >= 7), jnp.where(age % 2, jnp.inf, jnp.nan)
         return jax.tree.map(lambda g: jnp.where(now, value, g), gradient), units, metrics
 
-    monkeypatch.setattr(runs, "mean_over_units", wrong)
+    monkeypatch.setattr(devices, "mean_over_units", wrong)
 
     def train(iterations):
         runs_dir = f"until_{iterations}"
