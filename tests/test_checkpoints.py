@@ -1,9 +1,8 @@
 """A run that is killed and resumed ends where it would have ended; damage and other arguments are
 seen."""
 
-import json
+import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,29 +14,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import a2c
 import optimizers
+import ppo
+import runs
 from checkpoints import Checkpoints
 from pipeline_train import Args
 from runs import rows_before
+from units import QUICK
 
 ROOT = Path(__file__).parent.parent
 RUN = (
-    "--env-name catch --num-units 4 --inner-updates 2 --num-iterations 400"
+    "--env-name catch --num-units 4 --inner-updates 2 --num-iterations 150"
     " --checkpoint-minutes 0.005 --save-theta-every 7"
 )
 
 
-def start(cwd, *flags, script="pipeline_train"):
-    command = [sys.executable, str(ROOT / f"{script}.py"), *flags]
-    return subprocess.Popen(
-        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(cwd, *flags, script="pipeline_train"):
-    process = start(cwd, *flags, script=script)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
+def start(cwd, *flags):
+    command = [sys.executable, str(ROOT / "pipeline_train.py"), *flags]
+    pipes, environment = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}, os.environ | QUICK
+    return subprocess.Popen(command, cwd=cwd, text=True, env=environment, **pipes)
 
 
 def theta_of(folder):
@@ -58,8 +54,9 @@ def only_folder(runs_dir):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("uninterrupted")
-    code, _, err = finish(cwd, *RUN.split())
-    assert code == 0, err
+    process = start(cwd, *RUN.split())
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
     return only_folder(cwd / "runs")
 
 
@@ -69,24 +66,38 @@ def assert_same_run(folder, uninterrupted):
     assert (folder / "metrics.csv").read_text() == (uninterrupted / "metrics.csv").read_text()
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_and_resumed_it_ends_the_same_bit_for_bit(
+def wait_for_a_checkpoint(process, runs_dir):
+    """One that the process has written."""
+    before = {path for folder in runs_dir.glob("*") for path in whole_checkpoints(folder)}
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(set(whole_checkpoints(folder)) - before for folder in runs_dir.glob("*")):
+            return
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_stopped_at_random_moments_and_resumed_it_ends_the_same_bit_for_bit(
     tmp_path, uninterrupted, kills
 ):
-    """Some kills fall before the first checkpoint: then it starts again. The last start is left
-    alone."""
-    moments, out = random.Random(kills), ""
+    """First by Ctrl-C, then killed, soon after a checkpoint or while another is written. The last
+    start is left alone."""
+    moments, runs_dir = random.Random(kills), tmp_path / "runs"
     for number in range(kills + 1):
-        folders = [path for path in tmp_path.glob("runs/*") if whole_checkpoints(path)]
-        if not folders:
-            shutil.rmtree(tmp_path / "runs", ignore_errors=True)
-        process = start(tmp_path, *(["--resume", str(folders[0])] if folders else RUN.split()))
+        flags = ["--resume", str(only_folder(runs_dir))] if number else RUN.split()
+        process = start(tmp_path, *flags)
         if number < kills:
-            time.sleep(moments.uniform(2, 9))
-            process.send_signal(signal.SIGKILL)
-        out, err = process.communicate(timeout=300)
-        assert number < kills or process.returncode == 0, err
-    assert_same_run(only_folder(tmp_path / "runs"), uninterrupted)
+            wait_for_a_checkpoint(process, runs_dir)
+            time.sleep(moments.uniform(0, 0.5 if number else 0.2))
+            process.send_signal(signal.SIGKILL if number else signal.SIGINT)
+        out, err = process.communicate(timeout=600)
+        folder = only_folder(runs_dir)
+        if not number:
+            assert process.returncode == 130, err
+            assert f"to go on: python pipeline_train.py --resume runs/{folder.name}" in out
+            assert len(whole_checkpoints(folder)) == 2
+    assert process.returncode == 0, err
+    assert_same_run(folder, uninterrupted)
 
 
 @pytest.mark.parametrize("kind", optimizers.LEARNED)
@@ -99,84 +110,44 @@ def test_the_state_of_every_learned_optimizer_is_saved_and_restored(kind, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
+class Killed(BaseException):
+    """Nothing is saved after it."""
+
+
 AGENTS = {
-    "a2c": "--env-name catch --num-envs 4 --num-seeds 2 --total-steps 80000 --optimizer rmsprop",
-    "ppo": "--env-name inverted_pendulum --num-envs 4 --batch-size 4 --num-minibatches 2"
+    a2c: "--env-name catch --num-envs 4 --num-seeds 2 --total-steps 1600 --optimizer rmsprop",
+    ppo: "--env-name pendulum --num-envs 4 --batch-size 4 --num-minibatches 2 --rollout-steps 5"
     " --policy-layers 8 --value-layers 8 --eval-envs 2 --episode-length 20 --num-evals 3"
-    " --num-epochs 1 --total-steps 12000 --num-seeds 2",
+    " --num-epochs 1 --total-steps 800 --num-seeds 2",
 }
 
 
-@pytest.mark.parametrize("script", AGENTS)
-def test_an_agents_run_goes_on_with_its_optimizers_state_bit_for_bit(tmp_path, script):
-    flags = [*AGENTS[script].split(), "--checkpoint-minutes", "0.001"]
-    code, expected, err = finish(tmp_path, *flags, script=script)
+@pytest.mark.parametrize("agent", AGENTS, ids=lambda agent: agent.__name__)
+def test_an_agents_run_goes_on_with_its_optimizers_state_bit_for_bit(
+    agent, call, tmp_path, monkeypatch
+):
+    flags, updates = AGENTS[agent].split(), 20
+    code, expected, err = call(agent.main, *flags)
     assert code == 0, err
-    whole = only_folder(tmp_path / "runs")
-    process = start(tmp_path, *flags, "--runs-dir", "killed", script=script)
-    deadline = time.monotonic() + 120
-    while (
-        not any(whole_checkpoints(path) for path in tmp_path.glob("killed/*"))
-        and time.monotonic() < deadline
-    ):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.communicate(timeout=60) and process.returncode == -signal.SIGKILL
+    whole, write = only_folder(tmp_path / "runs"), runs.Log.write
+
+    def killed_on_the_way(log, number, metrics):
+        write(log, number, metrics)
+        if number == updates // 2:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(runs.Log, "write", killed_on_the_way)
+        call(agent.main, *flags, "--runs-dir", "killed", "--checkpoint-minutes", "1e-5")
     killed = only_folder(tmp_path / "killed")
-    code, out, err = finish(tmp_path, "--resume", str(killed), script=script)
+    assert 0 < max(int(path.name) for path in whole_checkpoints(killed)) < updates // 2
+    code, out, err = call(agent.main, "--resume", killed)
     assert code == 0 and "resumed at" in out, err
-    assert (killed / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
-    assert [line for line in out.splitlines() if line.startswith("return")] == [
-        line for line in expected.splitlines() if line.startswith("return")
+    rows = (killed / "metrics.csv").read_text()
+    assert rows == (whole / "metrics.csv").read_text() and rows.count("\n") == updates + 1
+    assert [line for line in out.splitlines() if line.startswith("mean return")] == [
+        line for line in expected.splitlines() if line.startswith("mean return")
     ]
-
-
-@pytest.fixture
-def stopped(tmp_path):
-    """A run that Ctrl-C ended after its second checkpoint."""
-    process = start(tmp_path, *RUN.split())
-    deadline = time.monotonic() + 120
-    while (
-        sum(len(whole_checkpoints(path)) for path in tmp_path.glob("runs/*")) < 2
-        and time.monotonic() < deadline
-    ):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    folder = only_folder(tmp_path / "runs")
-    assert (
-        process.returncode == 130
-        and f"to go on: python pipeline_train.py --resume runs/{folder.name}" in out
-    )
-    assert len(whole_checkpoints(folder)) == 2
-    return folder
-
-
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, uninterrupted):
-    newest = max(whole_checkpoints(stopped), key=lambda path: int(path.name))
-    for path in newest.rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    code, out, err = finish(stopped.parent.parent, "--resume", str(stopped))
-    assert code == 0 and f"the checkpoint at {newest.name} is damaged" in out, (out, err)
-    assert_same_run(stopped, uninterrupted)
-
-
-def test_what_cannot_be_resumed_is_one_line(stopped, tmp_path):
-    for flags, hint in (
-        (["--resume", str(stopped), "--num-units", "8"], "--num-units is 8 here, and 4 in the run"),
-        (["--resume", str(tmp_path / "nosuch")], "not a run's folder"),
-        (["--resume", str(tmp_path)], "not a run's folder"),
-    ):
-        code, _, err = finish(tmp_path, *flags)
-        assert code == 2 and hint in err and len(err.strip().splitlines()) == 1, err
-    for path in whole_checkpoints(stopped):
-        shutil.rmtree(path)
-    code, _, err = finish(tmp_path, "--resume", str(stopped))
-    assert code == 2 and "no checkpoint yet" in err
-    config = stopped / "config.json"
-    config.write_text(json.dumps({"args": {"env_name": 3}}))
-    assert finish(tmp_path, "--resume", str(stopped))[0] == 2
 
 
 def test_rows_that_will_be_made_again_are_left_out(tmp_path):

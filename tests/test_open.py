@@ -98,14 +98,14 @@ def test_the_update_is_the_published_one(flat, tmp_path, monkeypatch):
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     references = [Reference(flat.astype(float), p.size) for _, p in leaves]
     state, total = learned.init_state(params), EPOCHS * MINIBATCHES * ITERATIONS
-    update = jax.jit(
+    one_update = jax.jit(
         lambda grads, state, extra: learned.update(*(theta, grads, state, params, 1.0), **extra)
     )
     for k in range(14):
         grads = draw(rng, scale=0.02 if k % 2 else 3.0)  # below and above the clipped norm
         extra = {"fraction": k / total, "num_steps": float(total), "num_epochs": EPOCHS}
         extra |= {"num_minibatches": MINIBATCHES, "iteration_step": k % (EPOCHS * MINIBATCHES)}
-        updates, state = update(grads, state, extra)
+        updates, state = one_update(grads, state, extra)
         norms = {
             name: np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(grads[name]))) for name in grads
         }

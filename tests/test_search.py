@@ -74,8 +74,9 @@ def test_several_environments_are_independent_copies():
     np.testing.assert_allclose(obs, np.concatenate([e[1] for e in expected]), rtol=1e-6)
     np.testing.assert_allclose(reward, np.mean([e[2] for e in expected]), rtol=1e-6)
     assert not terminated and np.unique(start).size > one.obs_size  # other starts
+    step = jax.jit(three.step)
     for _ in range(200):  # all the way to the right: only the last copy leaves the track
-        state, *_, terminated = three.step(state, jnp.array([0.0, 0.0, 1.0]))
+        state, *_, terminated = step(state, jnp.array([0.0, 0.0, 1.0]))
         if terminated:
             break
     assert terminated
