@@ -28,6 +28,7 @@ from pipeline_train import (
 )
 from units import (
     group_of,
+    make_regression_task,
     make_task,
     make_units,
     pick,
@@ -83,15 +84,21 @@ def test_a_due_unit_is_reset_whole_and_the_others_not_at_all():
     assert np.abs(before).max() > 0 and np.abs(after[1]).max() == 0
 
 
+# In place of gridworlds where the task does not matter: it compiles in a tenth of the time.
+REGRESSION = (make_regression_task(),)
+
+
 @functools.lru_cache
-def compiled_meta_step(args, num_devices):
-    tasks, learned, _ = set_up(args)
-    return jit_meta_step(args, tasks, learned, Mesh(jax.devices()[:num_devices], "units"))
+def compiled_meta_step(args, num_devices, tasks):
+    all_tasks, learned, _ = set_up(args)
+    mesh = Mesh(jax.devices()[:num_devices], "units")
+    return jit_meta_step(args, tasks or all_tasks, learned, mesh)
 
 
-def iterate(args, iterations=4, num_devices=1):
-    """-> the MetaState before every iteration and after the last, on the host."""
-    init, step = compiled_meta_step(dataclasses.replace(args, seed=0), num_devices)
+def iterate(args, iterations=4, num_devices=1, tasks=None):
+    """-> the MetaState before every iteration and after the last, on the host. tasks: instead of
+    those of args"""
+    init, step = compiled_meta_step(dataclasses.replace(args, seed=0), num_devices, tasks)
     state = init(jax.random.key(args.seed))
     states = [jax.device_get(state)]
     for _ in range(iterations):
@@ -122,16 +129,18 @@ def test_units_are_reset_when_the_schedule_says(pipeline):
 
 def test_one_two_and_four_devices_give_the_same():
     args = small_args(num_units=8)
-    one, two, four = (iterate(args, num_devices=n) for n in (1, 2, 4))
+    one, two, four = (iterate(args, num_devices=n, tasks=REGRESSION) for n in (1, 2, 4))
     for other in (two, four):
         assert relative(other[-1].theta, one[-1].theta) < 1e-5
         assert relative(other[-1].units[0].params, one[-1].units[0].params) < 1e-4
 
 
 def test_same_seed_same_theta_bit_for_bit():
-    first, second = iterate(small_args()), iterate(small_args())
-    jax.tree.map(np.testing.assert_array_equal, first[-1].theta, second[-1].theta)
-    assert relative(iterate(small_args(seed=5))[-1].theta, first[-1].theta) > 0.1
+    first, second, other = (
+        iterate(small_args(seed=seed), tasks=REGRESSION)[-1].theta for seed in (0, 0, 5)
+    )
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    assert relative(other, first) > 0.1
 
 
 def test_one_trace_for_all_iterations(monkeypatch):
@@ -139,7 +148,8 @@ def test_one_trace_for_all_iterations(monkeypatch):
     monkeypatch.setattr(
         devices, "mean_over_units", chex.assert_max_traces(devices.mean_over_units, n=1)
     )
-    iterate(small_args())
+    compiled_meta_step.cache_clear()
+    iterate(small_args(), tasks=REGRESSION)
 
 
 def test_clipping():
@@ -163,10 +173,9 @@ def test_clipping():
 
 
 def test_several_tasks_mean_of_clipped_gradients():
-    names, rates, scales = ("small_dense_short", "catch"), (0.01, 0.001), (1000.0, 1.0)
-    args = small_args(env_name=names, learning_rate=rates, reward_scale=scales)
-    states = iterate(args, iterations=1)
-    tasks, learned, _ = set_up(args)
+    args = small_args(env_name=("small_dense_short", "catch"))
+    tasks, learned = (make_regression_task(1e4), *REGRESSION), set_up(args)[1]
+    states = iterate(args, iterations=1, tasks=tasks)
     gradients = []
     for i, task in enumerate(tasks):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), 0), i)
@@ -176,7 +185,7 @@ def test_several_tasks_mean_of_clipped_gradients():
             jax.tree.map(lambda g: g / 4, group(states[0].theta, plan, states[0].units[i])[0])
         )
     norms = [float(optax.tree.norm(g)) for g in gradients]
-    assert max(norms) > 0.5
+    assert min(norms) < 0.5 < max(norms)
     clipped = [
         jax.tree.map(lambda x, n=n: x * min(1, 0.5 / n), g)
         for g, n in zip(gradients, norms, strict=True)
@@ -204,13 +213,13 @@ def test_inner_loop_records_what_it_applied():
 def test_a_unit_that_goes_wrong_is_left_out_and_reset():
     """One that comes in with NaN is new at once; one whose numbers overflow on the way adds
     nothing, and is new next time."""
-    task, learned = make_task(), make_optim4rl()
+    task, learned = make_regression_task(), make_optim4rl()
     theta, units = make_units(task, learned, 3)
     group, mesh = group_of(task, learned), Mesh(jax.devices()[:1], "units")
     all_units = jax.jit(functools.partial(devices.mean_over_units, group, mesh=mesh))
     good = jnp.array([0, 2])
     whole = group(theta, pick(planned(3), good), pick(units, good))[0]
-    for value, overflows in ((jnp.nan, False), (1e30, True)):
+    for value, overflows in ((jnp.nan, False), (3e38, True)):
         bad_params = jax.tree.map(lambda x, value=value: x.at[1].set(value), units.params)
         bad = units._replace(params=bad_params)
         gradient, after, metrics = all_units(theta, planned(3), bad)

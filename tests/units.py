@@ -50,8 +50,8 @@ def make_ppo_task():
     return Task(ppo.make_agent(ppo.Env(reset, step, 2, 2), args), 0.01)
 
 
-def make_regression_task():
-    """A linear model of noisy data, which compiles soon."""
+def make_regression_task(scale=1.0):
+    """A linear model of noisy data, which compiles soon. scale: of the loss"""
 
     def init(key, optimizer):
         params = {"w": 0.1 * jax.random.normal(key, (30, 40)), "b": jnp.zeros(40)}
@@ -60,7 +60,8 @@ def make_regression_task():
     def loss(key, state):
         x = jax.random.normal(key, (3, 30))
         y = jnp.sin(jnp.cumsum(x, axis=1))[:, :1]
-        return jnp.mean((x @ state.params["w"] + state.params["b"] - y) ** 2), state
+        error = x @ state.params["w"] + state.params["b"] - y
+        return scale * jnp.mean(error**2), state
 
     def learn(key, state, optimizer, progress=(0.0, 1.0)):
         value, grads = jax.value_and_grad(
