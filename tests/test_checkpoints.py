@@ -25,7 +25,7 @@ from units import QUICK
 
 ROOT = Path(__file__).parent.parent
 RUN = (
-    "--env-name catch --num-units 4 --inner-updates 2 --num-iterations 150"
+    "--env-name catch --num-units 4 --inner-updates 2 --num-iterations 80"
     " --checkpoint-minutes 0.005 --save-theta-every 7"
 )
 
