@@ -29,6 +29,7 @@ Legend: C coordinates in a block, M blocks.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -138,6 +139,7 @@ def orthogonal(x: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, ITERATIONS, iterate, start)
 
 
+@partial(jax.jit, inline=True)  # outside of jit, too, it is compiled once
 def mix_orthogonal(weight: jax.Array, d) -> Any:
     """D(d) for all tensors of the tree d, with their last axes as columns."""
     leaves, treedef = jax.tree.flatten(d)

@@ -360,8 +360,10 @@ def map_blocks(rule: Callable) -> Callable:
                     f"the optimizer's state is of other parameters ({len(leaf)} blocks of {BLOCK}; "
                     f"the gradients have {len(g)}): make it with init(params)"
                 )
-        return differentiable(theta, g, state)
+        return once(theta, g, state)
 
+    # Outside of jit, too, it is compiled once and not at each update.
+    once = jax.jit(differentiable, inline=True)
     return checked
 
 

@@ -119,3 +119,17 @@ def test_the_compiled_program_has_no_slice_of_its_own_for_each_of_many_tensors(k
     program = lowered.compile().as_text()
     assert len(re.findall(r" slice\(", program)) < 50
     assert len(re.findall(r" dynamic-slice\(", program)) >= 100
+
+
+@pytest.mark.parametrize("name", ["untrained", "pretrained/adam4rl"])
+def test_updates_outside_of_jit_compile_once(name):
+    """jax's cache of traces is by the function: a new one in each update would be compiled anew."""
+    optimizer, compiled = optimizers.make_optimizer(name, 1.0), []
+    update, state = optax.with_extra_args_support(optimizer).update, optimizer.init(PARAMS)
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    for _ in range(3):
+        before = len(compiled)
+        _, state = update(PARAMS, state, PARAMS, fraction=0.5, num_steps=100.0)
+    assert 0 < before == len(compiled)
