@@ -44,7 +44,7 @@ BRAX_SIZES = dict(
 TASKS = {
     **dict.fromkeys(gridworld.NAMES, ({}, (1e-1, 3e-2, 1e-2, 3e-3, 1e-3))),
     **dict.fromkeys(minatar.NAMES, ({"total_steps": 1e6}, (1e-2, 3e-3, 1e-3, 3e-4))),
-    **dict.fromkeys(BRAX, (BRAX_SIZES, (3e-3, 1e-3, 3e-4))),
+    **dict.fromkeys(BRAX, (BRAX_SIZES, (1e-2, 3e-3, 1e-3, 3e-4))),
 }
 LEARNED = (
     "pretrained/adam4rl",

@@ -198,7 +198,7 @@ def test_an_accelerator_makes_a_table_task_by_task(tmp_path, monkeypatch):
     flags = "--env-name catch ant --optimizers adam muon_linear pretrained/adam4rl --num-seeds 2"
     monkeypatch.setattr("sys.argv", ["table.py", *flags.split(), "--out", str(tmp_path / "out")])
     table.main()
-    rates = (3e-3, 1e-3, 3e-4)
+    rates = (1e-2, 3e-3, 1e-3, 3e-4)
     assert sorted(made)[0] == ("ant", [rates, tuple(10 * rate for rate in rates), (1.0,)])
     with open(tmp_path / "out" / "scores.csv", newline="") as file:
         found = {(row["env_name"], row["optimizer"]): row for row in csv.DictReader(file)}
