@@ -353,6 +353,7 @@ def map_blocks(rule: Callable) -> Callable:
     differentiable = jax.custom_jvp(mapped)
     differentiable.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
 
+    @partial(jax.jit, inline=True)  # outside of jit, too, it is compiled once
     def checked(theta, g, state):
         for leaf in jax.tree.leaves(state):
             if len(leaf) != len(g):
@@ -360,10 +361,8 @@ def map_blocks(rule: Callable) -> Callable:
                     f"the optimizer's state is of other parameters ({len(leaf)} blocks of {BLOCK}; "
                     f"the gradients have {len(g)}): make it with init(params)"
                 )
-        return once(theta, g, state)
+        return differentiable(theta, g, state)
 
-    # Outside of jit, too, it is compiled once and not at each update.
-    once = jax.jit(differentiable, inline=True)
     return checked
 
 

@@ -64,13 +64,10 @@ class Scores(NamedTuple):
 
 
 def scores_of(result: report.Result) -> Scores:
-    first, final, mean = (
-        np.full(len(result.seeds), np.nan),
-        *np.full((2, len(result.seeds)), -np.inf),
-    )
-    kept = result.kept
-    first[~result.lost] = kept[:, np.isfinite(kept).all(axis=0).argmax()]
-    final[~result.lost], mean[~result.lost] = result.scores(), np.nanmean(kept, axis=1)
+    kept, lost = result.kept, result.lost
+    first, final, mean = (np.full(len(lost), value) for value in (np.nan, -np.inf, -np.inf))
+    first[~lost] = kept[:, np.isfinite(kept).all(axis=0).argmax()]
+    final[~lost], mean[~lost] = result.scores(), np.nanmean(kept, axis=1)
     return Scores(*result[:3], result.seeds, first, final, mean)
 
 

@@ -19,7 +19,6 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import runs  # noqa: E402, once the project is on the path
-import tasks  # noqa: E402
 from figures import report  # noqa: E402
 
 
@@ -36,11 +35,9 @@ def final_returns(folders: tuple) -> dict:
     Raises a one-line ValueError for a file in another format."""
     found: dict = {}
     for folder in folders:
-        for key, curve in report.read_curves(Path(folder) / "results.csv").items():
-            env_name, optimizer, rate, seed = key
-            if np.isfinite(curve[-1, 1]):
-                score = np.nanmean(curve[-tasks.score_window(env_name) :, 1])
-                found.setdefault((env_name, optimizer, rate), {})[seed] = score
+        for result in report.read_results(Path(folder) / "results.csv"):
+            scores = zip(result.seeds[~result.lost].tolist(), result.scores(), strict=True)
+            found.setdefault(tuple(result[:3]), {}).update(scores)
     return found
 
 

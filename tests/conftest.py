@@ -4,11 +4,10 @@ What runs in this process is compiled without LLVM's optimizations: most of the 
 compiling. The scripts that tests start are compiled as a user's are."""
 
 import os
+import sys
 
 flags = os.environ.get("XLA_FLAGS")
 os.environ["XLA_FLAGS"] = f"{flags or ''} --xla_backend_optimization_level=0"
-
-import sys  # noqa: E402
 
 import jax  # noqa: E402, after its flags
 import pytest  # noqa: E402

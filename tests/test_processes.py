@@ -11,12 +11,12 @@ import jax
 import numpy as np
 
 from optim4rl import load_theta
+from units import QUICK
 
 ROOT = Path(__file__).parent.parent
 FLAGS = "--env-name catch --num-units 4 --num-iterations 3 --inner-updates 2 --num-devices 1"
 TOGETHER = "--num-processes 2 --checkpoint-minutes 1e-4"
-# Programs of several processes are not all in jax's cache: compile them in less time.
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+ENVIRONMENT = os.environ | QUICK
 
 
 def start_two(cwd, *flags):
