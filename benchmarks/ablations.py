@@ -62,7 +62,7 @@ TABLES = {
         "small_dense_long",
         "--meta-learning-rate 1e-4",
         "3",
-        ("Optim4RL", "no pipeline", "LinearOptim"),
+        ("Optim4RL", "no pipeline", "GRU", "log inputs", "LinearOptim"),
         with_classical=False,  # as in the table above
     ),
 }
