@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import runs  # noqa: E402, once the project is on the path
-from figures import report  # noqa: E402
+import runs
+from figures import report
 
 RUNS = ROOT / "runs" / "ablations"
 MARK = "<!-- benchmarks/ablations.py writes the tables below this line, and nothing above it. -->"

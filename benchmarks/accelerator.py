@@ -16,10 +16,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import bench  # noqa: E402, once the project is on the path, and memory is as above
-import jax  # noqa: E402
+import bench
+import jax
 
-import runs  # noqa: E402
+import runs
 
 MANY, PARAMS = 2**16, 20_000_000
 

@@ -27,12 +27,12 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import a2c  # noqa: E402, once the project is on the path
-import gridworld  # noqa: E402
-import optimizers  # noqa: E402
-import runs  # noqa: E402
-import tasks  # noqa: E402
-from figures import report  # noqa: E402
+import a2c
+import gridworld
+import optimizers
+import runs
+import tasks
+from figures import report
 
 FIRST_SEED = 1000
 # On Catch the seeds differ as much as the two codes.

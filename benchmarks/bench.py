@@ -447,7 +447,7 @@ def growth() -> None:
     small_dense_long with all cores."""
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # needs no screen
     import matplotlib.pyplot as plt
 
     cores, units = len(os.sched_getaffinity(0)), (8, 16, 32, 64, 128, 256, 512)

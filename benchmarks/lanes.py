@@ -20,10 +20,10 @@ import optax
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import evaluate  # noqa: E402, once the project is on the path
-import optimizers  # noqa: E402
-import runs  # noqa: E402
-from figures import report  # noqa: E402
+import evaluate
+import optimizers
+import runs
+from figures import report
 
 MOST_ENVS = 2**15  # environments of all lanes at once: 20 GB with A2C on a big gridworld
 

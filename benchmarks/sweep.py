@@ -17,9 +17,9 @@ import numpy as np
 from ablations import ROOT, run
 
 sys.path.insert(0, str(ROOT))
-import runs  # noqa: E402, once the project is on the path
-import tasks  # noqa: E402
-from figures.report import read_results  # noqa: E402
+import runs
+import tasks
+from figures.report import read_results
 
 OUT = ROOT / "runs" / "sweep"
 COLUMNS = ("meta_learning_rate", "learning_rate", "mean_return", "final_return", "theta")

@@ -22,13 +22,13 @@ import lanes
 from ablations import ROOT, run
 
 sys.path.insert(0, str(ROOT))
-import checks  # noqa: E402, once the project is on the path
-import evaluate  # noqa: E402
-import gridworld  # noqa: E402
-import optimizers  # noqa: E402
-import runs  # noqa: E402
-from environments import minatar  # noqa: E402
-from figures import compare, report  # noqa: E402
+import checks
+import evaluate
+import gridworld
+import optimizers
+import runs
+from environments import minatar
+from figures import compare, report
 
 BRAX = ("inverted_double_pendulum", "ant", "humanoid", "hopper", "walker2d", "halfcheetah")
 BRAX_SIZES = dict(

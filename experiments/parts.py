@@ -21,11 +21,11 @@ from jax.flatten_util import ravel_pytree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checks  # noqa: E402, once the project is on the path
-import runs  # noqa: E402
-import search  # noqa: E402
-from adam4rl import SIZES, make_adam4rl  # noqa: E402
-from figures import report  # noqa: E402
+import checks
+import runs
+import search
+from adam4rl import SIZES, make_adam4rl
+from figures import report
 
 COLUMNS = ("task", "seed", "updates", "candidate", "mean", "last_tenth")
 

@@ -28,11 +28,11 @@ from jax.flatten_util import ravel_pytree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checks  # noqa: E402, once the project is on the path
-import optimizers  # noqa: E402
-import runs  # noqa: E402
-import search  # noqa: E402
-from adam4rl import SIZES  # noqa: E402
+import checks
+import optimizers
+import runs
+import search
+from adam4rl import SIZES
 
 OFFSETS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 NUMBERS = tuple(f"{name}.{i}" for name, size in SIZES.items() for i in range(size))

@@ -43,17 +43,17 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-import a2c  # noqa: E402, once the project is on the path
-import checks  # noqa: E402
-import gridworld  # noqa: E402
-import optimizers  # noqa: E402
-import ppo  # noqa: E402
-import runs  # noqa: E402
-import tasks  # noqa: E402
-from adam4rl import make_adam4rl, network_size  # noqa: E402
-from environments import swimmer  # noqa: E402
-from networks import all_finite  # noqa: E402
-from optim4rl import to_optax  # noqa: E402
+import a2c
+import checks
+import gridworld
+import optimizers
+import ppo
+import runs
+import tasks
+from adam4rl import make_adam4rl, network_size
+from environments import swimmer
+from networks import all_finite
+from optim4rl import to_optax
 
 
 @dataclass(frozen=True)

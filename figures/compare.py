@@ -24,12 +24,12 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import optimizers  # noqa: E402, once the project is on the path
-import runs  # noqa: E402
-from figures import report  # noqa: E402
+import optimizers
+import runs
+from figures import report
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
+matplotlib.use("Agg")  # needs no screen
+import matplotlib.pyplot as plt
 
 COLUMNS = ("env_name", "optimizer", "learning_rate", "seed", "first", "final", "mean")
 KINDS = ("final", "mean")

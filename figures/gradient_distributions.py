@@ -28,17 +28,17 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import a2c  # noqa: E402, once the project is on the path
-import checks  # noqa: E402
-import classifier  # noqa: E402
-import gridworld  # noqa: E402
-import optimizers  # noqa: E402
-import runs  # noqa: E402
-import tasks  # noqa: E402
-from figures import report  # noqa: E402
+import a2c
+import checks
+import classifier
+import gridworld
+import optimizers
+import runs
+import tasks
+from figures import report
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
+matplotlib.use("Agg")  # needs no screen
+import matplotlib.pyplot as plt
 
 STAGES = ("beginning", "middle", "end")
 KINDS = ("gradient", "update")

@@ -21,12 +21,12 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import optimizers  # noqa: E402, once the project is on the path
-import runs  # noqa: E402
-from figures import report  # noqa: E402
+import optimizers
+import runs
+from figures import report
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
+matplotlib.use("Agg")  # needs no screen
+import matplotlib.pyplot as plt
 
 MAGNITUDES = np.logspace(-7, 1, 33, dtype=np.float32)
 SHOWN = 16  # the magnitude 1e-3, whose updates are shown over time

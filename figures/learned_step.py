@@ -17,17 +17,17 @@ import matplotlib
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checks  # noqa: E402, once the project is on the path
-import devices  # noqa: E402
-import pipeline_train  # noqa: E402
-import runs  # noqa: E402
-import tasks  # noqa: E402
-from figures import report  # noqa: E402
-from figures.inspection import steps_of  # noqa: E402
-from optim4rl import to_optax  # noqa: E402
+import checks
+import devices
+import pipeline_train
+import runs
+import tasks
+from figures import report
+from figures.inspection import steps_of
+from optim4rl import to_optax
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
+matplotlib.use("Agg")  # needs no screen
+import matplotlib.pyplot as plt
 
 GRADIENT = 1e-3
 UPDATES = 20  # with this gradient, of which the last is measured

@@ -18,8 +18,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import runs  # noqa: E402, once the project is on the path
-from figures import report  # noqa: E402
+import runs
+from figures import report
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import devices  # noqa: E402, once the project is on the path
-import pipeline_train  # noqa: E402
-import runs  # noqa: E402
-import tasks  # noqa: E402
-from figures import report  # noqa: E402
+import devices
+import pipeline_train
+import runs
+import tasks
+from figures import report
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
+matplotlib.use("Agg")  # needs no screen
+import matplotlib.pyplot as plt
 
 TITLES = {True: "with the pipeline", False: "without"}
 

@@ -24,11 +24,11 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import runs  # noqa: E402, once the project is on the path
-import tasks  # noqa: E402
+import runs
+import tasks
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402, after the choice of a backend that needs no screen
+matplotlib.use("Agg")  # needs no screen
+import matplotlib.pyplot as plt
 
 COLUMNS = ("env_name", "optimizer", "learning_rate", "seed", "env_steps", "return")
 REFERENCE = "adam"  # the others are compared with it

@@ -9,8 +9,8 @@ import sys
 flags = os.environ.get("XLA_FLAGS")
 os.environ["XLA_FLAGS"] = f"{flags or ''} --xla_backend_optimization_level=0"
 
-import jax  # noqa: E402, after its flags
-import pytest  # noqa: E402
+import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.devices()  # reads the flags

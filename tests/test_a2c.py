@@ -208,7 +208,7 @@ def test_on_an_accelerator_training_is_that_of_the_cpu(monkeypatch):
 
     def train():
         agents = []
-        keep = lambda number, metrics, state: agents.append(state.agents)  # noqa: E731
+        keep = lambda number, metrics, state: agents.append(state.agents)
         history = a2c.train(args, gridworld.make("catch"), optax.sgd(0.1), keep)
         return history, agents[-1]._replace(opt_state=())
 

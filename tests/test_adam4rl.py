@@ -78,7 +78,7 @@ def with_orthogonal(d, weight):
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
     assert np.all(s > 0.6) and np.all(s < 1.3)
-    size = lambda x: np.sqrt(np.mean(x**2))  # noqa: E731
+    size = lambda x: np.sqrt(np.mean(x**2))
     mixed = (1 - weight) * matrix / size(matrix) + weight * (u * s) @ v / size((u * s) @ v)
     return (mixed * size(matrix) / size(mixed)).reshape(d.shape)
 

@@ -309,7 +309,7 @@ def run_in_vain(script, flags, hint, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
     change = jax.config.update  # but not the number of devices, which are there already
-    unless_devices = lambda key, value: key == DEVICES or change(key, value)  # noqa: E731
+    unless_devices = lambda key, value: key == DEVICES or change(key, value)
     monkeypatch.setattr(jax.config, "update", unless_devices)
     with pytest.raises(SystemExit) as end:
         module.main()
@@ -401,7 +401,7 @@ def test_a_disk_that_is_full_is_one_line_and_no_half_file(tmp_path):
     """config.json cannot be written. (A checkpoint that cannot: test_damage.py.)"""
     flags = "--env-name catch --num-units 2 --num-iterations 2 --inner-updates 1".split()
     command = [sys.executable, str(ROOT / "pipeline_train.py"), *flags]
-    limits = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # noqa: E731
+    limits = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
     # Not on a GPU: its compiler writes files of its own.
     environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(

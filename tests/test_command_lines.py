@@ -59,7 +59,7 @@ def numeric_flags(script):
 def run(tmp_path, monkeypatch, capsys):
     """run(script, flags) -> its error message, or None if the work would have begun."""
     change = jax.config.update
-    unless_devices = lambda key, value: "cpu_devices" in key or change(key, value)  # noqa: E731
+    unless_devices = lambda key, value: "cpu_devices" in key or change(key, value)
     monkeypatch.setattr(jax.config, "update", unless_devices)  # they are there already
     monkeypatch.setattr(runs, "make_folder", begin)
     monkeypatch.setattr(train_agents, "Checkpoints", begin)

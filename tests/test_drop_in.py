@@ -93,7 +93,7 @@ MANY = [jnp.arange(n % 5 + 2.0) + n for n in range(100)]
 
 
 def test_many_tensors_come_back_from_blocks_also_under_vmap_and_derivatives():
-    there_and_back = lambda tree: from_blocks(to_blocks(tree), MANY)  # noqa: E731
+    there_and_back = lambda tree: from_blocks(to_blocks(tree), MANY)
     jax.tree.map(np.testing.assert_array_equal, jax.jit(there_and_back)(MANY), MANY)
     two = jax.tree.map(lambda x: jnp.stack([x, -x]), MANY)
     back = jax.jit(jax.vmap(there_and_back))(two)

@@ -148,7 +148,7 @@ def test_any_pytree_under_chain_and_jit(cell, inputs, layers):
     )
     state = optimizer.init(params)
     updates, after = jax.jit(optimizer.update)(params, state, params)
-    spec = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    spec = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert spec(updates) == spec(params)
     assert spec(after) == spec(state)
     new = optax.apply_updates(params, updates)

@@ -76,7 +76,7 @@ def test_a_due_unit_is_reset_whole_and_the_others_not_at_all():
     after = jax.jit(functools.partial(reset_due, new=new))(keys, units, due)
     for i in range(4):
         if due[i]:
-            same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6)  # noqa: E731
+            same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6)
             jax.tree.map(same, pick(after, i), jax.jit(new)(keys[i]))
         else:
             jax.tree.map(np.testing.assert_array_equal, pick(after, i), pick(units, i))

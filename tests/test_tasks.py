@@ -160,7 +160,7 @@ class FakeGame(NamedTuple):
 
 
 def test_a_minatar_game_is_gymnaxs_without_its_time_limit(monkeypatch):
-    made = lambda name: (FakeGame(), FakeGame.Params())  # noqa: E731
+    made = lambda name: (FakeGame(), FakeGame.Params())
     monkeypatch.setitem(sys.modules, "gymnax", SimpleNamespace(make=made))
     agent, args, env = tasks.make_learner("minatar_breakout")
     assert agent is ppo and (args.rollout_steps, env.obs_size, env.action_size) == (128, 4, 3)

@@ -20,8 +20,8 @@ def published_weights(rng, lstm_size, num_bases):
     """A file of the published structure (Haiku's names, weights [inputs, outputs]) with numbers of
     its own."""
     sizes = [1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3]
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32) * 0.3  # noqa: E731
-    linear = lambda n, m: {"w": draw(n, m), "b": draw(m)}  # noqa: E731
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32) * 0.3
+    linear = lambda n, m: {"w": draw(n, m), "b": draw(m)}
     rnn = {name: linear(30, lstm_size) for name in ("linear", "linear_1", "linear_2")}
     rnn |= {"rnn/linear": linear(2 * lstm_size, 4 * lstm_size)}
     rnn |= {"rnn_to_controls": linear(lstm_size, num_bases), "step_size": linear(lstm_size, 1)}
@@ -44,7 +44,7 @@ class Reference:
 
     def __init__(self, stored, params, num_steps):
         self.w, self.num_steps, self.t = stored["params"], num_steps, 0
-        tile = lambda x: np.repeat(x, len(params), axis=0)  # noqa: E731
+        tile = lambda x: np.repeat(x, len(params), axis=0)
         self.h, self.c = (tile(self.w["lstm_init_state"][name]) for name in ("hidden", "cell"))
         self.m = [np.zeros((*p.shape, 3)) for p in params]
         self.v = [np.zeros((*p.shape, 1)) for p in params]
@@ -67,7 +67,7 @@ class Reference:
     def tensor_features(self, i, p, loss):
         scale = 1 / np.sqrt(max(np.mean(p**2), 1e-9))
         m, v = scale * self.m[i].reshape(-1, 3), scale * self.v[i].reshape(-1, 1)
-        log = lambda x: np.clip(np.log(1e-8 + np.abs(10 * x)), -5, 5) * 0.5  # noqa: E731
+        log = lambda x: np.clip(np.log(1e-8 + np.abs(10 * x)), -5, 5) * 0.5
         rank = np.eye(5)[sum(n > 1 for n in p.shape)]
         done = np.tanh(
             (self.t / self.num_steps - np.array([0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1]))
@@ -78,8 +78,8 @@ class Reference:
 
     def lstm(self, x):
         rnn = self.w["rnn_params"]
-        linear = lambda name, x: x @ rnn[name]["w"] + rnn[name]["b"]  # noqa: E731
-        sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+        linear = lambda name, x: x @ rnn[name]["w"] + rnn[name]["b"]
+        sigmoid = lambda x: 1 / (1 + np.exp(-x))
         x = linear("linear_2", x) + np.maximum(linear("linear_1", x), 0).max(axis=0)
         i, g, f, o = np.split(linear("rnn/linear", np.concatenate([x, self.h], axis=1)), 4, axis=1)
         self.c = sigmoid(f + 1) * self.c + sigmoid(i) * np.tanh(g)

@@ -14,9 +14,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import optimizers  # noqa: E402, once the project is on the path
-import runs  # noqa: E402
-from baselines.open import make_open, theta_shapes  # noqa: E402
+import optimizers
+import runs
+from baselines.open import make_open, theta_shapes
 
 SIZES = {1211: {"hidden_size": 8, "width": 16}, 3571: {"hidden_size": 16, "width": 32}}
 # The order of the arrays in the file, and where they are in theta.

@@ -14,9 +14,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import optimizers  # noqa: E402, once the project is on the path
-import runs  # noqa: E402
-from baselines.velo import INPUTS, make_velo  # noqa: E402
+import optimizers
+import runs
+from baselines.velo import INPUTS, make_velo
 
 PUBLISHED = {"lstm_size": 512, "num_bases": 256, "step_size": 1e-3}
 
