@@ -16,13 +16,10 @@ Flags that are not set take the paper's value for the environment; the script pr
 Legend: N units, K inner updates, m reset interval.
 """
 
-import dataclasses
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -32,16 +29,14 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import a2c
-import checks
 import devices
-import optimizers
 import ppo
 import runs
 import tasks
-from checkpoints import Checkpoints, resumed_args, wait_for_all
+from checkpoints import wait_for_all
 from meta_gradient import meta_gradient
 from networks import all_finite
-from optim4rl import MAX_BYTES, LearnedOptimizer, to_optax
+from optim4rl import LearnedOptimizer, to_optax
 
 # --- Pipeline training ---
 
@@ -200,9 +195,8 @@ def jit_meta_step(
     return jax.jit(init, out_shardings=shardings), jax.jit(step, donate_argnums=1, **options)
 
 
-# --- The command line ---
+# --- Arguments, and the loop over iterations ---
 
-MOST_BAD_UPDATES = 10  # so many in a row end the run
 SHORTER = (
     "--num-units 64 with --total-steps 1e6, or fewer --num-iterations, shorten it; "
     "Ctrl-C keeps the theta trained so far"
@@ -284,53 +278,6 @@ class Args:
     """the run's folder is created in this folder"""
 
 
-def set_up(args: Args) -> tuple[list[Task], LearnedOptimizer, dict]:
-    """-> tasks, optimizer, config of its theta file. Raises a one-line ValueError for an invalid
-    --theta, or what surely does not fit into memory."""
-    learned, config = make_learned(args)
-    all_tasks, needed = [], 0
-    for name, rate, unit_args in zip(
-        args.env_name, args.learning_rate, tasks.all_unit_args(args), strict=True
-    ):
-        agent = tasks.agent_of(name)
-        env = tasks.make_env(name, agent, args.backend)
-        all_tasks.append(Task(agent.make_agent(env, unit_args), rate))
-        quick = Task(agent.make_agent(tasks.without_steps(env), unit_args), rate)
-        needed += bytes_of_units(quick, learned, args)
-    checks.memory("the units", needed, "--num-units, --envs-per-unit or --inner-updates")
-    return all_tasks, learned, config
-
-
-def bytes_of_units(task: Task, learned: LearnedOptimizer, args: Args) -> int:
-    """Of this process's units, and of the gradients recorded of one."""
-
-    def unit():
-        key = jax.random.key(0)
-        return new_unit(key, learned.init_theta(key), task, learned)
-
-    units = args.num_units // args.num_processes * checks.size_of(unit)
-    return units + args.inner_updates * checks.size_of(lambda: unit().params)
-
-
-def make_learned(args: Args) -> tuple[LearnedOptimizer, dict]:
-    """-> the optimizer, whose initial theta is --theta or random, and its config"""
-    if args.theta:
-        learned, theta, header = optimizers.load_learned(args.theta)
-        return learned._replace(init_theta=lambda key: theta), header["config"]
-    config = {
-        name: getattr(args, name, default)
-        for name, default in optimizers.kind_settings(args.optimizer).items()
-    }
-    if "grad_clip" in config:
-        config["grad_clip"] = None if np.isinf(args.grad_clip) else args.grad_clip
-    optimizers.check_config(args.optimizer, config)
-    learned = optimizers.LEARNED[args.optimizer](**config)
-    size = checks.size_of(lambda: learned.init_theta(jax.random.key(0)))
-    if size > MAX_BYTES:
-        raise ValueError(f"theta would take {size:,} bytes, a file of it at most {MAX_BYTES:,}")
-    return learned, config
-
-
 def meta_train(
     args: Args,
     all_tasks: list[Task],
@@ -371,80 +318,10 @@ def meta_train(
     return state
 
 
-def summarise(args: Args, folder: Path, state: MetaState, interrupted: int) -> None:
-    """Print the files written and the next command; exit with code 1 after too many bad updates."""
-    theta_path = folder / "theta.npz"
-    if state.bad_updates == MOST_BAD_UPDATES:
-        message = f"{MOST_BAD_UPDATES} meta-gradients in a row were not finite"
-        runs.fail(f"{message}; the last good theta is in {theta_path}", code=1)
-    print(f"written: {theta_path}, and metrics.csv, config.json and TensorBoard events beside it")
-    if interrupted:
-        each = " in each process, with its --process-id" if args.num_processes > 1 else ""
-        print(f"to go on: python pipeline_train.py --resume {folder}{each}")
-    others = "untrained sign_sgd adam rmsprop"
-    env_name = args.env_name[0]
-    print(f"next: python evaluate.py --env-name {env_name} --optimizers {theta_path} {others}")
-
-
 def main() -> None:
-    args = runs.parse(Args, __doc__)
-    with runs.bad_input():
-        if args.resume:
-            args = resumed_args(args.resume, args, "pipeline_train")
-            tasks.check_filled_in(args)
-        else:
-            args = tasks.fill_in(args)
-        mesh = devices.choose_devices(
-            args.num_units, args.num_devices, args.num_processes, args.process_id, args.coordinator
-        )
-        args = dataclasses.replace(args, num_devices=mesh.size // args.num_processes)
-        all_tasks, learned, config = set_up(args)
-        name = "+".join(args.env_name)
-        folder = devices.folder_of_all(lambda: runs.run_folder(args, name, "pipeline_train"))
-        checkpoints = Checkpoints(folder, args)
-    if args.process_id == 0:
-        print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
+    import train_optimizer
 
-    def save(state):
-        if args.process_id != 0:
-            return
-        iterations = int(state.iteration)
-        done = {"iterations": iterations, "env_steps": iterations * tasks.steps_per_iteration(args)}
-        optimizers.save_theta(
-            folder / "theta.npz",
-            state.theta,
-            args.optimizer,
-            config,
-            dataclasses.asdict(args) | done,
-        )
-
-    with runs.interruptible() as interrupted, runs.Log(folder, args.num_iterations) as log:
-
-        def on_iteration(iteration, state, row):
-            log.write(iteration, row)
-            if iteration % args.save_theta_every == 0:
-                save(state)
-            stop = devices.largest_of_processes(interrupted())
-            checkpoints.save_if_due(iteration, state, log, stop)
-            if row["bad_updates"]:
-                log.say(
-                    f"iteration {iteration}: the meta-gradient is not finite; theta is unchanged"
-                )
-            return stop or row["bad_updates"] == MOST_BAD_UPDATES
-
-        def on_iteration_or_save(iteration, state, row):
-            try:
-                return on_iteration(iteration, state, row)
-            except OSError:
-                save(state)  # a disk too full for a checkpoint may have room for theta
-                raise
-
-        state = meta_train(args, all_tasks, learned, mesh, on_iteration_or_save, checkpoints)
-        save(state)
-    stopped = devices.largest_of_processes(interrupted())
-    if args.process_id == 0:
-        summarise(args, folder, state, stopped)
-    sys.exit(stopped)
+    train_optimizer.main()
 
 
 if __name__ == "__main__":

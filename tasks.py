@@ -9,7 +9,6 @@ train_agents.ARGS and to evaluate.py's --agent, and use it in a Kind.
 import dataclasses
 import difflib
 import math
-import re
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -20,7 +19,6 @@ import jax.numpy as jnp
 import a2c
 import checks
 import gridworld
-import optimizers
 import ppo
 import settings
 from environments import brax_env, control, minatar, swimmer
@@ -227,78 +225,3 @@ def steps_per_iteration(args: Any) -> int:
     return (
         args.num_units * (args.inner_updates + 1) * agent.steps_per_update(all_unit_args(args)[0])
     )
-
-
-PER_ENVIRONMENT = ("learning_rate", "reward_scale", "envs_per_unit")
-MOST_DEVICES = 1024  # of one process; a CPU can be as many as it is told to
-MAY_BE_UNSET = ("theta", "num_devices", "resume")
-POSITIVE = (
-    "num_units envs_per_unit inner_updates reset_interval num_iterations total_steps learning_rate "
-    "reward_scale meta_learning_rate hidden_size readout_layers num_devices num_processes "
-    "save_theta_every checkpoint_minutes"
-).split()
-
-
-def fill_in(args: Any) -> Any:
-    """pipeline_train.Args with the paper's values for flags that are not set.
-
-    Raises a one-line ValueError for values that do not fit.
-    """
-    if not args.env_name or len(set(args.env_name)) < len(args.env_name):
-        raise ValueError("--env-name must name at least one environment, and each once")
-    if args.total_steps is not None and args.num_iterations is not None:
-        raise ValueError("give --total-steps or --num-iterations, not both")
-    if args.theta:
-        args = dataclasses.replace(args, optimizer=optimizers.kind_in(args.theta))
-    changed = {
-        name for name in optimizers.SETTINGS if getattr(args, name) != getattr(type(args), name)
-    }
-    optimizers.check_settings(args.optimizer, changed, args.theta)
-    paper = meta_settings(args.env_name)
-    if own_rate := optimizers.LEARNED[args.optimizer]().own_rate:
-        paper["learning_rate"] = (own_rate,)
-    unset = {name: value for name, value in paper.items() if getattr(args, name) is None}
-    args = dataclasses.replace(args, **unset)
-    check(args)
-    for name in PER_ENVIRONMENT:
-        if len(getattr(args, name)) == 1:
-            values = getattr(args, name) * len(args.env_name)
-            args = dataclasses.replace(args, **{name: values})
-    steps = steps_per_iteration(args)
-    if not args.num_iterations:
-        checks.total_steps(args.total_steps, steps, "iteration")
-    num_iterations = args.num_iterations or int(args.total_steps) // steps
-    total_steps = float(num_iterations * steps)
-    args = dataclasses.replace(args, num_iterations=num_iterations, total_steps=total_steps)
-    check_filled_in(args)
-    return args
-
-
-def check_filled_in(args: Any) -> None:
-    """Raises a one-line ValueError unless pipeline_train.Args, perhaps of a run to resume, are
-    those of a run."""
-    for field in dataclasses.fields(args):
-        if getattr(args, field.name) is None and field.name not in MAY_BE_UNSET:
-            raise ValueError(f"{field.name} is not set")
-    check(args)
-    lifetime, flag = args.num_iterations, "--num-iterations"
-    if args.pipeline:
-        lifetime, flag = args.reset_interval, "--reset-interval"
-    if args.inner_updates * lifetime > checks.MOST:
-        raise ValueError(f"--inner-updates times {flag} must be at most {checks.MOST}")
-
-
-def check(args: Any) -> None:
-    """Raises a one-line ValueError for invalid values in pipeline_train.Args."""
-    checks.positive(args, *POSITIVE)
-    for name in PER_ENVIRONMENT:
-        values, flag = getattr(args, name), name.replace("_", "-")
-        if len(values) not in (1, len(args.env_name)):
-            raise ValueError(f"--{flag} takes 1 value or {len(args.env_name)}, got {len(values)}")
-    checks.grad_clip(args.grad_clip)
-    checks.seed(args)
-    port = re.fullmatch(r"\S+:([1-9]\d{0,4})", args.coordinator)
-    if not port or int(port[1]) >= 2**16:
-        wanted = "HOST:PORT, such as 127.0.0.1:9876"
-        raise ValueError(f"--coordinator must be {wanted}, got {args.coordinator}")
-    checks.between(args, 1, MOST_DEVICES, "num_devices")

@@ -148,7 +148,7 @@ def measure_meta(name, units, way, devices=1, inner_updates=4, repeats=3):
     import jax
 
     import pipeline_train
-    import tasks
+    import train_optimizer
     from devices import choose_devices
 
     flags = {
@@ -157,9 +157,9 @@ def measure_meta(name, units, way, devices=1, inner_updates=4, repeats=3):
         "inner_updates": inner_updates,
         "num_devices": devices,
     }
-    args = tasks.fill_in(pipeline_train.Args(pipeline=False, num_iterations=1, **flags))
+    args = train_optimizer.fill_in(pipeline_train.Args(pipeline=False, num_iterations=1, **flags))
     mesh = choose_devices(args.num_units, args.num_devices)
-    (task,), learned, _ = pipeline_train.set_up(args)
+    (task,), learned, _ = train_optimizer.set_up(args)
     key = jax.random.key(0)
     if way == "ours":
         init, step = pipeline_train.jit_meta_step(args, [task], learned, mesh)

@@ -22,6 +22,7 @@ import devices
 import pipeline_train
 import runs
 import tasks
+import train_optimizer
 from figures import report
 from figures.inspection import steps_of
 from optim4rl import to_optax
@@ -68,7 +69,7 @@ def meta_training_args(args: Args, learning_rate: float, inner_updates: int) -> 
     """Raises a one-line ValueError for values that do not fit."""
     usual = tasks.meta_settings((args.env_name,))["reset_interval"]
     lifetime = usual * pipeline_train.Args.inner_updates  # in agent updates
-    return tasks.fill_in(
+    return train_optimizer.fill_in(
         pipeline_train.Args(
             env_name=(args.env_name,),
             learning_rate=(learning_rate,),
@@ -84,7 +85,7 @@ def meta_training_args(args: Args, learning_rate: float, inner_updates: int) -> 
 
 
 def watch(args: pipeline_train.Args, set_up: tuple, mesh, every: int, interrupted) -> list[tuple]:
-    """Meta-train. set_up: what pipeline_train.set_up made of args -> rows of COLUMNS"""
+    """Meta-train. set_up: what train_optimizer.set_up made of args -> rows of COLUMNS"""
     all_tasks, learned, _ = set_up
     measure = jax.jit(lambda theta: step_of(theta, learned))
     rate, rows = args.learning_rate[0], []
@@ -125,7 +126,7 @@ def main() -> None:
         pairs = [(rate, k) for k in args.inner_updates for rate in args.learning_rates]
         all_args = [meta_training_args(args, *pair) for pair in pairs]
         mesh = devices.choose_devices(all_args[0].num_units, args.num_devices)
-        set_ups = [pipeline_train.set_up(given) for given in all_args]
+        set_ups = [train_optimizer.set_up(given) for given in all_args]
         folder = runs.make_folder(args.runs_dir, args.env_name, "learned_step", args.seed, args)
     rows = []
     with runs.interruptible() as interrupted:

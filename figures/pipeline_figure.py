@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import devices
 import pipeline_train
 import runs
-import tasks
+import train_optimizer
 from figures import report
 
 matplotlib.use("Agg")  # needs no screen
@@ -59,7 +59,7 @@ def gradient_sizes(key: jax.Array, agents, agent) -> jax.Array:
 
 def watch(args: pipeline_train.Args, mesh, interrupted) -> Seen:
     """Meta-train, and record the units after every iteration."""
-    all_tasks, learned, _ = pipeline_train.set_up(args)
+    all_tasks, learned, _ = train_optimizer.set_up(args)
     seen, key = Seen([], []), jax.random.key(args.seed)
     measure = jax.jit(
         lambda number, agents: gradient_sizes(
@@ -144,9 +144,9 @@ def main() -> None:
                 "this figure takes one environment and one process, and cannot be resumed: "
                 "no --resume"
             )
-        args = tasks.fill_in(args)
+        args = train_optimizer.fill_in(args)
         mesh = devices.choose_devices(args.num_units, args.num_devices, process_id=args.process_id)
-        pipeline_train.set_up(args)
+        train_optimizer.set_up(args)
         folder = runs.make_folder(
             args.runs_dir, args.env_name[0], "pipeline_figure", args.seed, args
         )

@@ -21,6 +21,7 @@ import pipeline_train
 import runs
 import tasks
 import train_agents
+import train_optimizer
 
 # script: its arguments, and flags for a start that is quick
 SCRIPTS = {
@@ -63,7 +64,7 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax.config, "update", unless_devices)  # they are there already
     monkeypatch.setattr(runs, "make_folder", begin)
     monkeypatch.setattr(train_agents, "Checkpoints", begin)
-    monkeypatch.setattr(pipeline_train, "Checkpoints", begin)
+    monkeypatch.setattr(train_optimizer, "Checkpoints", begin)
     monkeypatch.chdir(tmp_path)
 
     def run(script, flags):
@@ -117,7 +118,7 @@ def make_run(script):
     args = SCRIPTS[script][0]()
     env_name = "pendulum" if script == "ppo" else "catch"
     if script == "pipeline_train":
-        args = tasks.fill_in(dataclasses.replace(args, env_name=(env_name,)))
+        args = train_optimizer.fill_in(dataclasses.replace(args, env_name=(env_name,)))
     else:
         args = dataclasses.replace(args, env_name=env_name, num_seeds=2)
     folder = make_folder(".", env_name, script, 0, args)

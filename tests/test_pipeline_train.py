@@ -23,9 +23,9 @@ from pipeline_train import (
     reset_due,
     reset_slots,
     schedule,
-    set_up,
     train_group,
 )
+from train_optimizer import set_up
 from units import (
     group_of,
     make_regression_task,

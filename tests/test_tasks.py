@@ -15,7 +15,7 @@ import ppo
 import tasks
 from environments import control, swimmer
 from pipeline_train import Args
-from tasks import fill_in
+from train_optimizer import fill_in
 
 # Table of the paper's settings: the fields, then the learning rate
 PAPER_FIELDS = (

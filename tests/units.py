@@ -12,7 +12,7 @@ import gridworld
 import ppo
 from optim4rl import to_optax
 from pipeline_train import Args, Schedule, Task, train_group
-from tasks import fill_in
+from train_optimizer import fill_in
 
 # Environment variables of a script that a test starts, which then compiles in less time.
 QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
