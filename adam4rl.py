@@ -13,11 +13,14 @@
 with bias-corrected running means m_b of the gradient g and v_c of g^2, the number N of updates of
 the whole training, the fraction f of it that is done, schedule(f) piecewise linear in f. k is the
 network's: its largest fan-in, clipped to 64 .. 512, and the number of its matrices, 3 at least.
-Of a matrix, D(d) is the weighted mean of d and of the orthogonal matrix closest to it, as in Muon
-(Jordan et al. 2024), both scaled to the RMS of d, with the weights 1 - spectral and spectral, and
-that scaled again; else it is d. o is the output of a small network that reads, for each
-coordinate, what is above (`inputs`); without one it is 0. theta holds the network and what has a
-name; where these and the network's last layer are zero, this is Adam with the learning rate 9 / N.
+Of a matrix, D(d) is the weighted mean of d and of G^-1/2 d, both scaled to the RMS of d, with the
+weights 1 - whitening and whitening, and that scaled again; else it is d. G is a running mean of
+d d^T, over the smaller side of the matrix: one side of Shampoo (Gupta et al. 2018) for Adam's step.
+Without memory G^-1/2 d is the orthogonal step of Muon (Jordan et al. 2024).
+
+o is the output of a small network that reads, for each coordinate, what is above (`inputs`);
+without one it is 0. theta holds the network and what has a name; where these and the network's last
+layer are zero, this is Adam with the learning rate 9 / N.
 
 It is not in the paper. Copy this file and optim4rl.py into your project, and use it with optax:
 
@@ -30,7 +33,6 @@ Legend: C coordinates in a block, M blocks.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,13 +62,15 @@ LEAST_FAN, MOST_FAN = 64, 512  # what the network's largest fan-in is clipped to
 USUAL_MATRICES, LEAST_MATRICES = 6, 3
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Muon
 ITERATIONS = 5
+MEMORY = 0.8  # decay of G
+DAMPING = 1e-4  # of G, relative to the mean of its eigenvalues
 NUM_INPUTS = 9  # of the network
 SIZES = {
     "rate": 2,
     "schedule": len(KNOTS),
     "momenta": 1 + len(M_DECAYS),
     "squares": 2,
-    "spectral": 1,
+    "whitening": 1,
     "shape": 2,  # exponents of the largest fan-in and of the number of matrices
 }
 
@@ -122,39 +126,58 @@ def rms(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.mean(jnp.square(x), axis=(-2, -1), keepdims=True) + 1e-24)
 
 
-def orthogonal(x: jax.Array) -> jax.Array:
-    """About the orthogonal matrices closest to x, by Newton-Schulz iterations: the same singular
-    vectors, with singular values from .7 to 1.2. x: [B, rows, columns]"""
-    rows, columns = x.shape[-2:]
-    if rows > columns:
-        return orthogonal(x.mT).mT
+def inverse_root(gram: jax.Array) -> jax.Array:
+    """About gram^-1/2, up to a factor: Muon's iterations, coupled (Higham 2008, chapter 6), so that
+    they need the Gram matrix only. gram: [B, n, n], positive semidefinite"""
+    one = jnp.eye(gram.shape[-1])
     a, b, c = NEWTON_SCHULZ
+    product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
-    def iterate(_, x):
-        gram = x @ x.mT
-        return a * x + (b * gram + c * gram @ gram) @ x
+    def iterate(_, roots):
+        root, inverse = roots
+        w = product(inverse, root)
+        w = a * one + b * w + c * product(w, w)
+        return product(root, w), product(w, inverse)
 
-    # With this RMS, no singular value is above 1.
-    start = scaled_to(jnp.float32(1 / math.sqrt(rows * columns)), x)
-    return jax.lax.fori_loop(0, ITERATIONS, iterate, start)
+    # With this trace no eigenvalue is above 1. The smallest ones are rounding errors.
+    trace = jnp.trace(gram, axis1=-2, axis2=-1)[:, None, None]
+    start = gram / (trace + 1e-30) + DAMPING / len(one) * one
+    roots = start, jnp.broadcast_to(one, start.shape)
+    return jax.lax.fori_loop(0, ITERATIONS, iterate, roots)[1]
+
+
+def by_shape(leaves: list) -> dict:
+    """(rows, columns) -> the numbers of the leaves that are such matrices, with their last axes as
+    columns"""
+    found: dict = {}
+    for number, leaf in enumerate(leaves):
+        if len(shape := jnp.shape(leaf)) > 1:
+            found.setdefault((math.prod(shape[:-1]), shape[-1]), []).append(number)
+    return found
+
+
+def init_grams(params) -> tuple:
+    """G of all matrices: those of one shape together."""
+    shapes = by_shape(jax.tree.leaves(params)).items()
+    return tuple(jnp.zeros((len(numbers), min(shape), min(shape))) for shape, numbers in shapes)
 
 
 @partial(jax.jit, inline=True)  # outside of jit, too, it is compiled once
-def mix_orthogonal(weight: jax.Array, d) -> Any:
-    """D(d) for all tensors of the tree d, with their last axes as columns."""
+def whiten(weight: jax.Array, d, grams: tuple) -> tuple:
+    """-> D(d) for all tensors of the tree d, grams. grams: as of init_grams"""
     leaves, treedef = jax.tree.flatten(d)
-    by_shape: dict = {}
-    for number, leaf in enumerate(leaves):
-        if leaf.ndim > 1:
-            shape = math.prod(leaf.shape[:-1]), leaf.shape[-1]
-            by_shape.setdefault(shape, []).append(number)
-    for shape, numbers in by_shape.items():  # those of one shape together
+    new = []
+    for (shape, numbers), gram in zip(by_shape(leaves).items(), grams, strict=True):
         x = jnp.stack([leaves[number].reshape(shape) for number in numbers])
+        x = x.mT if shape[0] > shape[1] else x
+        gram = MEMORY * gram + (1 - MEMORY) * x @ x.mT
+        new.append(gram)
         size = rms(x)
-        x = scaled_to(size, (1 - weight) * x + weight * scaled_to(size, orthogonal(x)))
+        x = scaled_to(size, (1 - weight) * x + weight * scaled_to(size, inverse_root(gram) @ x))
+        x = x.mT if shape[0] > shape[1] else x
         for number, place in zip(numbers, unknown_to_xla([*range(len(numbers))], x), strict=True):
             leaves[number] = x[place].reshape(leaves[number].shape)
-    return jax.tree.unflatten(treedef, leaves)
+    return jax.tree.unflatten(treedef, leaves), tuple(new)
 
 
 def log_shape_factor(theta: dict, params) -> jax.Array:
@@ -189,12 +212,13 @@ def make_adam4rl(network_size: int = 0) -> LearnedOptimizer:
         return jnp.zeros((len(M_DECAYS) + len(V_DECAYS) + 1, BLOCK))
 
     def init_state(params):
-        return init_blocks(params, init_block)
+        return init_blocks(params, init_block), init_grams(params)
 
     apply = map_blocks(direction)
 
     def update(theta, grads, state, params, learning_rate, *, fraction, num_steps, **extra_args):
         del params, extra_args
+        state, grams = state
         g = to_blocks(grads)
         log_n = jnp.log(num_steps / USUAL_STEPS)
         d, state = apply((theta, log_n, jnp.asarray(fraction, float)), g, state)
@@ -204,8 +228,8 @@ def make_adam4rl(network_size: int = 0) -> LearnedOptimizer:
         log_rate += log_shape_factor(theta, grads)
         factor = -learning_rate * jnp.exp(log_rate)
         d = from_blocks(d, jax.tree.map(lambda g: jnp.zeros(jnp.shape(g)), grads))
-        d = mix_orthogonal(theta["spectral"][0], d)
-        return jax.tree.map(lambda d, g: (factor * d).astype(g.dtype), d, grads), state
+        d, grams = whiten(theta["whitening"][0], d, grams)
+        return jax.tree.map(lambda d, g: (factor * d).astype(g.dtype), d, grads), (state, grams)
 
     return LearnedOptimizer(init_theta, init_state, update, rule=None, own_rate=1.0)
 

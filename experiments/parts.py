@@ -1,7 +1,7 @@
 r"""What each part of adam4rl's theta is worth, on the tasks of search.py:
 
     python experiments/parts.py --theta runs/adam4rl.npz
-    python experiments/parts.py --without spectral squares+momenta --others runs/another.npz
+    python experiments/parts.py --without whitening squares+momenta --others runs/another.npz
 
 Trains with theta, with theta where a part is as in Adam, with the theta of other files, and with
 Adam, on the same tasks, seeds and numbers of updates. Writes OUT.csv (every score) and OUT.md: for

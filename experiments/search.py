@@ -94,7 +94,7 @@ SCALES = {
     "schedule": (0.5,) * 6,
     "momenta": (0.6,) * 4,
     "squares": (0.6, 0.6),
-    "spectral": (0.6,),
+    "whitening": (0.6,),
     "shape": (0.5, 1.0),
 }
 CHUNKS = 3  # jobs of a task on a CPU, so that all cores are busy to the end of a generation

@@ -37,8 +37,21 @@ def test_untrained_it_is_adam_at_nine_over_the_number_of_updates(network_size):
         jax.tree.map(lambda u, e: np.testing.assert_allclose(u, e, rtol=5e-5), updates, expected)
 
 
-def numpy_update(theta, grads, num_steps, shape):
-    """The last of len(grads) updates of one tensor, from the docstring's equation."""
+def numpy_updates(theta, grads, num_steps, shape):
+    """The updates of one tensor, from the docstring's equation."""
+    gram, updates = 0.0, []
+    for n in range(1, len(grads) + 1):
+        rate, d = numpy_direction(theta, grads[:n], num_steps, shape)
+        if len(shape) > 1:
+            x = d.reshape(-1, shape[-1])
+            gram = 0.8 * gram + 0.2 * (x @ x.T if len(x) <= shape[-1] else x.T @ x)
+            d = whitened(d, theta["whitening"][0], gram)
+        updates.append(-rate * d)
+    return updates
+
+
+def numpy_direction(theta, grads, num_steps, shape):
+    """-> the learning rate and d of the last of len(grads) updates"""
     m, v = {b: 0.0 for b in (0.5, 0.9, 0.99)}, {c: 0.0 for c in (0.9, 0.99, 0.999)}
     for g in grads:
         m = {b: b * old + (1 - b) * g for b, old in m.items()}
@@ -68,18 +81,21 @@ def numpy_update(theta, grads, num_steps, shape):
     widest = np.prod(shape[:-1]) if len(shape) > 1 else 1
     x = theta["shape"]
     rate *= (np.clip(widest, 64, 512) / 64) ** x[0] * (3 / 6) ** x[1]  # one matrix, or none
-    return -rate * (with_orthogonal(d, theta["spectral"][0]) if len(shape) > 1 else d)
+    return rate, d
 
 
-def with_orthogonal(d, weight):
-    """By singular values, of which Newton-Schulz iterations are polynomials."""
-    matrix = d.reshape(-1, d.shape[-1])
-    u, s, v = np.linalg.svd(matrix / np.linalg.norm(matrix), full_matrices=False)
+def whitened(d, weight, gram):
+    """By eigenvalues, of which Newton-Schulz iterations are polynomials. -> D(d)"""
+    values, vectors = np.linalg.eigh(gram / np.trace(gram) + 1e-4 / len(gram) * np.eye(len(gram)))
+    s = np.sqrt(values)
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    assert np.all(s > 0.6) and np.all(s < 1.3)
+    assert np.all(s > 0.6) and np.all(s < 1.3)  # so that what follows is about gram^-1/2
+    matrix = d.reshape(-1, d.shape[-1])
+    root = vectors * s / np.sqrt(values) @ vectors.T
+    white = root @ matrix if len(root) == len(matrix) else matrix @ root
     size = lambda x: np.sqrt(np.mean(x**2))
-    mixed = (1 - weight) * matrix / size(matrix) + weight * (u * s) @ v / size((u * s) @ v)
+    mixed = (1 - weight) * matrix / size(matrix) + weight * white / size(white)
     return (mixed * size(matrix) / size(mixed)).reshape(d.shape)
 
 
@@ -90,11 +106,10 @@ def test_the_update_is_the_equation(shape, network_size):
     theta = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape), zero(network_size))
     optimizer = adam4rl(jax.tree.map(jnp.float32, theta), num_steps=40)
     params = {"x": jnp.zeros(shape)}
-    state, grads, update = optimizer.init(params), [], jax.jit(optimizer.update)
-    for _ in range(12):
-        grads.append(rng.normal(size=shape))
-        updates, state = update({"x": jnp.float32(grads[-1])}, state, params)
-        expected = numpy_update(theta, grads, 40, shape)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    grads = rng.normal(size=(12, *shape))
+    for g, expected in zip(grads, numpy_updates(theta, grads, 40, shape), strict=True):
+        updates, state = update({"x": jnp.float32(g)}, state, params)
         np.testing.assert_allclose(updates["x"], expected, rtol=2e-3, atol=1e-6)
 
 
