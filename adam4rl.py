@@ -168,13 +168,14 @@ def whiten(weight: jax.Array, d, grams: tuple) -> tuple:
     leaves, treedef = jax.tree.flatten(d)
     new = []
     for (shape, numbers), gram in zip(by_shape(leaves).items(), grams, strict=True):
+        tall = shape[0] > shape[1]
         x = jnp.stack([leaves[number].reshape(shape) for number in numbers])
-        x = x.mT if shape[0] > shape[1] else x
+        x = x.mT if tall else x
         gram = MEMORY * gram + (1 - MEMORY) * x @ x.mT
         new.append(gram)
         size = rms(x)
         x = scaled_to(size, (1 - weight) * x + weight * scaled_to(size, inverse_root(gram) @ x))
-        x = x.mT if shape[0] > shape[1] else x
+        x = x.mT if tall else x
         for number, place in zip(numbers, unknown_to_xla([*range(len(numbers))], x), strict=True):
             leaves[number] = x[place].reshape(leaves[number].shape)
     return jax.tree.unflatten(treedef, leaves), tuple(new)

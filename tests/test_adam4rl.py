@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from adam4rl import KNOTS, adam4rl, make_adam4rl
+from adam4rl import KNOTS, adam4rl, inverse_root, make_adam4rl
 from optim4rl import to_optax
 
 PARAMS = {"w": jnp.ones((6, 5)), "b": jnp.zeros(5), "log_std": jnp.float32(1)}
@@ -111,6 +111,19 @@ def test_the_update_is_the_equation(shape, network_size):
     for g, expected in zip(grads, numpy_updates(theta, grads, 40, shape), strict=True):
         updates, state = update({"x": jnp.float32(g)}, state, params)
         np.testing.assert_allclose(updates["x"], expected, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [8, 256])
+def test_the_root_of_a_gram_matrix_without_full_rank_is_positive_and_bounded(size):
+    """As of the first updates, which have seen few directions."""
+    x = np.random.default_rng(0).normal(size=(size, 3))
+    root = np.asarray(inverse_root(jnp.float32(x @ x.T)[None])[0], float)
+    values, vectors = np.linalg.eigh(x @ x.T)
+    found = np.diag(vectors.T @ root @ vectors)
+    # Where the matrix is 0, five iterations give 3.4445^5 = 485.
+    assert np.all(found > 0.6) and np.all(found < 490)
+    scaled = np.sqrt(values[-3:] / values.sum()) * found[-3:]
+    assert np.all(scaled > 0.6) and np.all(scaled < 1.3)
 
 
 @pytest.mark.parametrize(
