@@ -57,9 +57,8 @@ def gradient_sizes(key: jax.Array, agents, agent) -> jax.Array:
     return jax.vmap(size)(jax.random.split(key, jax.tree.leaves(agents)[0].shape[0]), agents)
 
 
-def watch(args: pipeline_train.Args, mesh, interrupted) -> Seen:
+def watch(args: pipeline_train.Args, all_tasks, learned, mesh, interrupted) -> Seen:
     """Meta-train, and record the units after every iteration."""
-    all_tasks, learned, _ = train_optimizer.set_up(args)
     seen, key = Seen([], []), jax.random.key(args.seed)
     measure = jax.jit(
         lambda number, agents: gradient_sizes(
@@ -146,7 +145,7 @@ def main() -> None:
             )
         args = train_optimizer.fill_in(args)
         mesh = devices.choose_devices(args.num_units, args.num_devices, process_id=args.process_id)
-        train_optimizer.set_up(args)
+        all_tasks, learned, _ = train_optimizer.set_up(args)
         folder = runs.make_folder(
             args.runs_dir, args.env_name[0], "pipeline_figure", args.seed, args
         )
@@ -154,9 +153,8 @@ def main() -> None:
     with runs.interruptible() as interrupted:
         for pipeline in (True, False):
             if not interrupted():
-                all_seen[pipeline] = watch(
-                    dataclasses.replace(args, pipeline=pipeline), mesh, interrupted
-                )
+                own_args = dataclasses.replace(args, pipeline=pipeline)
+                all_seen[pipeline] = watch(own_args, all_tasks, learned, mesh, interrupted)
         title = (
             f"{args.env_name[0]}: {args.num_units} units, "
             f"a lifetime is {args.reset_interval} meta-iterations"
