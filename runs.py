@@ -197,14 +197,16 @@ def make_folder(runs_dir: str, env_name: str, script: str, seed: int, args: Any)
             folder.mkdir(parents=True)
             break
     try:
-        write_whole(
-            folder / "config.json",
-            lambda file: file.write(f"{json.dumps(config, indent=2)}\n".encode()),
-        )
+        write_config(folder, config)
     except OSError:
         folder.rmdir()
         raise
     return folder
+
+
+def write_config(folder: Path, config: dict) -> None:
+    text = f"{json.dumps(config, indent=2)}\n"
+    write_whole(folder / "config.json", lambda file: file.write(text.encode()))
 
 
 def run_folder(args: Any, env_name: str, script: str) -> Path:

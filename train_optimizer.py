@@ -2,8 +2,10 @@
 and checkpoints of a run."""
 
 import dataclasses
+import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -62,6 +64,23 @@ def fill_in(args: Args) -> Args:
     args = dataclasses.replace(args, num_iterations=num_iterations, total_steps=total_steps)
     check_filled_in(args)
     return args
+
+
+def resumed(args: Args) -> Args:
+    """The arguments of the run to resume, which --num-iterations may make longer. Raises a one-line
+    ValueError for other arguments than the run's, or fewer iterations."""
+    given = dataclasses.replace(args, num_iterations=None)
+    run = resumed_args(args.resume, given, "pipeline_train")
+    check_filled_in(run)
+    if args.num_iterations in (None, run.num_iterations):
+        return run
+    if args.num_iterations < run.num_iterations or not run.pipeline:
+        least = f"at least its {run.num_iterations}" if run.pipeline else f"{run.num_iterations}"
+        raise ValueError(f"--num-iterations of the run to resume must be {least}")
+    total_steps = float(args.num_iterations * tasks.steps_per_iteration(run))
+    run = dataclasses.replace(run, num_iterations=args.num_iterations, total_steps=total_steps)
+    check_filled_in(run)
+    return run
 
 
 def check_filled_in(args: Args) -> None:
@@ -146,6 +165,16 @@ def make_learned(args: Args) -> tuple[LearnedOptimizer, dict]:
     return learned, config
 
 
+def run_folder(args: Args) -> Path:
+    """A new folder, or that of the resumed run, whose config.json gets a new length."""
+    folder = runs.run_folder(args, "+".join(args.env_name), "pipeline_train")
+    config = json.loads((folder / "config.json").read_text())
+    if config["args"]["num_iterations"] != args.num_iterations:
+        config["args"] |= {"num_iterations": args.num_iterations, "total_steps": args.total_steps}
+        runs.write_config(folder, config)
+    return folder
+
+
 def summarise(args: Args, folder: Path, state: MetaState, interrupted: int) -> None:
     """Print the files written and the next command; exit with code 1 after too many bad updates."""
     theta_path = folder / "theta.npz"
@@ -164,18 +193,13 @@ def summarise(args: Args, folder: Path, state: MetaState, interrupted: int) -> N
 def main() -> None:
     args = runs.parse(Args, pipeline_train.__doc__)
     with runs.bad_input():
-        if args.resume:
-            args = resumed_args(args.resume, args, "pipeline_train")
-            check_filled_in(args)
-        else:
-            args = fill_in(args)
+        args = resumed(args) if args.resume else fill_in(args)
         mesh = devices.choose_devices(
             args.num_units, args.num_devices, args.num_processes, args.process_id, args.coordinator
         )
         args = dataclasses.replace(args, num_devices=mesh.size // args.num_processes)
         all_tasks, learned, config = set_up(args)
-        name = "+".join(args.env_name)
-        folder = devices.folder_of_all(lambda: runs.run_folder(args, name, "pipeline_train"))
+        folder = devices.folder_of_all(partial(run_folder, args))
         checkpoints = Checkpoints(folder, args)
     if args.process_id == 0:
         print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))

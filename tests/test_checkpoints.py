@@ -1,6 +1,7 @@
 """A run that is killed and resumed ends where it would have ended; damage and other arguments are
 seen."""
 
+import json
 import os
 import random
 import signal
@@ -98,6 +99,23 @@ def test_stopped_at_random_moments_and_resumed_it_ends_the_same_bit_for_bit(
             assert len(whole_checkpoints(folder)) == 2
     assert process.returncode == 0, err
     assert_same_run(folder, uninterrupted)
+
+
+def test_a_finished_run_made_longer_ends_as_if_it_had_always_been(tmp_path, uninterrupted):
+    process = start(tmp_path, *RUN.replace("iterations 80", "iterations 50").split())
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    folder = only_folder(tmp_path / "runs")
+    process = start(tmp_path, "--resume", str(folder), "--num-iterations", "49")
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 2 and "must be at least its 50" in err, err
+    process = start(tmp_path, "--resume", str(folder), "--num-iterations", "80")
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert_same_run(folder, uninterrupted)
+    lengths = ("num_iterations", "total_steps")
+    configs = [json.loads((x / "config.json").read_text())["args"] for x in (folder, uninterrupted)]
+    assert all(configs[0][name] == configs[1][name] for name in lengths)
 
 
 @pytest.mark.parametrize("kind", optimizers.LEARNED)
