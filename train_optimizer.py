@@ -2,10 +2,8 @@
 and checkpoints of a run."""
 
 import dataclasses
-import json
 import re
 import sys
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -69,18 +67,20 @@ def fill_in(args: Args) -> Args:
 def resumed(args: Args) -> Args:
     """The arguments of the run to resume, which --num-iterations may make longer. Raises a one-line
     ValueError for other arguments than the run's, or fewer iterations."""
-    given = dataclasses.replace(args, num_iterations=None)
-    run = resumed_args(args.resume, given, "pipeline_train")
-    check_filled_in(run)
-    if args.num_iterations in (None, run.num_iterations):
-        return run
-    if args.num_iterations < run.num_iterations or not run.pipeline:
-        least = f"at least its {run.num_iterations}" if run.pipeline else f"{run.num_iterations}"
-        raise ValueError(f"--num-iterations of the run to resume must be {least}")
-    total_steps = float(args.num_iterations * tasks.steps_per_iteration(run))
-    run = dataclasses.replace(run, num_iterations=args.num_iterations, total_steps=total_steps)
-    check_filled_in(run)
-    return run
+    longer = args.num_iterations
+    args = dataclasses.replace(args, num_iterations=None)
+    args = resumed_args(args.resume, args, "pipeline_train")
+    check_filled_in(args)
+    if longer in (None, args.num_iterations):
+        return args
+    if not args.pipeline:  # the agents live as long as the run
+        raise ValueError(f"a run with --no-pipeline keeps its {args.num_iterations} iterations")
+    if longer < args.num_iterations:
+        raise ValueError(f"--num-iterations must be at least the run's {args.num_iterations}")
+    total_steps = float(longer * tasks.steps_per_iteration(args))
+    args = dataclasses.replace(args, num_iterations=longer, total_steps=total_steps)
+    check_filled_in(args)
+    return args
 
 
 def check_filled_in(args: Args) -> None:
@@ -165,16 +165,6 @@ def make_learned(args: Args) -> tuple[LearnedOptimizer, dict]:
     return learned, config
 
 
-def run_folder(args: Args) -> Path:
-    """A new folder, or that of the resumed run, whose config.json gets a new length."""
-    folder = runs.run_folder(args, "+".join(args.env_name), "pipeline_train")
-    config = json.loads((folder / "config.json").read_text())
-    if config["args"]["num_iterations"] != args.num_iterations:
-        config["args"] |= {"num_iterations": args.num_iterations, "total_steps": args.total_steps}
-        runs.write_config(folder, config)
-    return folder
-
-
 def summarise(args: Args, folder: Path, state: MetaState, interrupted: int) -> None:
     """Print the files written and the next command; exit with code 1 after too many bad updates."""
     theta_path = folder / "theta.npz"
@@ -199,7 +189,8 @@ def main() -> None:
         )
         args = dataclasses.replace(args, num_devices=mesh.size // args.num_processes)
         all_tasks, learned, config = set_up(args)
-        folder = devices.folder_of_all(partial(run_folder, args))
+        name = "+".join(args.env_name)
+        folder = devices.folder_of_all(lambda: runs.run_folder(args, name, "pipeline_train"))
         checkpoints = Checkpoints(folder, args)
     if args.process_id == 0:
         print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))

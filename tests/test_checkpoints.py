@@ -108,7 +108,7 @@ def test_a_finished_run_made_longer_ends_as_if_it_had_always_been(tmp_path, unin
     folder = only_folder(tmp_path / "runs")
     process = start(tmp_path, "--resume", str(folder), "--num-iterations", "49")
     _, err = process.communicate(timeout=600)
-    assert process.returncode == 2 and "must be at least its 50" in err, err
+    assert process.returncode == 2 and "must be at least the run's 50" in err, err
     process = start(tmp_path, "--resume", str(folder), "--num-iterations", "80")
     _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err

@@ -151,6 +151,10 @@ def test_other_arguments_and_a_run_without_a_checkpoint_are_refused(run):
     flags = ["--resume", str(folder), "--num-units", str(2 * units)]
     hint = f"--num-units is {2 * units} here, and {units} in the run to resume"
     assert hint in run("pipeline_train", flags)
+    config["args"]["pipeline"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    longer = [*flags[:2], "--num-iterations", "1000000"]
+    assert "--no-pipeline keeps its" in run("pipeline_train", longer)
     (folder / "checkpoint" / "3").rmdir()
     (folder / "checkpoint" / "6.tmp").mkdir()  # not written to its end
     assert "no checkpoint yet" in run("pipeline_train", flags[:2])
