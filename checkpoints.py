@@ -127,11 +127,20 @@ class Checkpoints:
                     aside = path.with_suffix(".damaged")
                     shutil.rmtree(aside, ignore_errors=True)
                     os.replace(path, aside)
-                if self.args.resume:
-                    store_args(self.folder.parent, self.args)
             print(f"resumed at {number}")
             return state
         runs.fail(f"{self.folder} has no intact checkpoint")
+
+    def store_args(self) -> None:
+        """Put arguments that a resumed run was given, as a new length, into its config.json."""
+        if jax.process_index() > 0:
+            return
+        config = json.loads((self.folder.parent / "config.json").read_text())
+        given = json.loads(json.dumps(dataclasses.asdict(self.args)))
+        given = {name: value for name, value in given.items() if name not in OF_A_START}
+        if given != {name: config["args"].get(name) for name in given}:
+            config["args"] |= given
+            runs.write_config(self.folder.parent, config)
 
     def numbers(self) -> list[int]:
         paths = self.folder.iterdir() if self.folder.exists() else ()
@@ -232,16 +241,6 @@ def one_line(what: str, error: Exception) -> OSError:
 def wait_for_all(key: str) -> None:
     """Of the processes. A collective would fail if one is 30 s late."""
     multihost.get_barrier_sync_fn()(key=key, timeout_ms=3_600_000)
-
-
-def store_args(run_folder: Path, args: Any) -> None:
-    """Put arguments that a resumed run was given, as a new length, into its config.json."""
-    config = json.loads((run_folder / "config.json").read_text())
-    given = json.loads(json.dumps(dataclasses.asdict(args)))
-    given = {name: value for name, value in given.items() if name not in OF_A_START}
-    if given != {name: config["args"].get(name) for name in given}:
-        config["args"] |= given
-        runs.write_config(run_folder, config)
 
 
 def resumed_args(run_folder: str, given: Any, script: str) -> Any:

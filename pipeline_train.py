@@ -295,7 +295,9 @@ def meta_train(
     key_init, key_train = jax.random.split(jax.random.key(args.seed))
     init, step = jit_meta_step(args, all_tasks, learned, mesh)
     state, steps = init(key_init), tasks.steps_per_iteration(args)
-    state = checkpoints.restore(state) if args.resume else state
+    if args.resume:
+        state = checkpoints.restore(state)
+        checkpoints.store_args()
     done = int(state.iteration)
     began = time.perf_counter()
     step = step.lower(key_train, state).compile()
