@@ -218,9 +218,9 @@ def run_folder(args: Any, env_name: str, script: str) -> Path:
     )
 
 
-def progress(total: int, title: str = "") -> tqdm:
-    """A progress bar with the remaining time."""
-    return tqdm(total=total, desc=title, dynamic_ncols=True)
+def progress(total: int, title: str = "", initial: int = 0) -> tqdm:
+    """A progress bar with the remaining time. initial: how many are done before the time starts."""
+    return tqdm(total=total, desc=title, initial=initial, dynamic_ncols=True)
 
 
 def warn_if_long(seconds: float, advice: str) -> None:
@@ -281,7 +281,8 @@ class Log:
         self.file = self.opened.enter_context(open(path, "a", newline=""))  # noqa: SIM115
         self.events = SummaryWriter(str(self.folder))
         self.opened.callback(self.events.close)
-        self.bar = self.opened.enter_context(progress(self.total))
+        # The remaining time follows from what is done from here on: not before a resumption.
+        self.bar = self.opened.enter_context(progress(self.total, initial=number))
         self.rows = csv.DictWriter(self.file, names)
         if not before:
             self.rows.writeheader()

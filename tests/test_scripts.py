@@ -5,6 +5,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -160,6 +161,16 @@ def test_an_interrupt_keeps_the_log_of_a2c(call, tmp_path, monkeypatch):
     (folder,) = (tmp_path / "runs").iterdir()
     assert code == 143 and f"to go on: python a2c.py --resume runs/{folder.name}" in out
     assert [row["number"] for row in read_rows(folder / "metrics.csv")] == ["1", "2", "3"]
+
+
+def test_the_remaining_time_of_a_resumed_run_is_that_of_its_own_iterations(tmp_path):
+    """Of 1,000 iterations 899 were done before, the next two take 0.2 s each: 20 s remain."""
+    with runs.Log(tmp_path, 1000, seconds=0) as log:
+        for number in (900, 901):
+            log.write(number, {"return": 0.0})
+            time.sleep(0.2)
+        minutes, seconds = re.search(r"<(\d+):(\d+)", str(log.bar)).groups()
+    assert 60 * int(minutes) + int(seconds) >= 15
 
 
 def test_an_interrupt_of_evaluate_keeps_the_optimizers_that_are_done(call, tmp_path, monkeypatch):
