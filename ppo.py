@@ -75,6 +75,9 @@ class Args:
     """weight of the entropy bonus (paper: 1e-2 or 1e-3)"""
     reward_scale: float = 10.0
     """factor on rewards in learning; logged returns are not scaled"""
+    normalise_observations: bool = True
+    """by their running mean and standard deviation; not where they are binary: what is seen for the
+    first time would be as many deviations away as it is rare"""
     policy_layers: tuple[int, ...] = (32, 32, 32, 32)
     """hidden layers of the policy"""
     value_layers: tuple[int, ...] = (256, 256, 256, 256, 256)
@@ -97,7 +100,7 @@ class Env(NamedTuple):
     """
 
     reset: Callable  # key -> state, obs [O]
-    step: Callable  # state, action -> state, obs, reward, terminated (bool)
+    step: Callable  # key, state, action -> state, obs, reward, terminated (bool)
     obs_size: int
     action_size: int
     distribution: Distribution = TANH_NORMAL
@@ -143,7 +146,8 @@ def rollout(key, params, normaliser, stream, env: Env, num_steps: int, episode_l
         stream, final_obs = carry
         outputs = mlp(params["policy"], normalise(normaliser, stream.obs))
         x = actions.sample(key, outputs)
-        env_state, obs, reward, terminated = env.step(stream.env_state, actions.to_action(x))
+        key_env, action = jax.random.fold_in(key, 1), actions.to_action(x)
+        env_state, obs, reward, terminated = env.step(key_env, stream.env_state, action)
         truncated = (stream.steps + 1 >= episode_length) & ~terminated
         done = terminated | truncated
         final_obs = jnp.where(truncated, obs, final_obs)
@@ -304,9 +308,11 @@ def init_state(key: jax.Array, optimizer, env: Env, args: Args) -> AgentState:
     streams = jax.vmap(start)(jax.random.split(key_envs, args.num_envs))
     # The first statistics come from a rollout that is not learned from.
     zeros, ones = jnp.zeros(env.obs_size), jnp.ones(env.obs_size)
-    normaliser = Normaliser(jnp.ones(()), zeros, ones)
+    normaliser = Normaliser(jnp.ones(()), zeros, ones)  # changes nothing
     batch, streams = act(key_first, params, normaliser, streams, env, args)
-    normaliser = update_normaliser(Normaliser(jnp.zeros(()), zeros, zeros), batch.obs[:, :-1])
+    if args.normalise_observations:
+        nothing_seen = Normaliser(jnp.zeros(()), zeros, zeros)
+        normaliser = update_normaliser(nothing_seen, batch.obs[:, :-1])
     return AgentState(params, optimizer.init(params), streams, normaliser)
 
 
@@ -328,9 +334,11 @@ def make_agent(env: Env, args: Args) -> Agent:
             "loss": jnp.mean(recorded[1]["value"]),
             "healthy": all_finite((batch.obs, batch.reward, state.params)),
         }
-        # Updated only now: acting and learning use the same statistics, so the ratio starts at 1.
-        normaliser = update_normaliser(state.normaliser, batch.obs[:, :-1])
-        return state._replace(normaliser=normaliser), recorded, metrics
+        if args.normalise_observations:
+            # Only now: acting and learning use the same statistics, so the ratio starts at 1.
+            normaliser = update_normaliser(state.normaliser, batch.obs[:, :-1])
+            state = state._replace(normaliser=normaliser)
+        return state, recorded, metrics
 
     def loss(key, state):
         key_collect, key_entropy = jax.random.split(key)
@@ -350,13 +358,14 @@ def evaluate(key: jax.Array, state: AgentState, env: Env, args: Args) -> jax.Arr
         number, *_, terminated, _ = episode
         return (number < args.episode_length) & ~terminated
 
-    def step(episode):
-        number, env_state, obs, _, total = episode
-        x = actions.mode(mlp(state.params["policy"], normalise(state.normaliser, obs)))
-        env_state, obs, reward, terminated = env.step(env_state, actions.to_action(x))
-        return number + 1, env_state, obs, terminated, total + reward
-
     def whole_return(key):
+        def step(episode):
+            number, env_state, obs, _, total = episode
+            x = actions.mode(mlp(state.params["policy"], normalise(state.normaliser, obs)))
+            key_step, action = jax.random.fold_in(key, number), actions.to_action(x)
+            env_state, obs, reward, terminated = env.step(key_step, env_state, action)
+            return number + 1, env_state, obs, terminated, total + reward
+
         start = (jnp.int32(0), *env.reset(key), jnp.array(False), jnp.zeros(()))
         return jax.lax.while_loop(goes_on, step, start)[-1]
 

@@ -59,9 +59,12 @@ MINATAR = dict(
     learning_rate=3e-3,
     policy_layers=(64, 64),
     value_layers=(64, 64),
+    normalise_observations=False,
 )
 # PPO's agent on gridworlds and Catch, whose default agent is A2C's
-PPO_ON_GRIDWORLDS = CONTROL | dict(entropy_weight=1e-2, discount=0.995, episode_length=1000)
+PPO_ON_GRIDWORLDS = CONTROL | dict(
+    entropy_weight=1e-2, discount=0.995, episode_length=1000, normalise_observations=False
+)
 
 AGENT = {
     "catch": dict(

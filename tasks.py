@@ -26,22 +26,19 @@ from networks import CATEGORICAL
 
 
 def flat_gridworld(name: str) -> ppo.Env:
-    """A gridworld or Catch as PPO takes it: flat observations, and a key in the state."""
+    """A gridworld or Catch as PPO takes it, with flat observations."""
     env = gridworld.make(name)
 
     def flat(obs):
         return obs.reshape(-1).astype(jnp.float32)
 
     def reset(key):
-        key_reset, key_steps = jax.random.split(key)
-        state, obs = env.reset(key_reset)
-        return (key_steps, state), flat(obs)
+        state, obs = env.reset(key)
+        return state, flat(obs)
 
-    def step(key_and_state, action):
-        key, state = key_and_state
-        key, key_step = jax.random.split(key)
-        state, obs, reward, done = env.step(key_step, state, action)
-        return (key, state), flat(obs), reward, done
+    def step(key, state, action):
+        state, obs, reward, done = env.step(key, state, action)
+        return state, flat(obs), reward, done
 
     size = math.prod(env.obs_shape)
     return ppo.Env(reset, step, size, env.num_actions, CATEGORICAL, resets_itself=True)
@@ -64,7 +61,7 @@ KINDS = (
     ),
     Kind(lambda: control.NAMES, {ppo: lambda name, backend: ppo.Env(*control.make(name))}),
     Kind(lambda: swimmer.NAMES, {ppo: lambda name, backend: ppo.Env(*swimmer.make(name))}),
-    Kind(lambda: minatar.NAMES, {ppo: lambda name, backend: ppo.Env(*minatar.make(name))}),
+    Kind(lambda: minatar.NAMES, {ppo: lambda name, backend: minatar.make(name)}),
     Kind(brax_env.names, {ppo: brax_env.make}),  # last, because names() imports Brax
 )
 AGENTS = {"a2c": a2c, "ppo": ppo}

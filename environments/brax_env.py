@@ -52,7 +52,8 @@ def make(name: str, backend: str) -> Env:
         return state, state.obs
 
     @jax.default_matmul_precision("highest")
-    def step(state, action):
+    def step(key, state, action):
+        del key  # Brax's tasks are deterministic
         state = env.step(state, action)
         return state, state.obs, state.reward, state.done > 0.5
 

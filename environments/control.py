@@ -1,7 +1,7 @@
 """Five analytic continuous-control tasks, as pure functions: `env = make("pendulum")`.
 
     state, obs = env.reset(key)
-    state, obs, reward, terminated = env.step(state, action)  # action [A] in [-1, 1]
+    state, obs, reward, terminated = env.step(key, state, action)  # action [A] in [-1, 1]
 
 One environment each; `vmap` them for more. Everything is traceable and every shape is fixed by the
 name. An environment neither resets itself nor ends for lack of time: both are the rollout's to do
@@ -37,7 +37,7 @@ class Env(NamedTuple):
     """An environment: two pure functions and the sizes that a network needs."""
 
     reset: Callable  # key -> state, obs [O]
-    step: Callable  # state, action [A] in [-1, 1] -> state, obs, reward, terminated (bool)
+    step: Callable  # key, state, action [A] in [-1, 1] -> state, obs, reward, terminated (bool)
     obs_size: int
     action_size: int
 
@@ -241,7 +241,8 @@ def make(name: str) -> Env:
         state = State(position, jnp.zeros_like(position), goal)
         return state, task.observe(state)
 
-    def step(state, action):
+    def step(key, state, action):
+        del key  # deterministic
         force = jnp.array(task.strength) * jnp.clip(action, -1.0, 1.0)
 
         def again(_, motion):

@@ -5,13 +5,11 @@ imports six without requiring it.)
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from networks import CATEGORICAL, Distribution
+from networks import CATEGORICAL
+from ppo import Env
 
 GAMES = {
     "minatar_asterix": "Asterix-MinAtar",
@@ -22,18 +20,8 @@ GAMES = {
 NAMES = tuple(GAMES)
 
 
-class Env(NamedTuple):
-    """A game, in the form of ppo.Env."""
-
-    reset: Callable  # key -> state, obs [O]
-    step: Callable  # state, action [] -> state, obs, reward, terminated
-    obs_size: int
-    action_size: int
-    distribution: Distribution
-
-
 def make(name: str) -> Env:
-    """The game of that name, with flat observations and a key in its state. Raises a one-line
+    """The game of that name, with flat observations. Raises a one-line
     ValueError without gymnax."""
     try:
         import gymnax
@@ -47,15 +35,12 @@ def make(name: str) -> Env:
         return obs.reshape(-1).astype(jnp.float32)
 
     def reset(key):
-        key_reset, key_steps = jax.random.split(key)
-        obs, state = env.reset_env(key_reset, params)
-        return (key_steps, state), flat(obs)
+        obs, state = env.reset_env(key, params)
+        return state, flat(obs)
 
-    def step(key_and_state, action):
-        key, state = key_and_state
-        key, key_step = jax.random.split(key)
-        obs, state, reward, done, _ = env.step_env(key_step, state, action, params)
-        return (key, state), flat(obs), reward.astype(jnp.float32), done
+    def step(key, state, action):
+        obs, state, reward, done, _ = env.step_env(key, state, action, params)
+        return state, flat(obs), reward.astype(jnp.float32), done
 
     size = math.prod(env.observation_space(params).shape)
     return Env(reset, step, size, env.num_actions, CATEGORICAL)

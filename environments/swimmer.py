@@ -1,7 +1,7 @@
 """A swimmer of N links in a very viscous fluid (Purcell 1977): `env = make("purcell_swimmer")`.
 
     state, obs = env.reset(key)
-    state, obs, reward, terminated = env.step(state, action)  # action [N - 1] in [-1, 1]
+    state, obs, reward, terminated = env.step(key, state, action)  # action [N - 1] in [-1, 1]
 
 An action turns the joints; the fluid resists a link's sideways motion twice as much as its
 lengthwise motion. Without inertia all forces and torques add up to 0 at every moment, which gives
@@ -98,7 +98,8 @@ def make(name: str, num_links: int = NUM_LINKS) -> Env:
         state = State(jnp.zeros(()), bends)
         return state, observe(state)
 
-    def step(state, action):
+    def step(key, state, action):
+        del key  # deterministic
         wanted = state.bends + DT * MAX_TURN * jnp.clip(action, -1.0, 1.0)
         bends = jnp.clip(wanted, -MAX_BEND, MAX_BEND)
         middle, bending = (state.bends + bends) / 2, (bends - state.bends) / DT

@@ -121,8 +121,9 @@ def several(env: ppo.Env, copies: int) -> ppo.Env:
         states, obs = jax.vmap(env.reset)(jax.random.split(key, copies))
         return states, obs.reshape(-1)
 
-    def step(states, action):
-        states, obs, rewards, terminated = jax.vmap(env.step)(states, action.reshape(copies, -1))
+    def step(key, states, action):
+        keys, actions = jax.random.split(key, copies), action.reshape(copies, -1)
+        states, obs, rewards, terminated = jax.vmap(env.step)(keys, states, actions)
         return states, obs.reshape(-1), jnp.mean(rewards), jnp.any(terminated)
 
     sizes = copies * env.obs_size, copies * env.action_size
@@ -138,8 +139,8 @@ def mixed(env: ppo.Env, obs_size: int) -> ppo.Env:
         state, obs = env.reset(key)
         return state, jnp.tanh(obs @ mixing)
 
-    def step(state, action):
-        state, obs, reward, terminated = env.step(state, action)
+    def step(key, state, action):
+        state, obs, reward, terminated = env.step(key, state, action)
         return state, jnp.tanh(obs @ mixing), reward, terminated
 
     return env._replace(reset=reset, step=step, obs_size=obs_size)

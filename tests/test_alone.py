@@ -50,7 +50,7 @@ assert history["reward"].shape == (1, 3) and history["reward"][0, -1] > 0.55
         """
 import jax, jax.numpy as jnp, optax, ppo
 
-def step(state, action):  # one observation; the reward is highest for action 0.5
+def step(key, state, action):  # one observation; the reward is highest for action 0.5
     return state, jnp.ones(1), 1 - jnp.abs(action[0] - 0.5), jnp.array(True)
 
 env = ppo.Env(lambda key: (jnp.int32(0), jnp.ones(1)), step, 1, 1)

@@ -14,6 +14,7 @@ import scipy.integrate
 from environments import control
 from environments.control import GRAVITY, State
 
+KEY = jax.random.key(0)  # of a step: the tasks are deterministic
 every_task = pytest.mark.parametrize("name", control.NAMES)
 
 
@@ -30,7 +31,7 @@ def play(name, controller, num_steps=200, num_envs=32, seed=0):
     env = control.make(name)
 
     def step(state, key):
-        state, *seen = env.step(state, controller(state, key))
+        state, *seen = env.step(key, state, controller(state, key))
         return state, (state, *seen)
 
     def episode(key):
@@ -188,7 +189,7 @@ def test_point_mass_steps_as_a_damped_oscillator_does():
     """q'' = 3 u - q - q': with w^2 = 3/4, q - 3 u = exp(-t / 2) (a cos w t + b sin w t)."""
     q, v, action = np.array([0.4, -0.7]), np.array([0.5, 1.0]), np.array([0.5, -0.25])
     after, _, reward, terminated = control.make("point_mass").step(
-        make_state(q, v, (0.4, -0.7)), jnp.array(action)
+        KEY, make_state(q, v, (0.4, -0.7)), jnp.array(action)
     )
     w, t, rest = np.sqrt(3) / 2, 0.05, 3 * action
     a = q - rest
@@ -204,7 +205,7 @@ def test_point_mass_steps_as_a_damped_oscillator_does():
 
 def test_pendulum_steps_as_its_equation_says():
     after, obs, reward, _ = control.make("pendulum").step(
-        make_state([1.0], [-2.0]), jnp.array([0.6])
+        KEY, make_state([1.0], [-2.0]), jnp.array([0.6])
     )
 
     def slope(t, y):
@@ -230,7 +231,7 @@ def test_pendulum_steps_as_its_equation_says():
     ],
 )
 def test_equilibria(name, position, action):
-    after = control.make(name).step(make_state(position), jnp.array(action))[0]
+    after = control.make(name).step(KEY, make_state(position), jnp.array(action))[0]
     np.testing.assert_allclose(after.position, position, atol=1e-6)
     np.testing.assert_allclose(after.velocity, 0, atol=1e-5)
 
@@ -243,13 +244,13 @@ def test_shapes_and_types_are_fixed(name):
     env = control.make(name)
     assert env._fields == ("reset", "step", "obs_size", "action_size")  # the first of ppo.Env's
     state, obs = jax.eval_shape(env.reset, jax.random.key(0))
-    after = jax.eval_shape(env.step, state, jnp.zeros(env.action_size))
+    after = jax.eval_shape(env.step, KEY, state, jnp.zeros(env.action_size))
     assert (state, obs) == after[:2]  # dtypes and weak types too
     keys = jax.random.split(jax.random.key(0), 5)
     state, obs = jax.eval_shape(jax.jit(jax.vmap(env.reset)), keys)
     actions = jnp.ones((5, env.action_size))
     step = jax.jit(jax.vmap(env.step))
-    _, obs_after, reward, terminated = jax.eval_shape(step, state, actions)
+    _, obs_after, reward, terminated = jax.eval_shape(step, keys, state, actions)
     assert obs.shape == obs_after.shape == (5, env.obs_size)
     assert reward.shape == terminated.shape == (5,)
     assert (obs.dtype, reward.dtype, terminated.dtype) == (jnp.float32, jnp.float32, jnp.bool)
@@ -262,7 +263,7 @@ def test_actions_beyond_1_are_as_1(name):
     state, _ = env.reset(jax.random.key(3))
     step = jax.jit(env.step)
     for sign in (-1.0, 1.0):
-        seen = [step(state, jnp.full(env.action_size, sign * size)) for size in (1.0, 7.0)]
+        seen = [step(KEY, state, jnp.full(env.action_size, sign * size)) for size in (1.0, 7.0)]
         jax.tree.map(np.testing.assert_array_equal, *seen)
 
 
@@ -352,7 +353,7 @@ def test_pendulum_is_too_heavy_to_lift_at_once_and_light_enough_to_swing_up():
     for name, action in (("constant", lambda v: 1.0), ("along", lambda v: 1.0 if v >= 0 else -1.0)):
         state, heights[name] = make_state([np.pi]), -1.0
         for _ in range(100):
-            state, obs, *_ = step(state, jnp.array([action(float(state.velocity[0]))]))
+            state, obs, *_ = step(KEY, state, jnp.array([action(float(state.velocity[0]))]))
             heights[name] = max(heights[name], float(obs[0]))
     assert heights["constant"] < 0 < 0.95 < heights["along"]
 

@@ -38,7 +38,7 @@ PROBE = ppo.Args(
 def probe_env():
     """One step, reward -(a - 0.3)^2, then the end."""
 
-    def step(state, action):
+    def step(key, state, action):
         return state, jnp.ones(1), -((action[0] - 0.3) ** 2), jnp.array(True)
 
     return ppo.Env(lambda key: (jnp.int32(0), jnp.ones(1)), step, 1, 1)
@@ -48,7 +48,7 @@ def count_env(ends_after=10**6, blind=False):
     """Reward 1 at every step, whatever is done; the observation is the number of steps taken, or,
     blind, always 0."""
 
-    def step(state, action):
+    def step(key, state, action):
         state = state + 1
         return state, jnp.where(blind, 0.0, state)[None], jnp.float32(1), state >= ends_after
 
@@ -134,12 +134,11 @@ def test_a_discrete_environment_is_solved():
 
     def reset(key):
         right = jax.random.randint(key, (), 0, 3)
-        return (key, right), jax.nn.one_hot(right, 3)
+        return right, jax.nn.one_hot(right, 3)
 
-    def step(state, action):
-        key, right = state
-        after, obs = reset(jax.random.fold_in(key, 1))
-        return after, obs, (action == right) * 1.0, jnp.array(True)
+    def step(key, state, action):
+        after, obs = reset(key)
+        return after, obs, (action == state) * 1.0, jnp.array(True)
 
     env = ppo.Env(reset, step, 3, 3, networks.CATEGORICAL, resets_itself=True)
     history = ppo.train(PROBE, env, optax.adam(1e-2), lambda *_: None)
@@ -289,6 +288,54 @@ def test_end_at_the_last_step_is_an_end_not_a_cut():
     assert not batch.truncated.any()
 
 
+def chance_env():
+    """A reward and an observation of chance, in episodes of one step."""
+
+    def step(key, state, action):
+        chance = jax.random.uniform(key)
+        return state, chance[None], chance, jnp.array(True)
+
+    return ppo.Env(lambda key: (jnp.int32(0), jnp.zeros(1)), step, 1, 1)
+
+
+def test_no_step_has_the_chance_of_another():
+    """Not of another episode, environment or rollout; nor has the action's."""
+    args = dataclasses.replace(PROBE, batch_size=64)
+    agent = ppo.make_agent(chance_env(), args).init(jax.random.key(0), optax.sgd(0.1))
+    batch, _, _ = jax.jit(partial(ppo.collect, env=chance_env(), args=args))(
+        jax.random.key(1), agent
+    )
+    rewards = np.asarray(batch.reward)
+    assert rewards.shape == (256, 4) and np.unique(rewards).size == rewards.size
+    assert abs(np.corrcoef(rewards.ravel(), np.asarray(batch.x).ravel())[0, 1]) < 0.1
+
+
+def test_steps_of_an_evaluation_differ_in_chance():
+    """Their sum over 8 steps has the mean 4, and the variance 8 / 12; of one repeated, 64 / 12."""
+    never = jnp.array(False)
+    env = chance_env()
+    env = env._replace(step=lambda *args: (*chance_env().step(*args)[:3], never))
+    args = dataclasses.replace(PROBE, eval_envs=1)
+    agent = ppo.make_agent(env, args).init(jax.random.key(0), optax.sgd(0.1))
+    evaluate = jax.jit(jax.vmap(lambda key: ppo.evaluate(key, agent, env, args)))
+    returns = np.asarray(evaluate(jax.random.split(jax.random.key(1), 2000)))
+    assert abs(returns.mean() - 4) < 0.1 and abs(returns.var() - 8 / 12) < 0.1
+
+
+def test_observations_that_are_not_normalised_reach_the_networks_as_they_are():
+    """Here one that is first seen after training began."""
+    plain = dataclasses.replace(PROBE, normalise_observations=False)
+    seen = {}
+    for args in (PROBE, plain):
+        agent = ppo.make_agent(probe_env(), args)
+        state = agent.init(jax.random.key(0), optax.sgd(0.1))
+        state, *_ = jax.jit(partial(agent.learn, optimizer=optax.sgd(0.1)))(
+            jax.random.key(1), state
+        )
+        seen[args] = float(networks.normalise(state.normaliser, jnp.full(1, 2.0))[0])
+    assert seen[plain] == 2 and seen[PROBE] > 1e5
+
+
 def test_cut_off_episodes_are_worth_as_much_as_endless_ones():
     """Reward 1 for ever at discount 0.9 is worth 10, although episodes last 8 steps; one that ends
     after 8 is worth less."""
@@ -320,7 +367,7 @@ def test_an_evaluation_is_the_mean_of_whole_episodes():
         jax.debug.callback(lambda length: lengths.append(int(length)), length)
         return (length, jnp.int32(0)), jnp.zeros(1)
 
-    def step(state, action):
+    def step(key, state, action):
         length, steps = state
         reward = jnp.where(steps < length, 1.0, jnp.nan)
         return (length, steps + 1), jnp.zeros(1), reward, steps + 1 == length
@@ -415,7 +462,7 @@ def test_a_simulation_that_breaks_ends_its_seed_only():
     def reset(key):
         return (jax.random.uniform(jax.random.fold_in(key, 0)), jnp.int32(0)), jnp.ones(1)
 
-    def step(state, action):
+    def step(key, state, action):
         start, steps = state
         broken = (start > 0.985) & (steps >= 5)
         obs = jnp.where(broken, jnp.nan, 1.0)
@@ -441,7 +488,10 @@ def test_brax_steps_are_brax_steps(name, backend):
     # Both in one program, which compiles what is the same in them once.
     reset = jax.jit(lambda key: (env.reset(jax.random.key_data(key)), ours.reset(key)))
     step = jax.jit(
-        lambda theirs, state, action: (env.step(theirs, action), ours.step(state, action))
+        lambda theirs, state, action: (
+            env.step(theirs, action),
+            ours.step(jax.random.key(0), state, action),
+        )
     )
     theirs, (state, obs) = reset(jax.random.key(5))
     for i in range(3):

@@ -17,6 +17,7 @@ import tasks
 from adam4rl import NUM_INPUTS, SIZES, make_adam4rl
 from optim4rl import to_optax
 
+KEY = jax.random.key(0)  # of a step: the tasks are deterministic
 NUMBERS = sum(SIZES.values())
 SPACE = search.search_space(search.Args())
 
@@ -67,16 +68,16 @@ def test_several_environments_are_independent_copies():
     state, obs = three.reset(jax.random.key(0))
     assert obs.shape == (three.obs_size,) and three.action_size == 3 * one.action_size
     action = jnp.array([0.5, -1.0, 1.0])
-    state, obs, reward, terminated = three.step(state, action)
+    state, obs, reward, terminated = three.step(KEY, state, action)
     _, start = three.reset(jax.random.key(0))
     keys = jax.random.split(jax.random.key(0), 3)
-    expected = [one.step(one.reset(key)[0], action[i : i + 1]) for i, key in enumerate(keys)]
+    expected = [one.step(KEY, one.reset(key)[0], action[i : i + 1]) for i, key in enumerate(keys)]
     np.testing.assert_allclose(obs, np.concatenate([e[1] for e in expected]), rtol=1e-6)
     np.testing.assert_allclose(reward, np.mean([e[2] for e in expected]), rtol=1e-6)
     assert not terminated and np.unique(start).size > one.obs_size  # other starts
     step = jax.jit(three.step)
     for _ in range(200):  # all the way to the right: only the last copy leaves the track
-        state, *_, terminated = step(state, jnp.array([0.0, 0.0, 1.0]))
+        state, *_, terminated = step(KEY, state, jnp.array([0.0, 0.0, 1.0]))
         if terminated:
             break
     assert terminated
@@ -87,7 +88,7 @@ def test_mixed_observations_are_of_the_same_environment():
     mixed = search.mixed(plain, 50)
     state, obs = mixed.reset(jax.random.key(0))
     same, plain_obs = plain.reset(jax.random.key(0))
-    step = mixed.step(state, jnp.ones(1)), plain.step(same, jnp.ones(1))
+    step = mixed.step(KEY, state, jnp.ones(1)), plain.step(KEY, same, jnp.ones(1))
     assert step[0][2] == step[1][2] and obs.shape == (mixed.obs_size,) == (50,)
     # Invertible: the plain observation is a linear function of the mixed one.
     mixing = jax.random.normal(jax.random.key(0), (3, 50)) / np.sqrt(3)

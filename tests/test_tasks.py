@@ -111,10 +111,9 @@ def test_ppo_plays_the_same_gridworld_as_a2c(name):
     step, plain_step = jax.jit(flat.step), jax.jit(plain.step)
     ends = 0
     for t in range(110):
-        key, inner = state
-        action = jnp.int32(t % plain.num_actions)
-        _, *expected = plain_step(jax.random.split(key)[1], inner, action)
-        state, obs, reward, terminated = step(state, action)
+        key, action = jax.random.key(t), jnp.int32(t % plain.num_actions)
+        _, *expected = plain_step(key, state, action)
+        state, obs, reward, terminated = step(key, state, action)
         np.testing.assert_array_equal(obs, expected[0].ravel())
         assert reward == expected[1] and terminated == expected[2]
         assert obs.shape == (flat.obs_size,) and obs.dtype == jnp.float32
@@ -168,7 +167,7 @@ def test_a_minatar_game_is_gymnaxs_without_its_time_limit(monkeypatch):
     assert obs.shape == (4,) and obs.dtype == jnp.float32
     seen = []
     for t in range(1, 9):
-        state, obs, reward, terminated = env.step(state, jnp.int32(2 * (t == 8)))
+        state, obs, reward, terminated = env.step(jax.random.key(t), state, jnp.int32(2 * (t == 8)))
         assert reward == 10 * t + 2 * (t == 8) and terminated == (t == 8)
         seen.append(tuple(obs.tolist()))
     assert len(set(seen)) > 3  # another key at each step
@@ -180,7 +179,7 @@ def test_brax_physics_asks_for_full_precision():
     state, _ = jax.eval_shape(env.reset, jax.random.key(0))
     for text in (
         str(jax.make_jaxpr(env.reset)(jax.random.key(0))),
-        str(jax.make_jaxpr(env.step)(state, jnp.zeros(1))),
+        str(jax.make_jaxpr(env.step)(jax.random.key(0), state, jnp.zeros(1))),
     ):
         assert text.count("dot_general[") > 5
         assert text.count("dot_general[") == text.count("Precision.HIGHEST, Precision.HIGHEST")

@@ -34,7 +34,7 @@ def make_ppo_task():
         position = jax.random.uniform(key, (2,), minval=-1)
         return position, position
 
-    def step(position, action):
+    def step(key, position, action):
         position = position + 0.1 * action
         return position, position, -jnp.sum(position**2), jnp.any(jnp.abs(position) > 1.5)
 
