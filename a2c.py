@@ -214,7 +214,6 @@ class Agent(NamedTuple):
     # key, state, optimizer, progress -> state, (grads, extra_args) [gradient steps, ...], metrics
     learn: Callable
     loss: Callable  # key, state -> loss on a fresh rollout, state
-    num_steps: int  # environment steps of one rollout, over all the agent's environments
 
 
 class AgentState(NamedTuple):
@@ -274,7 +273,7 @@ def make_agent(env: Any, args: Args) -> Agent:
         batches, _, state = fresh_batch(key, constant)
         return mean_loss(state.params, batches), state
 
-    return Agent(init, learn, loss, steps_per_update(args))
+    return Agent(init, learn, loss)
 
 
 class TrainState(NamedTuple):

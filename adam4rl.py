@@ -6,7 +6,7 @@
     update = -c N^-alpha exp(schedule(f)) k D(d)
 
     w = (0, 0, 1, 0) + momenta
-    a = (0, 0, 1) + squares, for v_.9, v_.99, v_.999, with sum 1
+    a = (squares_0, squares_1, 1 - squares_0 - squares_1), for v_.9, v_.99, v_.999
     c N^-alpha = 9 / N exp(rate_0) (N / 1000)^-rate_1
     k = (widest / 64)^shape_0 (matrices / 6)^shape_1
 
@@ -60,6 +60,7 @@ RATE = 9.0  # the untrained learning rate times N
 USUAL_STEPS = 1000.0  # N where rate_1 has no effect
 LEAST_FAN, MOST_FAN = 64, 512  # what the network's largest fan-in is clipped to
 USUAL_MATRICES, LEAST_MATRICES = 6, 3
+PRECISE_PRODUCT = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Muon
 ITERATIONS = 5
 MEMORY = 0.8  # decay of G
@@ -131,13 +132,12 @@ def inverse_root(gram: jax.Array) -> jax.Array:
     they need the Gram matrix only. gram: [B, n, n], positive semidefinite"""
     one = jnp.eye(gram.shape[-1])
     a, b, c = NEWTON_SCHULZ
-    product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
     def iterate(_, roots):
         root, inverse = roots
-        w = product(inverse, root)
-        w = a * one + b * w + c * product(w, w)
-        return product(root, w), product(w, inverse)
+        w = PRECISE_PRODUCT(inverse, root)
+        w = a * one + b * w + c * PRECISE_PRODUCT(w, w)
+        return PRECISE_PRODUCT(root, w), PRECISE_PRODUCT(w, inverse)
 
     # With this trace no eigenvalue is above 1. The smallest ones are rounding errors.
     trace = jnp.trace(gram, axis1=-2, axis2=-1)[:, None, None]
@@ -171,10 +171,11 @@ def whiten(weight: jax.Array, d, grams: tuple) -> tuple:
         tall = shape[0] > shape[1]
         x = jnp.stack([leaves[number].reshape(shape) for number in numbers])
         x = x.mT if tall else x
-        gram = MEMORY * gram + (1 - MEMORY) * x @ x.mT
+        gram = MEMORY * gram + (1 - MEMORY) * PRECISE_PRODUCT(x, x.mT)
         new.append(gram)
         size = rms(x)
-        x = scaled_to(size, (1 - weight) * x + weight * scaled_to(size, inverse_root(gram) @ x))
+        white = PRECISE_PRODUCT(inverse_root(gram), x)
+        x = scaled_to(size, (1 - weight) * x + weight * scaled_to(size, white))
         x = x.mT if tall else x
         for number, place in zip(numbers, unknown_to_xla([*range(len(numbers))], x), strict=True):
             leaves[number] = x[place].reshape(leaves[number].shape)

@@ -5,7 +5,7 @@ r"""Meta-test: train agents with each optimizer, over many seeds, and compare:
     python evaluate.py --env-name ant --num-seeds 4 \
         --optimizers THETA.npz untrained sign_sgd adam rmsprop
     python evaluate.py --suite paper     # Figure 3: headline tasks, all optimizers with weights
-    python evaluate.py --suite transfer  # Figure 4: Brax, optimizers trained on gridworlds only
+    python evaluate.py --suite transfer  # Figure 4: Brax, optimizers meta-trained on several tasks
 
 Agents learn gridworlds with A2C and Brax's tasks with PPO, whatever theta was trained on.
 

@@ -389,7 +389,10 @@ def coordinatewise(init_theta: Callable, init_block: Callable, rule: Callable) -
 def make_optim4rl(
     cell="lstm", inputs="raw", hidden_size=8, readout_layers=(), grad_clip: float | None = 1.0
 ):
-    """Optim4RL as a LearnedOptimizer, for meta-training. grad_clip: bound on |g|, or None."""
+    """Optim4RL as a LearnedOptimizer, for meta-training. grad_clip: bound on |g|, or None.
+
+    The other arguments shape the initial theta; the rule sees in theta which cell and inputs it
+    has."""
 
     def new_theta(key):
         return init_theta(key, cell, inputs, hidden_size, readout_layers)

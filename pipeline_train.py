@@ -73,8 +73,11 @@ def schedule(key: jax.Array, iteration: jax.Array, args: "Args") -> Schedule:
     slots = reset_slots(args.num_units, args.reset_interval)
     since_reset = (iteration - slots) % args.reset_interval
     age = jnp.where(args.pipeline, jnp.minimum(since_reset, iteration), iteration)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(args.num_units))
-    return Schedule((since_reset == 0) & args.pipeline, age, keys)
+    return Schedule((since_reset == 0) & args.pipeline, age, unit_keys(key, args.num_units))
+
+
+def unit_keys(key: jax.Array, num_units: int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_units))
 
 
 def new_unit(key: jax.Array, theta, task: Task, learned: LearnedOptimizer) -> Any:
@@ -107,9 +110,10 @@ def train_group(theta, plan: Schedule, units, task: Task, learned, args: "Args")
     broken = ~jax.vmap(all_finite)(units.params)
     new = partial(new_unit, theta=theta, task=task, learned=learned)
     units = reset_due(key_reset, units, plan.due | broken, new)
+    ages = jnp.where(broken, 0, plan.age)
     lifetime = args.reset_interval if args.pipeline else args.num_iterations
     gradient, units, metrics = meta_gradient(
-        theta, key_train, plan.age, units, task, learned, args.inner_updates, lifetime
+        theta, key_train, ages, units, task, learned, args.inner_updates, lifetime
     )
     lost = ~all_finite(gradient)
     gradient = keep_if_finite(gradient, optax.tree.zeros_like(gradient))
@@ -122,7 +126,7 @@ def init_meta_state(key, all_tasks: list[Task], learned: LearnedOptimizer, args:
     theta = learned.init_theta(key_theta)
     units = []
     for i, task in enumerate(all_tasks):
-        keys = schedule(jax.random.fold_in(key_units, i), 0, args).key
+        keys = unit_keys(jax.random.fold_in(key_units, i), args.num_units)
         new = partial(new_unit, theta=theta, task=task, learned=learned)
         units.append(jax.vmap(new)(keys))
     meta_opt_state = meta_optimizer(args).init(theta)
@@ -165,6 +169,7 @@ def mean_metrics(metrics: dict, gradient: Any) -> dict:
 META_CLIPS = {
     "global_norm": optax.clip_by_global_norm(0.5),
     "elementwise": optax.clip(1.0),
+    "rescale": optax.normalize_by_update_norm(0.5),
     "none": optax.identity(),
 }
 
@@ -255,8 +260,9 @@ class Args:
     # --- Meta-gradient ---
     meta_learning_rate: float | None = None
     """learning rate of Adam on theta (paper: 1e-5 to 1e-3; catch up to 1e-2)"""
-    meta_clip: Literal["global_norm", "elementwise", "none"] = "global_norm"
-    """clipping of each environment's meta-gradient: to norm 0.5, each element to 1, or none"""
+    meta_clip: Literal["global_norm", "elementwise", "rescale", "none"] = "global_norm"
+    """what is done to each environment's meta-gradient: clipped to norm 0.5, each element to 1,
+    scaled to norm 0.5, as the authors' code can for six gridworlds, or nothing"""
     # --- Run ---
     num_devices: int | None = None
     """devices of this process that the units are split over (default: the most that divide the

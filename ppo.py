@@ -186,22 +186,24 @@ def value(params: dict, obs: jax.Array) -> jax.Array:
     return mlp(params["value"], obs)[..., 0]
 
 
+def advantages_and_targets(params, normaliser, batch: Batch, values, args: Args):
+    """Constants. values: [B, T] of the observations acted on -> [B, T], [B, T]"""
+    ahead = normalise(normaliser, jnp.stack([batch.obs[:, -1], batch.final_obs], axis=1))
+    last_value, value_at_cut = jnp.moveaxis(value(params, ahead), 1, 0)
+    next_values = jnp.concatenate([values[:, 1:], last_value[:, None]], axis=1)
+    next_values = jnp.where(batch.truncated, value_at_cut[:, None], next_values)
+    estimate = partial(gae, discount=args.discount, gae_lambda=args.gae_lambda)
+    rewards = args.reward_scale * batch.reward
+    advantages = jax.vmap(estimate)(values, next_values, rewards, batch.terminated, batch.truncated)
+    return jax.lax.stop_gradient((advantages, values + advantages))
+
+
 def ppo_loss(params, normaliser, batch: Batch, key, actions: Distribution, args: Args):
     """Clipped policy objective, squared critic error, entropy bonus; mean over a batch [B, ...].
     -> loss, an estimate of KL(the rollout's policy, this one)"""
     obs = normalise(normaliser, batch.obs[:, :-1])
-    ahead = normalise(normaliser, jnp.stack([batch.obs[:, -1], batch.final_obs], axis=1))
-    values = value(params, obs)
-    last, final = jnp.moveaxis(jax.lax.stop_gradient(value(params, ahead)), 1, 0)
-    next_values = jnp.concatenate([values[:, 1:], last[:, None]], axis=1)
-    next_values = jnp.where(batch.truncated, final[:, None], next_values)
-    estimate = partial(gae, discount=args.discount, gae_lambda=args.gae_lambda)
-    rewards = args.reward_scale * batch.reward
-    advantages = jax.vmap(estimate)(values, next_values, rewards, batch.terminated, batch.truncated)
-    advantages = jax.lax.stop_gradient(advantages)
-    targets = jax.lax.stop_gradient(values) + advantages
-
-    outputs = mlp(params["policy"], obs)
+    values, outputs = value(params, obs), mlp(params["policy"], obs)
+    advantages, targets = advantages_and_targets(params, normaliser, batch, values, args)
     log_ratio = actions.log_prob(outputs, batch.x) - batch.log_prob
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - args.clip_range, 1 + args.clip_range)
@@ -226,7 +228,6 @@ class Agent(NamedTuple):
     init: Callable  # key, optimizer -> state
     learn: Callable  # key, state, optimizer, progress -> state, (grads, extra_args), metrics
     loss: Callable  # key, state -> loss on a fresh rollout, state
-    num_steps: int  # environment steps of one update, over all the agent's environments
 
 
 class AgentState(NamedTuple):
@@ -347,7 +348,7 @@ def make_agent(env: Env, args: Args) -> Agent:
         loss, _ = ppo_loss(params, state.normaliser, batch, key_entropy, env.distribution, args)
         return loss, state._replace(params=params)
 
-    return Agent(init, learn, loss, steps_per_update(args))
+    return Agent(init, learn, loss)
 
 
 def evaluate(key: jax.Array, state: AgentState, env: Env, args: Args) -> jax.Array:
@@ -448,7 +449,7 @@ def train(args: Args, env: Env, optimizer, on_update: Callable, restore=lambda x
     history = {name: values[:, : state.number] for name, values in state.history.items()}
     return history | {
         "eval_return": state.evals,
-        "eval_steps": agent.num_steps * jnp.array(eval_at),
+        "eval_steps": steps_per_update(args) * jnp.array(eval_at),
     }
 
 

@@ -152,7 +152,7 @@ META = {
 META_OTHER = dict(
     num_units=16, total_steps=1e8, reset_interval=64, meta_learning_rate=3e-4, envs_per_unit=128
 )
-# A PPO agent in meta-training; a minibatch is half of the unit's environments.
+# A PPO agent in meta-training; a minibatch has half as many rollouts as the unit environments.
 META_PPO = dict(rollout_steps=5, num_minibatches=8, num_epochs=4, value_layers=(64,) * 5)
 
 # The environments of the paper's figures, and the learning rates that the classical optimizers are

@@ -136,7 +136,7 @@ def measure_a2c(name):
     env, args = gridworld.make(name), tasks.agent_args(name)
     agent, optimizer = a2c.make_agent(env, args), optimizers.make_optimizer("adam", 1e-3)
     state = jax.jit(lambda key: agent.init(key, optimizer))(jax.random.key(0))
-    rate = agent.num_steps / seconds(
+    rate = a2c.steps_per_update(args) / seconds(
         lambda key, state: agent.learn(key, state, optimizer)[0], jax.random.key(1), state
     )
     return {"steps_per_s": rate, "gflops": rate * a2c_flops(env, args) / 1e9}
@@ -254,7 +254,7 @@ def measure_ppo(name):
         return agent.learn(key, state, optimizer)[0]
 
     return {
-        "steps_per_s": agent.num_steps
+        "steps_per_s": ppo.steps_per_update(learner.args)
         / seconds(learn, jax.random.key(1), state, donate=(1,), repeats=6)
     }
 

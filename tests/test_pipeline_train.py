@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 import devices
 import optimizers
 import pipeline_train
-from meta_gradient import inner_loop
+from meta_gradient import inner_loop, meta_gradient
 from optim4rl import make_optim4rl, to_optax
 from pipeline_train import (
     jit_meta_step,
@@ -170,6 +170,10 @@ def test_clipping():
     )
     np.testing.assert_allclose(clip("elementwise", gradient)["a"], [1.0, -0.2])
     np.testing.assert_array_equal(clip("none", gradient)["b"], gradient["b"])
+    small = jax.tree.map(lambda x: 1e-3 * x, gradient)
+    for tree in (gradient, small):
+        expected = jax.tree.map(lambda x: 0.5 * x / 5.004, gradient)  # 5.004: the norm
+        assert relative(clip("rescale", tree), expected) < 1e-2
 
 
 def test_several_tasks_mean_of_clipped_gradients():
@@ -230,6 +234,22 @@ def test_a_unit_that_goes_wrong_is_left_out_and_reset():
         _, after, metrics = all_units(theta, planned(3), after)
         np.testing.assert_array_equal(metrics["broken"], [False, overflows, False])
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(after.params))
+
+
+def test_a_unit_that_went_wrong_is_as_young_as_any_new_one(monkeypatch):
+    task, learned = make_regression_task(), make_optim4rl()
+    theta, units = make_units(task, learned, 3)
+    bad = units._replace(params=jax.tree.map(lambda x: x.at[1].set(jnp.nan), units.params))
+    seen = []
+
+    def spy(theta, keys, ages, *rest):
+        seen.append(ages)
+        return meta_gradient(theta, keys, ages, *rest)
+
+    monkeypatch.setattr(pipeline_train, "meta_gradient", spy)
+    args = small_args(reset_interval=9)
+    pipeline_train.train_group(theta, planned(3, age=5), bad, task, learned, args)
+    np.testing.assert_array_equal(seen[0], [5, 0, 5])
 
 
 def test_a_meta_gradient_that_is_not_finite_changes_nothing():

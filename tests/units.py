@@ -75,7 +75,7 @@ def make_regression_task(scale=1.0):
         )
         return state, jax.tree.map(lambda x: x[None], (grads, extra_args)), {"return": -value}
 
-    return Task(a2c.Agent(init, learn, loss, 3), 0.01)
+    return Task(a2c.Agent(init, learn, loss), 0.01)
 
 
 TASKS = {"regression": make_regression_task, "a2c": lambda: make_task(4), "ppo": make_ppo_task}
