@@ -135,32 +135,43 @@ def plan(args: Args) -> list[Run]:
     """The runs to make. Raises a one-line ValueError for an invalid optimizer."""
     to_run, checked = [], set()
     for env_name in args.env_name:
-        default = args.learning_rate or default_rate(args, env_name)
         names = suite_optimizers(args.suite, env_name) if args.suite else args.optimizers
         labels: set = set()
         for name in dict.fromkeys(names):
             if name not in checked:  # a quick check that it can be made
-                optimizers.make_optimizer(name, default)
+                optimizers.make_optimizer(name, 1e-3)
                 checked.add(name)
-            own = optimizers.own_rate(name)
-            label, rates = name, (args.learning_rate or own or default,)
-            if name in optimizers.CLASSICAL and args.learning_rates and not own:
-                rates = args.learning_rates
-            elif optimizers.is_theta(path := name.removeprefix("untrained:")):
-                header = load_theta(optimizers.theta_path(path))[1]
-                trained = trained_rate(header.get("trained"), env_name)
-                rates = (args.learning_rate or own or trained or default,)
-                state = "trained" if path == name else "untrained"
-                label = f"{optimizers.title(path, header)} ({state})"
-            label = label if label not in labels else name
+            label = label_of(name)
+            label = name if label in labels else label
             labels.add(label)
-            to_run.append(Run(env_name, label, name, rates))
+            to_run.append(Run(env_name, label, name, rates_of(name, env_name, args)))
     return to_run
 
 
-def default_rate(args: Args, env_name: str) -> float:
+def theta_header(name: str) -> dict | None:
+    """The header of the theta file in an optimizer's name; None if there is none."""
+    path = name.removeprefix("untrained:")
+    return load_theta(optimizers.theta_path(path))[1] if optimizers.is_theta(path) else None
+
+
+def label_of(name: str) -> str:
+    """What an optimizer is called in tables."""
+    path, header = name.removeprefix("untrained:"), theta_header(name)
+    if header is None:
+        return name
+    return f"{optimizers.title(path, header)} ({'trained' if path == name else 'untrained'})"
+
+
+def rates_of(name: str, env_name: str, args: Args) -> tuple:
+    """The learning rates of a classical optimizer's sweep, if there is one. Else the first that is
+    there: --learning-rate, the optimizer's own, its meta-training's, the environment's."""
+    own, header = optimizers.own_rate(name), theta_header(name)
+    if name in optimizers.CLASSICAL and args.learning_rates and not own:
+        return args.learning_rates
+    trained = trained_rate(header.get("trained"), env_name) if header else None
     agent = tasks.AGENTS[args.agent] if args.agent else None
-    return tasks.agent_settings(env_name, agent)["learning_rate"]
+    default = tasks.agent_settings(env_name, agent)["learning_rate"]
+    return (args.learning_rate or own or trained or default,)
 
 
 def trained_rate(trained: Any, env_name: str) -> float | None:

@@ -147,8 +147,9 @@ def verdicts(by_env: dict, of: str) -> list[str]:
 def summary(by_env: dict, of: str) -> str:
     """A row for each environment: the final returns of `of`, of its untrained form, of Adam and of
     the best classical optimizer, where they are there."""
+    short = report.short(of)
     rows = [
-        f"| task | `{report.short(of)}` | untrained | Adam | best classical |",
+        f"| task | `{short}` | `{short}` untrained | Adam | best classical |",
         "|---" * 5 + "|",
     ]
     for name, scores in by_env.items():
