@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from networks import all_finite
 from optim4rl import LearnedOptimizer, to_blocks, to_optax
 
 
@@ -47,7 +48,8 @@ def inner_loop(key, state, age, theta, task, learned, inner_updates, lifetime):
 def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifetime):
     """Train units for K updates. -> the sum of their meta-gradients, units, metrics [N]
 
-    keys, ages: [N]; units: states of task.agent, [N, ...]; task: a pipeline_train.Task.
+    keys, ages: [N]; units: states of task.agent, [N, ...]; task: a pipeline_train.Task. A unit
+    whose gradients are not finite adds nothing; metrics["lost"] marks it.
     """
 
     def train(key, state, age):
@@ -60,8 +62,11 @@ def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifeti
             return task.agent.loss(key_meta, state._replace(params=params))
 
         (loss, state), cotangent = jax.value_and_grad(meta_loss, has_aux=True)(state.params)
-        recorded = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), recorded)
-        return state, recorded, cotangent, {"meta_loss": loss, "return": metrics["return"][-1]}
+        grads, extra_args = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), recorded)
+        lost = ~all_finite((grads, cotangent))
+        grads, cotangent = jax.tree.map(lambda x: jnp.where(lost, 0, x), (grads, cotangent))
+        metrics = {"meta_loss": loss, "return": metrics["return"][-1], "lost": lost}
+        return state, (grads, extra_args), cotangent, metrics
 
     after, recorded, cotangent, metrics = jax.vmap(train)(keys, units, ages)
     if learned.rule:

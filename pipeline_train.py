@@ -103,8 +103,8 @@ def reset_due(keys: jax.Array, units: Any, due: jax.Array, new: Callable) -> Any
 def train_group(theta, plan: Schedule, units, task: Task, learned, args: "Args"):
     """Reset and train some units in parallel. -> sum of their meta-gradients, units, metrics [N]
 
-    A unit whose parameters are not finite is reset too. A sum that is not finite becomes zero.
-    metrics["broken"] marks the units of both.
+    A unit whose parameters are not finite is reset too. A sum that is not finite, for all that
+    meta_gradient leaves out, becomes zero. metrics["broken"] marks the units of all three.
     """
     key_reset, key_train = jnp.moveaxis(jax.vmap(jax.random.split)(plan.key), 1, 0)
     broken = ~jax.vmap(all_finite)(units.params)
@@ -115,9 +115,9 @@ def train_group(theta, plan: Schedule, units, task: Task, learned, args: "Args")
     gradient, units, metrics = meta_gradient(
         theta, key_train, ages, units, task, learned, args.inner_updates, lifetime
     )
-    lost = ~all_finite(gradient)
+    broken |= metrics.pop("lost") | ~all_finite(gradient)
     gradient = keep_if_finite(gradient, optax.tree.zeros_like(gradient))
-    return gradient, units, metrics | {"broken": broken | lost}
+    return gradient, units, metrics | {"broken": broken}
 
 
 def init_meta_state(key, all_tasks: list[Task], learned: LearnedOptimizer, args: "Args"):

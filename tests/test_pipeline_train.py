@@ -231,6 +231,9 @@ def test_a_unit_that_goes_wrong_is_left_out_and_reset():
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(gradient))
         left_out = relative(jax.tree.map(lambda g: 3 * g, gradient), whole) < 1e-5
         assert left_out == overflows
+        side_by_side, _, metrics = group(theta, planned(3), bad)
+        np.testing.assert_array_equal(metrics["broken"], [False, True, False])
+        assert (relative(side_by_side, whole) < 1e-5) == overflows
         _, after, metrics = all_units(theta, planned(3), after)
         np.testing.assert_array_equal(metrics["broken"], [False, overflows, False])
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(after.params))
