@@ -291,19 +291,16 @@ def meta_train(
     learned: LearnedOptimizer,
     mesh: Mesh,
     on_iteration: Callable,
-    checkpoints=None,
+    restore=lambda state: state,
 ):
     """All iterations. -> MetaState
 
     on_iteration(iteration, MetaState, row of metrics) is called after each; training ends if it
-    returns True. checkpoints: the run's; --resume continues from the last.
+    returns True. restore(initial MetaState) -> the MetaState to start from.
     """
     key_init, key_train = jax.random.split(jax.random.key(args.seed))
     init, step = jit_meta_step(args, all_tasks, learned, mesh)
-    state, steps = init(key_init), tasks.steps_per_iteration(args)
-    if args.resume:
-        state = checkpoints.restore(state)
-        checkpoints.store_args()
+    state, steps = restore(init(key_init)), tasks.steps_per_iteration(args)
     done = int(state.iteration)
     began = time.perf_counter()
     step = step.lower(key_train, state).compile()

@@ -195,6 +195,12 @@ def main() -> None:
     if args.process_id == 0:
         print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
 
+    def restore(state):
+        if args.resume:
+            state = checkpoints.restore(state)
+            checkpoints.store_args()  # --num-iterations may be new
+        return state
+
     def save(state):
         if args.process_id != 0:
             return
@@ -229,7 +235,7 @@ def main() -> None:
                 save(state)  # a disk too full for a checkpoint may have room for theta
                 raise
 
-        state = meta_train(args, all_tasks, learned, mesh, on_iteration_or_save, checkpoints)
+        state = meta_train(args, all_tasks, learned, mesh, on_iteration_or_save, restore)
         save(state)
     stopped = devices.largest_of_processes(interrupted())
     if args.process_id == 0:
