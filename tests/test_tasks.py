@@ -163,6 +163,7 @@ def test_a_minatar_game_is_gymnaxs_without_its_time_limit(monkeypatch):
     monkeypatch.setitem(sys.modules, "gymnax", SimpleNamespace(make=made))
     agent, args, env = tasks.make_learner("minatar_breakout")
     assert agent is ppo and (args.rollout_steps, env.obs_size, env.action_size) == (128, 4, 3)
+    assert not args.normalise_observations  # they are bits
     state, obs = env.reset(jax.random.key(0))
     assert obs.shape == (4,) and obs.dtype == jnp.float32
     seen = []
