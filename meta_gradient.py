@@ -63,8 +63,10 @@ def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifeti
 
         (loss, state), cotangent = jax.value_and_grad(meta_loss, has_aux=True)(state.params)
         grads, extra_args = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), recorded)
-        lost = ~all_finite(cotangent)  # as it is if a gradient was not
-        grads, cotangent = jax.tree.map(lambda x: jnp.where(lost, 0, x), (grads, cotangent))
+        lost = jnp.array(False)
+        if len(keys) > 1:  # else the sum is the unit's own, and says it
+            lost = ~all_finite(cotangent)  # as it is if a gradient was not
+            grads, cotangent = jax.tree.map(lambda x: jnp.where(lost, 0, x), (grads, cotangent))
         metrics = {"meta_loss": loss, "return": metrics["return"][-1], "lost": lost}
         return state, (grads, extra_args), cotangent, metrics
 
