@@ -171,7 +171,7 @@ def whiten(weight: jax.Array, d, grams: tuple) -> tuple:
         tall = shape[0] > shape[1]
         x = jnp.stack([leaves[number].reshape(shape) for number in numbers])
         x = x.mT if tall else x
-        gram = MEMORY * gram + (1 - MEMORY) * PRECISE_PRODUCT(x, x.mT)
+        gram = MEMORY * gram + PRECISE_PRODUCT((1 - MEMORY) * x, x.mT)
         new.append(gram)
         size = rms(x)
         white = PRECISE_PRODUCT(inverse_root(gram), x)

@@ -141,10 +141,11 @@ def plan(args: Args) -> list[Run]:
             if name not in checked:  # a quick check that it can be made
                 optimizers.make_optimizer(name, 1e-3)
                 checked.add(name)
-            label = label_of(name)
+            header = theta_header(name)
+            label = label_of(name, header)
             label = name if label in labels else label
             labels.add(label)
-            to_run.append(Run(env_name, label, name, rates_of(name, env_name, args)))
+            to_run.append(Run(env_name, label, name, rates_of(name, header, env_name, args)))
     return to_run
 
 
@@ -154,18 +155,18 @@ def theta_header(name: str) -> dict | None:
     return load_theta(optimizers.theta_path(path))[1] if optimizers.is_theta(path) else None
 
 
-def label_of(name: str) -> str:
-    """What an optimizer is called in tables."""
-    path, header = name.removeprefix("untrained:"), theta_header(name)
+def label_of(name: str, header: dict | None) -> str:
+    """What an optimizer is called in tables. header: of its theta file"""
     if header is None:
         return name
+    path = name.removeprefix("untrained:")
     return f"{optimizers.title(path, header)} ({'trained' if path == name else 'untrained'})"
 
 
-def rates_of(name: str, env_name: str, args: Args) -> tuple:
+def rates_of(name: str, header: dict | None, env_name: str, args: Args) -> tuple:
     """The learning rates of a classical optimizer's sweep, if there is one. Else the first that is
     there: --learning-rate, the optimizer's own, its meta-training's, the environment's."""
-    own, header = optimizers.own_rate(name), theta_header(name)
+    own = optimizers.own_rate(name)
     if name in optimizers.CLASSICAL and args.learning_rates and not own:
         return args.learning_rates
     trained = trained_rate(header.get("trained"), env_name) if header else None

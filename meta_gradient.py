@@ -48,8 +48,8 @@ def inner_loop(key, state, age, theta, task, learned, inner_updates, lifetime):
 def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifetime):
     """Train units for K updates. -> the sum of their meta-gradients, units, metrics [N]
 
-    keys, ages: [N]; units: states of task.agent, [N, ...]; task: a pipeline_train.Task. A unit
-    whose gradients are not finite adds nothing; metrics["lost"] marks it.
+    keys, ages: [N]; units: states of task.agent, [N, ...]; task: a pipeline_train.Task. Of
+    several units those whose gradients are not finite add nothing; metrics["lost"] marks them.
     """
 
     def train(key, state, age):

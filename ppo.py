@@ -76,8 +76,8 @@ class Args:
     reward_scale: float = 10.0
     """factor on rewards in learning; logged returns are not scaled"""
     normalise_observations: bool = True
-    """by their running mean and standard deviation; not where they are binary: what is seen for the
-    first time would be as many deviations away as it is rare"""
+    """by their running mean and standard deviation; not where they are bits: one that is 0 for long
+    would be up to a million deviations away when it is 1"""
     policy_layers: tuple[int, ...] = (32, 32, 32, 32)
     """hidden layers of the policy"""
     value_layers: tuple[int, ...] = (256, 256, 256, 256, 256)
@@ -188,6 +188,7 @@ def value(params: dict, obs: jax.Array) -> jax.Array:
 
 def advantages_and_targets(params, normaliser, batch: Batch, values, args: Args):
     """Constants. values: [B, T] of the observations acted on -> [B, T], [B, T]"""
+    params, values = jax.lax.stop_gradient((params, values))
     ahead = normalise(normaliser, jnp.stack([batch.obs[:, -1], batch.final_obs], axis=1))
     last_value, value_at_cut = jnp.moveaxis(value(params, ahead), 1, 0)
     next_values = jnp.concatenate([values[:, 1:], last_value[:, None]], axis=1)
@@ -195,7 +196,7 @@ def advantages_and_targets(params, normaliser, batch: Batch, values, args: Args)
     estimate = partial(gae, discount=args.discount, gae_lambda=args.gae_lambda)
     rewards = args.reward_scale * batch.reward
     advantages = jax.vmap(estimate)(values, next_values, rewards, batch.terminated, batch.truncated)
-    return jax.lax.stop_gradient((advantages, values + advantages))
+    return advantages, values + advantages
 
 
 def ppo_loss(params, normaliser, batch: Batch, key, actions: Distribution, args: Args):

@@ -4,6 +4,7 @@ and checkpoints of a run."""
 import dataclasses
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -165,6 +166,14 @@ def make_learned(args: Args) -> tuple[LearnedOptimizer, dict]:
     return learned, config
 
 
+def restored(checkpoints: Checkpoints, state: MetaState) -> MetaState:
+    """The newest checkpoint; the run's config.json gets the arguments, of which the number of
+    iterations may be new."""
+    state = checkpoints.restore(state)
+    checkpoints.store_args()
+    return state
+
+
 def summarise(args: Args, folder: Path, state: MetaState, interrupted: int) -> None:
     """Print the files written and the next command; exit with code 1 after too many bad updates."""
     theta_path = folder / "theta.npz"
@@ -192,14 +201,9 @@ def main() -> None:
         name = "+".join(args.env_name)
         folder = devices.folder_of_all(lambda: runs.run_folder(args, name, "pipeline_train"))
         checkpoints = Checkpoints(folder, args)
+        restore = partial(restored, checkpoints) if args.resume else lambda state: state
     if args.process_id == 0:
         print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
-
-    def restore(state):
-        if args.resume:
-            state = checkpoints.restore(state)
-            checkpoints.store_args()  # --num-iterations may be new
-        return state
 
     def save(state):
         if args.process_id != 0:

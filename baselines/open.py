@@ -9,8 +9,8 @@ mean. A GRU and a small network read them, and
     u = 0.001 o_0 exp(0.001 o_1) + 0.001 o_2 epsilon          update = u_mean - u
 
 with epsilon normal noise for the actor and 0 for the critic, and u_mean over all coordinates. The
-gradient of each network is clipped to the norm 0.5. The learning rate is a multiplier, as published
-1.
+gradient of each network is clipped to the norm 0.5. The learning rate multiplies the update; it is
+1 as published.
 
 Actor and critic are the entries "policy" and "value" of the parameters (ppo.py). Parameters without
 these are one network, with noise.

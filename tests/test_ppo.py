@@ -288,12 +288,12 @@ def test_end_at_the_last_step_is_an_end_not_a_cut():
     assert not batch.truncated.any()
 
 
-def chance_env():
-    """A reward and an observation of chance, in episodes of one step."""
+def chance_env(ends=True):
+    """A reward and an observation of chance, in episodes of one step or without an end."""
 
     def step(key, state, action):
         chance = jax.random.uniform(key)
-        return state, chance[None], chance, jnp.array(True)
+        return state, chance[None], chance, jnp.array(ends)
 
     return ppo.Env(lambda key: (jnp.int32(0), jnp.zeros(1)), step, 1, 1)
 
@@ -312,9 +312,7 @@ def test_no_step_has_the_chance_of_another():
 
 def test_steps_of_an_evaluation_differ_in_chance():
     """Their sum over 8 steps has the mean 4, and the variance 8 / 12; of one repeated, 64 / 12."""
-    never = jnp.array(False)
-    env = chance_env()
-    env = env._replace(step=lambda *args: (*chance_env().step(*args)[:3], never))
+    env = chance_env(ends=False)
     args = dataclasses.replace(PROBE, eval_envs=1)
     agent = ppo.make_agent(env, args).init(jax.random.key(0), optax.sgd(0.1))
     evaluate = jax.jit(jax.vmap(lambda key: ppo.evaluate(key, agent, env, args)))
