@@ -2,9 +2,10 @@
 
     python figures/compare.py runs/FOLDER runs/ANOTHER --out results/all_tasks
 
-Each seed has two scores: the final return, and the mean return over all of training (the area under
-its curve). Those of a lost seed, which ended early, are -inf: below all others. Of an optimizer's
-learning rates the one with the best mean final return is taken.
+Each seed has two scores: the return at the end (the mean of the last 20 updates of A2C, of the last
+two evaluations of PPO), and the mean return over all of training (the area under its curve). Those
+of a lost seed, which ended early, are -inf: below all others. Of an optimizer's learning rates the
+one with the best mean final return is taken.
 
 Writes scores.csv (both scores of every seed), table.md (means with 90 % bootstrap intervals), and
 compare.png: the probability that the optimizer is better than each other one, the mean over tasks,
@@ -20,6 +21,7 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+import scipy.stats
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -105,35 +107,39 @@ def normalised(scores: list[Scores], kind: str) -> dict:
 # --- Table and figure ---
 
 
-def cell(values: np.ndarray) -> str:
+def cell(values: np.ndarray, digits: int = 4, with_interval: bool = True) -> str:
     """The mean of the seeds that are not lost, and its interval."""
     kept = values[np.isfinite(values)]
     lost = f", {len(values) - len(kept)} lost" if len(kept) < len(values) else ""
     if not len(kept):
         return f"-{lost}"
-    low, high = report.bootstrap_interval(kept)
-    return f"{kept.mean():.4g} ({low:.4g} to {high:.4g}){lost}"
+
+    def text(x):  # a number of 1000 or more is whole
+        return f"{x:.{digits}g}" if abs(x) < 1000 else f"{x:.0f}"
+
+    low, high = map(text, report.bootstrap_interval(kept))
+    return text(kept.mean()) + (f" ({low} to {high})" if with_interval else "") + lost
 
 
-def interval(values: np.ndarray) -> tuple:
-    """Of the mean; -inf with a lost seed."""
-    if not np.isfinite(values).all():
-        return -np.inf, -np.inf
-    return report.bootstrap_interval(values)
+def verdict(scores: list[Scores], of: str, kind: str) -> str:
+    """Whether `of` is above, level with, or below the best classical optimizer: level if the 90 %
+    interval of their difference, seed by seed, has 0 in it (paired t-test)."""
+    ours, theirs = next(s for s in scores if s.label == of), best_classical(scores, kind)
+    x, y = (dict(zip(s.seeds, getattr(s, kind), strict=True)) for s in (ours, theirs))
+    differences = np.array([x[seed] - y[seed] for seed in sorted(set(x) & set(y))])
+    if not np.isfinite(differences).all():  # seeds are lost
+        return "above" if differences.mean() == np.inf else "below"
+    low, high = scipy.stats.ttest_1samp(differences, 0).confidence_interval(0.9)
+    return "above" if low > 0 else "below" if high < 0 else "level"
 
 
 def verdicts(by_env: dict, of: str) -> list[str]:
-    """For each kind of score: on how many tasks `of` is above, level with, or below the best
-    classical optimizer. Level: their intervals overlap."""
+    """For each kind of score, the tasks of each verdict."""
     lines = []
     for kind in KINDS:
         places: dict = {"above": [], "level": [], "below": []}
         for name, scores in by_env.items():
-            ours = next(getattr(s, kind) for s in scores if s.label == of)
-            theirs = getattr(best_classical(scores, kind), kind)
-            (low, high), (their_low, their_high) = interval(ours), interval(theirs)
-            place = "above" if low > their_high else "below" if high < their_low else "level"
-            places[place].append(name)
+            places[verdict(scores, of, kind)].append(name)
         counts = "; ".join(
             f"{place} on {len(names)}{': ' if names else ''}{', '.join(names)}"
             for place, names in places.items()
@@ -149,14 +155,16 @@ def summary(by_env: dict, of: str) -> str:
     the best classical optimizer, where they are there."""
     short = report.short(of)
     rows = [
-        f"| task | `{short}` | `{short}` untrained | Adam | best classical |",
-        "|---" * 5 + "|",
+        f"| task | `{short}` | untrained | Adam | best classical | `{short}` is |",
+        "|---" * 6 + "|",
     ]
     for name, scores in by_env.items():
         best, by_label = best_classical(scores, "final"), {s.label: s for s in scores}
-        labels = (of, of.replace("(trained)", "(untrained)"), "adam", best.label)
-        cells = [cell(by_label[x].final) if x in by_label else "-" for x in labels]
-        cells[-1] = f"{best.label} {cells[-1]}"
+        untrained = of.replace("(trained)", "(untrained)")
+        cells = [cell(by_label[of].final, 3)]
+        for label in (untrained, "adam"):
+            cells.append(cell(by_label[label].final, 3, False) if label in by_label else "-")
+        cells += [f"{cell(best.final, 3)} `{best.label}`", verdict(scores, of, "final")]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 

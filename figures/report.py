@@ -90,9 +90,10 @@ class Result(NamedTuple):
 
     def scores(self, until: float = 1.0) -> np.ndarray:
         """The score of each seed that is not lost, at the first return after this fraction of
-        training."""
+        training. An evaluation before training does not count."""
         end = 1 + np.searchsorted(self.env_steps, until * self.env_steps[-1])
-        return np.nanmean(self.kept[:, max(0, end - self.last) : end], axis=1)
+        trained = int(self.env_steps[0] == 0)
+        return np.nanmean(self.kept[:, max(trained, end - self.last) : end], axis=1)
 
     def score(self, until: float = 1.0) -> float:
         return float(self.scores(until).mean()) if len(self.kept) else -np.inf

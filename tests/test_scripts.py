@@ -443,4 +443,4 @@ def test_a_quarter_is_a_step_with_an_evaluation_and_not_the_one_before_training(
         np.array([[5.0, 7.0, 11.0, 13.0, 19.0]]),
         [0],
     )
-    assert [result.score(until) for until in (0.25, 0.3, 0.5, 1.0)] == [6.0, 9.0, 9.0, 16.0]
+    assert [result.score(until) for until in (0.25, 0.3, 0.5, 1.0)] == [7.0, 9.0, 9.0, 16.0]
