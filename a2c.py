@@ -31,9 +31,8 @@ class Args:
     # --- Training ---
     env_name: str = "small_dense_long"
     """one of the eight gridworlds, {small,big}_{sparse,dense}_{short,long}, or catch"""
-    total_steps: float = 3e6
-    """environment steps of each agent, over all its environments (small gridworlds 3e6, big 4e6,
-    catch 5e5)"""
+    total_steps: float = 3e7
+    """environment steps of each agent, over all its environments (gridworlds 3e7, catch 5e5)"""
     num_envs: int = 512
     """parallel environments of each agent (catch 64)"""
     num_seeds: int = 1
@@ -265,7 +264,9 @@ def make_agent(env: Any, args: Args) -> Agent:
         updates, opt_state = update(grads, state.opt_state, state.params, **extra_args)
         params = optax.apply_updates(state.params, updates)
         state = state._replace(params=params, opt_state=opt_state)
-        metrics = {"return": jnp.nanmean(state.streams.last_return), "reward": reward, "loss": loss}
+        # An agent whose parameters are not finite still acts, always in the same way.
+        last_return = jnp.where(jnp.isfinite(loss), jnp.nanmean(state.streams.last_return), jnp.nan)
+        metrics = {"return": last_return, "reward": reward, "loss": loss}
         return state, jax.tree.map(lambda x: x[None], (grads, extra_args)), metrics
 
     def loss(key, state):

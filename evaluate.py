@@ -67,8 +67,7 @@ class Args:
     agent: Literal["a2c", "ppo"] | None = None
     """a2c or ppo; by default A2C on gridworlds and Catch, PPO elsewhere"""
     total_steps: float | None = None
-    """environment steps of each agent (catch 5e5, small gridworlds 3e6, big 4e6, Brax 2e6 to
-    1e8)"""
+    """environment steps of each agent (catch 5e5, gridworlds 3e7, Brax 2e6 to 1e8)"""
     num_envs: int | None = None
     """environments of each agent (catch 64, gridworlds 512, Brax 2048 or 4096)"""
     batch_size: int | None = None
@@ -176,18 +175,17 @@ def rates_of(name: str, header: dict | None, env_name: str, args: Args) -> tuple
 
 
 def trained_rate(trained: Any, env_name: str) -> float | None:
-    """The learning rate of meta-training, from the "trained" of a theta file's header: for a
-    gridworld the one that several training environments have in common, otherwise this
-    environment's. None if it is not there."""
+    """The learning rate of meta-training, from the "trained" of a theta file's header. None if it
+    is not there, if environments had different ones (they went with their reward scales), or if
+    this is not a gridworld and meta-training was on others."""
     try:
         pairs = zip(trained["env_name"], trained["learning_rate"], strict=False)
         rates = {str(name): float(rate) for name, rate in pairs}
     except (LookupError, TypeError, ValueError, OverflowError):
         return None
-    same = set(rates.values())
-    if tasks.agent_of(env_name) is a2c and len(rates) > 1 and len(same) == 1:
-        rates[env_name] = same.pop()
-    rate = rates.get(env_name)
+    rate = next(iter(rates.values())) if len(set(rates.values())) == 1 else None
+    if env_name not in rates and not (tasks.agent_of(env_name) is a2c and len(rates) > 1):
+        return None
     return rate if rate and 0 < rate <= checks.LARGEST else None
 
 

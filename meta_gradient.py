@@ -48,8 +48,8 @@ def inner_loop(key, state, age, theta, task, learned, inner_updates, lifetime):
 def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifetime):
     """Train units for K updates. -> the sum of their meta-gradients, units, metrics [N]
 
-    keys, ages: [N]; units: states of task.agent, [N, ...]; task: a pipeline_train.Task. Of
-    several units those whose gradients are not finite add nothing; metrics["lost"] marks them.
+    keys, ages: [N]; units: states of task.agent, [N, ...]; task: a pipeline_train.Task.
+    metrics["lost"] marks units whose loss or gradients are not finite; of several they add nothing.
     """
 
     def train(key, state, age):
@@ -63,9 +63,8 @@ def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifeti
 
         (loss, state), cotangent = jax.value_and_grad(meta_loss, has_aux=True)(state.params)
         grads, extra_args = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), recorded)
-        lost = jnp.array(False)
-        if len(keys) > 1:  # else the sum is the unit's own, and says it
-            lost = ~all_finite(cotangent)  # as it is if a gradient was not
+        lost = ~all_finite((loss, cotangent))  # the cotangent is not finite if a gradient was not
+        if len(keys) > 1:  # others' gradients are in the sum
             grads, cotangent = jax.tree.map(lambda x: jnp.where(lost, 0, x), (grads, cotangent))
         metrics = {"meta_loss": loss, "return": metrics["return"][-1], "lost": lost}
         return state, (grads, extra_args), cotangent, metrics
@@ -79,6 +78,10 @@ def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifeti
         replay = partial(replay_gradient, learned, theta, learning_rate=task.learning_rate)
         start = (units.params, units.opt_state)
         gradients = jax.vmap(replay)(start, *recorded, cotangent)
+        lost = metrics["lost"]  # extra_args may still not be finite
+        gradients = jax.vmap(lambda g, lost: jax.tree.map(lambda x: jnp.where(lost, 0, x), g))(
+            gradients, lost
+        )
         gradient = jax.tree.map(lambda g: jnp.sum(g, axis=0), gradients)
     return gradient, after, metrics
 

@@ -103,8 +103,8 @@ def reset_due(keys: jax.Array, units: Any, due: jax.Array, new: Callable) -> Any
 def train_group(theta, plan: Schedule, units, task: Task, learned, args: "Args"):
     """Reset and train some units in parallel. -> sum of their meta-gradients, units, metrics [N]
 
-    A unit whose parameters are not finite is reset too. A sum that is not finite, for all that
-    meta_gradient leaves out, becomes zero. metrics["broken"] marks the units of all three.
+    A unit whose parameters are not finite is reset too. If no unit has a finite loss and gradient,
+    or the sum is not finite, the sum becomes zero. metrics["broken"] marks all these units.
     """
     key_reset, key_train = jnp.moveaxis(jax.vmap(jax.random.split)(plan.key), 1, 0)
     broken = ~jax.vmap(all_finite)(units.params)
@@ -115,8 +115,9 @@ def train_group(theta, plan: Schedule, units, task: Task, learned, args: "Args")
     gradient, units, metrics = meta_gradient(
         theta, key_train, ages, units, task, learned, args.inner_updates, lifetime
     )
-    broken |= metrics.pop("lost") | ~all_finite(gradient)
-    gradient = keep_if_finite(gradient, optax.tree.zeros_like(gradient))
+    lost = metrics.pop("lost") | ~all_finite(gradient)
+    gradient = jax.tree.map(lambda g: jnp.where(jnp.all(lost), 0, g), gradient)
+    broken |= lost
     return gradient, units, metrics | {"broken": broken}
 
 

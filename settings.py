@@ -5,8 +5,8 @@ Where the paper swept a value, one from its sweep. tasks.py reads these tables; 
 a row have the settings OTHER and META_OTHER.
 """
 
-SMALL = dict(total_steps=3e6, num_envs=512, conv_filters=0, hidden_size=32)
-BIG = dict(total_steps=4e6, num_envs=512, conv_filters=16, hidden_size=32)
+SMALL = dict(total_steps=3e7, num_envs=512, conv_filters=0, hidden_size=32)
+BIG = SMALL | dict(conv_filters=16)
 ANT = dict(
     total_steps=1e8,
     num_envs=4096,
@@ -124,6 +124,10 @@ AGENT = {
     ),
     "reacher": OTHER | dict(reward_scale=5, rollout_steps=50, batch_size=256, discount=0.95),
 }
+
+# Environment steps of an agent in the tables of results/, where they are not the paper's 3e7.
+SHORT = {name: 3e6 for name in AGENT if name.startswith("small")}
+SHORT |= {name: 4e6 for name in AGENT if name.startswith("big")}
 
 GRID = dict(
     num_units=512, total_steps=3e7, reset_interval=144, meta_learning_rate=3e-4, envs_per_unit=1

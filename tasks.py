@@ -216,9 +216,9 @@ def all_unit_args(args: Any) -> list:
 def steps_per_iteration(args: Any) -> int:
     """Environment steps of a meta-iteration in the first environment, over all its units.
 
-    Each unit makes K rollouts, and one more for the meta-loss.
+    Each unit makes K updates and a rollout for the meta-loss. The latter counts with A2C and not
+    with PPO, as in the authors' code.
     """
     agent = agent_of(args.env_name[0])
-    return (
-        args.num_units * (args.inner_updates + 1) * agent.steps_per_update(all_unit_args(args)[0])
-    )
+    counted = args.inner_updates + (1 if agent is a2c else 0)
+    return args.num_units * counted * agent.steps_per_update(all_unit_args(args)[0])

@@ -177,7 +177,7 @@ def restored(checkpoints: Checkpoints, state: MetaState) -> MetaState:
 def summarise(args: Args, folder: Path, state: MetaState, interrupted: int) -> None:
     """Print the files written and the next command; exit with code 1 after too many bad updates."""
     theta_path = folder / "theta.npz"
-    if state.bad_updates == MOST_BAD_UPDATES:
+    if state.bad_updates >= MOST_BAD_UPDATES:
         message = f"{MOST_BAD_UPDATES} meta-gradients in a row were not finite"
         runs.fail(f"{message}; the last good theta is in {theta_path}", code=1)
     print(f"written: {theta_path}, and metrics.csv, config.json and TensorBoard events beside it")
@@ -230,7 +230,7 @@ def main() -> None:
                 log.say(
                     f"iteration {iteration}: the meta-gradient is not finite; theta is unchanged"
                 )
-            return stop or row["bad_updates"] == MOST_BAD_UPDATES
+            return stop or row["bad_updates"] >= MOST_BAD_UPDATES
 
         def on_iteration_or_save(iteration, state, row):
             try:

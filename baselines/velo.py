@@ -49,7 +49,7 @@ class State(NamedTuple):
 def loss_decays(count: jax.Array, fraction: jax.Array) -> jax.Array:
     """[LOSS_MEANS], half-lives spaced evenly in log from 10 to the total number of updates,
     count / fraction."""
-    total = jnp.maximum(count / jnp.maximum(fraction, 1e-9), 10.0)
+    total = jnp.clip(count / jnp.maximum(fraction, 1e-9), 10.0, 1e6)  # at more a decay rounds to 1
     return jnp.exp(-1 / 10 ** jnp.linspace(1.0, jnp.log10(total), LOSS_MEANS))
 
 

@@ -18,11 +18,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import runs
+import settings
 from figures import report
 
 RUNS = ROOT / "runs" / "ablations"
 MARK = "<!-- benchmarks/ablations.py writes the tables below this line, and nothing above it. -->"
-TEST = "--num-seeds 10"
 # row: flags of pipeline_train.py; whether there is a row for the untrained form
 VARIANTS = {
     "Optim4RL": ("", True),
@@ -96,6 +96,12 @@ def table_rows(folder: Path) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
+def test(env_name: str, seeds: str = "--num-seeds 10") -> str:
+    """Flags of evaluate.py."""
+    steps = settings.SHORT.get(env_name)
+    return f"--env-name {env_name} {seeds}" + (f" --total-steps {steps:g}" if steps else "")
+
+
 def name_of_folder(name: str) -> str:
     return re.sub(r"\W+", "_", name)
 
@@ -113,8 +119,9 @@ def variant(title: str, name: str) -> list[list[str]]:
         shutil.rmtree(folder, ignore_errors=True)
         theta = run("pipeline_train", train, folder) / "theta.npz"
         untrained = f" untrained:{theta}" if with_untrained else ""
-        test = f"--env-name {table.env_name} --optimizers {theta}{untrained} {TEST}"
-        run("evaluate", test, folder).rename(folder / "tested")
+        run("evaluate", f"{test(table.env_name)} --optimizers {theta}{untrained}", folder).rename(
+            folder / "tested"
+        )
     rows = table_rows(folder / "tested")
     names = (name, f"{name}, untrained")
     return [
@@ -130,9 +137,7 @@ def classical(env_name: str) -> list[list[str]]:
         folder = RUNS / env_name / name
         if not (folder / "tested").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            run("evaluate", f"--env-name {env_name} {flags} {TEST}", folder).rename(
-                folder / "tested"
-            )
+            run("evaluate", f"{test(env_name)} {flags}", folder).rename(folder / "tested")
         rows += table_rows(folder / "tested")
     names = {
         "sign_sgd": "sign descent, swept",

@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import ablations
 import numpy as np
 from ablations import ROOT, run
 
@@ -23,7 +24,7 @@ from figures.report import read_results
 
 OUT = ROOT / "runs" / "sweep"
 COLUMNS = ("meta_learning_rate", "learning_rate", "mean_return", "final_return", "theta")
-TEST = "--num-seeds 4 --seed 5000"
+SEEDS = "--num-seeds 4 --seed 5000"
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ def meta_train(flags: str, folder: Path) -> Path:
 
 
 def test(theta: Path, args: Args, learning_rate: float, folder: Path) -> list[float]:
-    """-> the return over all of training, and at the end: the means of the seeds of TEST"""
+    """-> the return over all of training, and at the end: the means of SEEDS"""
     if not (found := sorted(folder.glob("*__evaluate__*/table.md"))):
-        flags = f"--env-name {args.env_name} --optimizers {theta} {TEST}"
+        flags = f"{ablations.test(args.env_name, SEEDS)} --optimizers {theta}"
         found = [run("evaluate", f"{flags} --learning-rate {learning_rate:g}", folder) / "table.md"]
     (result,) = read_results(found[-1].parent / "results.csv")
     return [float(np.nanmean(result.returns)), result.score()]

@@ -27,6 +27,7 @@ import evaluate
 import gridworld
 import optimizers
 import runs
+import settings
 from environments import minatar
 from figures import compare, report
 
@@ -40,9 +41,11 @@ BRAX_SIZES = dict(
     grad_clip=math.inf,
     num_evals=4,
 )
+GRID_RATES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
 # task: arguments of evaluate.py, for sizes that two cores can run; learning rates of the sweep
 TASKS = {
-    **dict.fromkeys(gridworld.NAMES, ({}, (1e-1, 3e-2, 1e-2, 3e-3, 1e-3))),
+    "catch": ({}, GRID_RATES),
+    **{name: ({"total_steps": steps}, GRID_RATES) for name, steps in settings.SHORT.items()},
     **dict.fromkeys(minatar.NAMES, ({"total_steps": 1e6}, (1e-2, 3e-3, 1e-3, 3e-4))),
     **dict.fromkeys(BRAX, (BRAX_SIZES, (1e-2, 3e-3, 1e-3, 3e-4))),
 }

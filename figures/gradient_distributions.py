@@ -60,7 +60,7 @@ class Args:
     learning_rate: float | None = None
     """learning rate (paper: a2c 3e-3, mnist 3e-4)"""
     total_steps: float | None = None
-    """a2c: environment steps (small gridworlds 3e6, big ones 4e6)"""
+    """a2c: environment steps (gridworlds 3e7)"""
     num_epochs: int = 10
     """mnist, digits: passes over the images"""
     batch_size: int = 128

@@ -15,7 +15,7 @@ import devices
 import optimizers
 import pipeline_train
 from meta_gradient import inner_loop, meta_gradient
-from optim4rl import make_optim4rl, to_optax
+from optim4rl import LearnedOptimizer, make_optim4rl, to_optax
 from pipeline_train import (
     jit_meta_step,
     keep_if_finite,
@@ -214,27 +214,38 @@ def test_inner_loop_records_what_it_applied():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, after.params)
 
 
-def test_a_unit_that_goes_wrong_is_left_out_and_reset():
+def make_by_loss():
+    """Gradient descent whose step depends on the loss, as VeLO's does."""
+
+    def update(theta, grads, state, params, learning_rate, value, **extra_args):
+        step = learning_rate * jnp.tanh(theta * value)
+        return jax.tree.map(lambda g: -step * g, grads), state
+
+    return LearnedOptimizer(lambda key: jnp.ones(()), lambda params: (), update, None)
+
+
+@pytest.mark.parametrize("learned", [make_optim4rl(), make_by_loss()])
+def test_a_unit_that_goes_wrong_is_left_out_and_reset(learned):
     """One that comes in with NaN is new at once; one whose numbers overflow on the way adds
-    nothing, and is new next time."""
-    task, learned = make_regression_task(), make_optim4rl()
+    nothing, and is new next time; one whose loss alone overflows adds nothing."""
+    task, plan = make_regression_task(), planned(3, age=2)
     theta, units = make_units(task, learned, 3)
     group, mesh = group_of(task, learned), Mesh(jax.devices()[:1], "units")
     all_units = jax.jit(functools.partial(devices.mean_over_units, group, mesh=mesh))
     good = jnp.array([0, 2])
-    whole = group(theta, pick(planned(3), good), pick(units, good))[0]
-    for value, overflows in ((jnp.nan, False), (3e38, True)):
+    whole = group(theta, pick(plan, good), pick(units, good))[0]
+    for value, overflows in ((jnp.nan, False), (3e38, True), (1e21, True)):
         bad_params = jax.tree.map(lambda x, value=value: x.at[1].set(value), units.params)
         bad = units._replace(params=bad_params)
-        gradient, after, metrics = all_units(theta, planned(3), bad)
+        gradient, after, metrics = all_units(theta, plan, bad)
         np.testing.assert_array_equal(metrics["broken"], [False, True, False])
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(gradient))
         left_out = relative(jax.tree.map(lambda g: 3 * g, gradient), whole) < 1e-5
         assert left_out == overflows
-        side_by_side, _, metrics = group(theta, planned(3), bad)
+        side_by_side, _, metrics = group(theta, plan, bad)
         np.testing.assert_array_equal(metrics["broken"], [False, True, False])
         assert (relative(side_by_side, whole) < 1e-5) == overflows
-        _, after, metrics = all_units(theta, planned(3), after)
+        _, after, metrics = all_units(theta, plan, after)
         np.testing.assert_array_equal(metrics["broken"], [False, overflows, False])
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(after.params))
 

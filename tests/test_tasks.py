@@ -55,6 +55,7 @@ def test_the_papers_settings_are_the_defaults():
         agent = tasks.agent_args(name)
         assert agent.conv_filters == (16 if name.startswith("big") else 0)
         assert agent.hidden_size == (256 if name == "catch" else 32)
+        assert (agent.total_steps, agent.num_envs) == ((5e5, 64) if name == "catch" else (3e7, 512))
         assert (agent.rollout_steps, agent.discount, agent.td_lambda) == (20, 0.995, 0.95)
         assert (agent.critic_weight, agent.entropy_weight) == (0.5, 0.01)
     ant = fill_in(Args(env_name=("ant",)))
@@ -65,6 +66,7 @@ def test_the_papers_settings_are_the_defaults():
         and unit.num_minibatches * unit.batch_size == 4 * unit.num_envs
     )
     assert (unit.rollout_steps, unit.num_epochs, unit.value_layers) == (5, 4, (64,) * 5)
+    assert ant.num_iterations == 610
     big, catch = fill_in(Args()), fill_in(Args(env_name=("catch",)))
     assert (big.num_units, big.num_iterations, big.learning_rate, big.grad_clip) == (
         512,
