@@ -187,6 +187,12 @@ def run(env_name="catch", optimizer="adam", learning_rate=1e-3, total_steps=5e4,
     return a2c.train(args, gridworld.make(env_name), optimizer, lambda *_: None)
 
 
+def test_an_agent_whose_parameters_are_not_finite_has_no_return():
+    args = tasks.agent_args("catch", total_steps=5 * 1280)
+    history = a2c.train(args, gridworld.make("catch"), optax.sgd(1e20), lambda *_: None)
+    assert np.isfinite(history["return"][0, 0]) and np.isnan(history["return"][0, -1])
+
+
 def test_same_seed_same_result_and_seeds_do_not_depend_on_each_other():
     one, again, three = run(), run(), run(num_seeds=3)
     np.testing.assert_array_equal(one["return"], again["return"])
