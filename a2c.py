@@ -210,7 +210,8 @@ class Agent(NamedTuple):
     """
 
     init: Callable  # key, optimizer -> state
-    # key, state, optimizer, progress -> state, (grads, extra_args) [gradient steps, ...], metrics
+    # key, state, optimizer, number, total -> state, (grads, extra_args) [gradient steps, ...],
+    # metrics; it is update `number`, from 0, of `total`
     learn: Callable
     loss: Callable  # key, state -> loss on a fresh rollout, state
 
@@ -254,12 +255,11 @@ def make_agent(env: Any, args: Args) -> Agent:
         total = jax.lax.scan(add_chunk, zero, chunks)[0]
         return jax.tree.map(lambda x: x * at_once / args.num_envs, total)
 
-    def learn(key, state, optimizer, progress=(0.0, 1.0)):
-        """progress: fractions of training done before and after this update."""
+    def learn(key, state, optimizer, number=0, total=1):
         batches, reward, state = fresh_batch(key, state)
         loss, grads = mean_loss_and_grads(state.params, batches)
-        before, after = map(jnp.float32, progress)
-        extra_args = {"value": loss, "fraction": before, "num_steps": 1 / (after - before)}
+        extra_args = {"fraction": jnp.float32(number / total), "num_steps": jnp.float32(total)}
+        extra_args |= {"value": loss}
         update = optax.with_extra_args_support(optimizer).update
         updates, opt_state = update(grads, state.opt_state, state.params, **extra_args)
         params = optax.apply_updates(state.params, updates)
@@ -290,12 +290,11 @@ def over_seeds(f: Callable, seeds: Any) -> Any:
 
 def update_seeds(number, keys, agents, history, agent: Agent, optimizer, args: Args):
     """Update `number`, from 0, of every seed. -> agents, history, metrics [num_seeds]"""
-    progress = (number / num_updates(args), (number + 1) / num_updates(args))
 
     def update(key_and_state):
         key, state = key_and_state
         key = jax.random.fold_in(key, number)
-        state, _, metrics = agent.learn(key, state, optimizer, progress)
+        state, _, metrics = agent.learn(key, state, optimizer, number, num_updates(args))
         return state, metrics
 
     agents, metrics = over_seeds(update, (keys, agents))

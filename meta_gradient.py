@@ -35,9 +35,8 @@ def inner_loop(key, state, age, theta, task, learned, inner_updates, lifetime):
 
     def update(state, key_and_number):
         key, number = key_and_number
-        done = age * inner_updates + number
-        progress = (done / (lifetime * inner_updates), (done + 1) / (lifetime * inner_updates))
-        state, recorded, metrics = task.agent.learn(key, state, optimizer, progress)
+        number, total = age * inner_updates + number, lifetime * inner_updates
+        state, recorded, metrics = task.agent.learn(key, state, optimizer, number, total)
         return state, (recorded, metrics)
 
     keys = jax.random.split(key, inner_updates)

@@ -227,7 +227,9 @@ class Agent(NamedTuple):
     """
 
     init: Callable  # key, optimizer -> state
-    learn: Callable  # key, state, optimizer, progress -> state, (grads, extra_args), metrics
+    # key, state, optimizer, number, total -> state, (grads, extra_args), metrics; it is update
+    # `number`, from 0, of `total`
+    learn: Callable
     loss: Callable  # key, state -> loss on a fresh rollout, state
 
 
@@ -262,7 +264,7 @@ def collect(key, state: AgentState, env: Env, args: Args) -> tuple[Batch, jax.Ar
     return batch, jnp.mean(batch.reward), state._replace(streams=streams)
 
 
-def learn_epochs(key, state: AgentState, batch: Batch, optimizer, progress, env: Env, args: Args):
+def learn_epochs(key, state: AgentState, batch: Batch, optimizer, number, total, env, args: Args):
     """E epochs of M gradient steps on minibatches; each epoch permutes the rollouts.
 
     batch: [R, ...] -> state, the optimizer's inputs (grads, extra_args), each [E * M, ...]
@@ -275,7 +277,7 @@ def learn_epochs(key, state: AgentState, batch: Batch, optimizer, progress, env:
         (loss, kl), grads = jax.value_and_grad(ppo_loss, has_aux=True)(params, *inputs)
         grads = jax.tree.map(lambda g: jnp.clip(g, -args.grad_clip, args.grad_clip), grads)
         extra_args = {"value": loss, "kl": kl, "iteration_step": step, "num_steps": total_steps}
-        extra_args |= {"fraction": jnp.float32(progress[0]) + step / total_steps} | sizes
+        extra_args |= {"fraction": (number * num_steps + step) / total_steps} | sizes
         updates, opt_state = update(grads, opt_state, params, **extra_args)
         return (optax.apply_updates(params, updates), opt_state), (grads, extra_args)
 
@@ -291,7 +293,7 @@ def learn_epochs(key, state: AgentState, batch: Batch, optimizer, progress, env:
 
     sizes = {"num_epochs": args.num_epochs, "num_minibatches": args.num_minibatches}
     num_steps = args.num_epochs * args.num_minibatches
-    total_steps = num_steps / jnp.float32(progress[1] - progress[0])  # of the whole training
+    total_steps = jnp.float32(total * num_steps)  # of the whole training
     steps = jnp.arange(num_steps).reshape(args.num_epochs, args.num_minibatches)
     keys = jax.random.split(key, args.num_epochs)
     carry, recorded = jax.lax.scan(epoch, (state.params, state.opt_state), (keys, steps))
@@ -325,11 +327,11 @@ def make_agent(env: Env, args: Args) -> Agent:
     def init(key, optimizer):
         return init_state(key, optimizer, env, args)
 
-    def learn(key, state, optimizer, progress=(0.0, 1.0)):
-        """progress: fractions of training done before and after this update."""
+    def learn(key, state, optimizer, number=0, total=1):
         key_collect, key_epochs = jax.random.split(key)
         batch, reward, state = collect(key_collect, state, env, args)
-        state, recorded = learn_epochs(key_epochs, state, batch, optimizer, progress, env, args)
+        inputs = (state, batch, optimizer, number, total, env, args)
+        state, recorded = learn_epochs(key_epochs, *inputs)
         metrics = {
             "return": jnp.nanmean(state.streams.last_return),
             "reward": reward,
@@ -390,11 +392,11 @@ def over_seeds(f: Callable, seeds: Any) -> Any:
 
 def update_seeds(number, keys, agents, alive, history, agent: Agent, optimizer, args: Args):
     """Update `number`, from 1, of every seed. -> agents, alive, history, metrics [num_seeds]"""
-    progress = ((number - 1) / num_updates(args), number / num_updates(args))
 
     def update(seed):
         key, state, alive = seed
-        new, _, metrics = agent.learn(jax.random.fold_in(key, number), state, optimizer, progress)
+        key, total = jax.random.fold_in(key, number), num_updates(args)
+        new, _, metrics = agent.learn(key, state, optimizer, number - 1, total)
         alive &= metrics.pop("healthy")
         state = jax.tree.map(partial(jnp.where, alive), new, state)
         return state, alive, jax.tree.map(lambda x: jnp.where(alive, x, jnp.nan), metrics)

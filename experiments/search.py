@@ -204,9 +204,8 @@ def make_lifetimes(search: Search, network_size: int = 0):
 
         def update(n, carry):
             state, sums, counts = carry
-            progress = (n / num_updates, (n + 1) / num_updates)
             key = jax.random.fold_in(key_learn, n)
-            state, _, metrics = agent.learn(key, state, optimizer, progress)
+            state, _, metrics = agent.learn(key, state, optimizer, n, num_updates)
             value = metrics[metric]
             use = jnp.isfinite(value) & jnp.array([True, n >= num_updates - last])
             return state, sums + jnp.where(use, value, 0), counts + use

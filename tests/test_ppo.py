@@ -407,9 +407,7 @@ def test_the_optimizer_is_given_the_loss_and_the_fraction_of_training_done():
         optax.sgd(0.1),
     )
     state = agent.init(jax.random.key(0), optimizer)
-    _, (_, extra_args), metrics = agent.learn(
-        jax.random.key(1), state, optimizer, progress=(0.5, 1.0)
-    )
+    _, (_, extra_args), metrics = agent.learn(jax.random.key(1), state, optimizer, 1, 2)
     np.testing.assert_allclose(extra_args["fraction"], [0.5, 0.625, 0.75, 0.875])
     np.testing.assert_allclose(extra_args["num_steps"], 8)
     np.testing.assert_allclose(np.mean(extra_args["value"]), metrics["loss"], rtol=1e-6)

@@ -63,12 +63,12 @@ def make_regression_task(scale=1.0):
         error = x @ state.params["w"] + state.params["b"] - y
         return scale * jnp.mean(error**2), state
 
-    def learn(key, state, optimizer, progress=(0.0, 1.0)):
+    def learn(key, state, optimizer, number=0, total=1):
         value, grads = jax.value_and_grad(
             lambda params: loss(key, state._replace(params=params))[0]
         )(state.params)
-        extra_args = {"value": value, "fraction": jnp.float32(progress[0])}
-        extra_args["num_steps"] = 1 / jnp.float32(progress[1] - progress[0])
+        extra_args = {"value": value, "fraction": jnp.float32(number / total)}
+        extra_args["num_steps"] = jnp.float32(total)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra_args)
         state = state._replace(
             params=optax.apply_updates(state.params, updates), opt_state=opt_state
