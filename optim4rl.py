@@ -194,9 +194,11 @@ def lstm_forward(weights, state, x):
 def lstm_backward(residuals, cotangent):
     weights, inputs, c, i, f, u, o, tanh_c = residuals
     h_bar, c_bar = cotangent
-    # XLA fuses nothing across a product, so a product with the identity keeps it from recomputing
-    # the c_bar of all later steps.
-    c_bar = jnp.eye(len(c), dtype=c.dtype) @ (c_bar + h_bar * o * (1 - tanh_c * tanh_c))
+    c_bar = c_bar + h_bar * o * (1 - tanh_c * tanh_c)
+    if on_cpu():
+        # XLA fuses nothing across a product: one with the identity keeps it from recomputing
+        # the c_bar of all later steps. (An accelerator would round.)
+        c_bar = jnp.eye(len(c), dtype=c.dtype) @ c_bar
     z_bar = [
         c_bar * u * i * (1 - i),
         c_bar * c * f * (1 - f),
@@ -486,8 +488,7 @@ def load_theta(path: str | os.PathLike) -> tuple[dict, dict]:
 
 
 def native_floats(name: str, array: Any) -> np.ndarray:
-    """The array in this machine's byte order. Raises ValueError unless it is of float16, float32 or
-    float64."""
+    """In this machine's byte order. Raises ValueError unless it is of float16, float32 or float64."""
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise ValueError(f"{brief(name)} in it is not an array of float16, float32 or float64")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
