@@ -488,7 +488,7 @@ def load_theta(path: str | os.PathLike) -> tuple[dict, dict]:
 
 
 def native_floats(name: str, array: Any) -> np.ndarray:
-    """In this machine's byte order. Raises ValueError unless it is of float16, float32 or float64."""
+    """In this machine's byte order. Raises ValueError unless of float16, float32 or float64."""
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise ValueError(f"{brief(name)} in it is not an array of float16, float32 or float64")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
