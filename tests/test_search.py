@@ -124,7 +124,7 @@ def test_a_lifetimes_scores_are_the_means_of_all_and_of_the_last_tenth(lifetimes
     state, rewards = agent.init(key_init, optimizer), []
     for n in range(num_updates):
         key = jax.random.fold_in(key_learn, n)
-        state, _, metrics = learn(key, state, optimizer, (n / num_updates, (n + 1) / num_updates))
+        state, _, metrics = learn(key, state, optimizer, n, num_updates)
         rewards.append(metrics["reward"])
     scores = lifetimes(jnp.tile(theta, (4, 1)), jax.random.key(1), num_updates)
     np.testing.assert_allclose(scores[0], [np.mean(rewards), rewards[-1]], rtol=1e-3)
