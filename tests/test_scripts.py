@@ -84,23 +84,20 @@ def test_meta_train_then_evaluate(call, tmp_path):
     assert call(report.main, folder)[:2] == (0, f"{table}{REPORTED}\n")
 
 
-def test_velo_then_evaluate(call, tmp_path):
-    """The kind that reads most, checkpoints and all, to the end of the line."""
+# VeLO reads most, and takes a minute to compile.
+@pytest.mark.parametrize("kind", ["star", pytest.param("velo", marks=pytest.mark.slow)])
+def test_another_kind_is_meta_trained(kind, call, tmp_path):
+    """With checkpoints."""
     flags = "--env-name catch --num-units 2 --num-iterations 2 --inner-updates 2".split()
-    flags += "--optimizer velo --checkpoint-minutes 0.0001".split()
+    flags += f"--optimizer {kind} --checkpoint-minutes 0.0001".split()
     code, _, err = call(pipeline_train.main, *flags)
     assert code == 0, err
     (folder,) = (tmp_path / "runs").iterdir()
     header = load_theta(folder / "theta.npz")[1]
-    assert header["optimizer"] == "velo" and header["config"]["num_bases"] == 64
+    assert header["optimizer"] == kind
     # iterations, units, updates and the meta-loss's rollout, steps
     assert header["trained"]["env_steps"] == 2 * 2 * (2 + 1) * 20
     assert (folder / "checkpoint" / "2").is_dir()
-    theta = folder / "theta.npz"
-    flags = "--num-seeds 2 --total-steps 6400 --optimizers".split()
-    code, out, err = call(evaluate.main, *flags, theta, f"untrained:{theta}")
-    assert code == 0, err
-    assert "velo, catch (trained)" in out and "velo, catch (untrained)" in out
 
 
 def test_training_goes_on_from_another_runs_theta(call, tmp_path):
