@@ -62,8 +62,10 @@ def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifeti
 
         (loss, state), cotangent = jax.value_and_grad(meta_loss, has_aux=True)(state.params)
         grads, extra_args = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), recorded)
-        lost = ~all_finite((loss, cotangent))  # the cotangent is not finite if a gradient was not
-        if len(keys) > 1:  # others' gradients are in the sum
+        lost = jnp.array(False)
+        if len(keys) > 1:  # else the sum is the unit's own, and says it
+            # The cotangent is not finite if a gradient was not.
+            lost = ~all_finite((loss, cotangent))
             grads, cotangent = jax.tree.map(lambda x: jnp.where(lost, 0, x), (grads, cotangent))
         metrics = {"meta_loss": loss, "return": metrics["return"][-1], "lost": lost}
         return state, (grads, extra_args), cotangent, metrics

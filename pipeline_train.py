@@ -115,7 +115,7 @@ def train_group(theta, plan: Schedule, units, task: Task, learned, args: "Args")
     gradient, units, metrics = meta_gradient(
         theta, key_train, ages, units, task, learned, args.inner_updates, lifetime
     )
-    lost = metrics.pop("lost") | ~all_finite(gradient)
+    lost = metrics.pop("lost") | ~jnp.isfinite(metrics["meta_loss"]) | ~all_finite(gradient)
     gradient = jax.tree.map(lambda g: jnp.where(jnp.all(lost), 0, g), gradient)
     broken |= lost
     return gradient, units, metrics | {"broken": broken}
