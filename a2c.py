@@ -258,8 +258,8 @@ def make_agent(env: Any, args: Args) -> Agent:
     def learn(key, state, optimizer, number=0, total=1):
         batches, reward, state = fresh_batch(key, state)
         loss, grads = mean_loss_and_grads(state.params, batches)
-        extra_args = {"fraction": jnp.float32(number / total), "num_steps": jnp.float32(total)}
-        extra_args |= {"value": loss}
+        fraction, num_steps = jnp.float32(number / total), jnp.float32(total)
+        extra_args = {"value": loss, "fraction": fraction, "num_steps": num_steps}
         update = optax.with_extra_args_support(optimizer).update
         updates, opt_state = update(grads, state.opt_state, state.params, **extra_args)
         params = optax.apply_updates(state.params, updates)

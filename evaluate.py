@@ -175,17 +175,16 @@ def rates_of(name: str, header: dict | None, env_name: str, args: Args) -> tuple
 
 
 def trained_rate(trained: Any, env_name: str) -> float | None:
-    """The learning rate of meta-training, from the "trained" of a theta file's header. None if it
-    is not there, if environments had different ones (they went with their reward scales), or if
-    this is not a gridworld and meta-training was on others."""
+    """The learning rate of meta-training, from the "trained" of a theta file's header, on the
+    environments of meta-training and, after several, on other gridworlds. None if it is not there,
+    or if they had different ones, which go with their reward scales."""
     try:
         pairs = zip(trained["env_name"], trained["learning_rate"], strict=False)
         rates = {str(name): float(rate) for name, rate in pairs}
     except (LookupError, TypeError, ValueError, OverflowError):
         return None
-    rate = next(iter(rates.values())) if len(set(rates.values())) == 1 else None
-    if env_name not in rates and not (tasks.agent_of(env_name) is a2c and len(rates) > 1):
-        return None
+    applies = env_name in rates or (len(rates) > 1 and tasks.agent_of(env_name) is a2c)
+    rate = rates.popitem()[1] if applies and len(set(rates.values())) == 1 else None
     return rate if rate and 0 < rate <= checks.LARGEST else None
 
 

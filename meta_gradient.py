@@ -47,8 +47,9 @@ def inner_loop(key, state, age, theta, task, learned, inner_updates, lifetime):
 def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifetime):
     """Train units for K updates. -> the sum of their meta-gradients, units, metrics [N]
 
-    keys, ages: [N]; units: states of task.agent, [N, ...]; task: a pipeline_train.Task.
-    metrics["lost"] marks units whose loss or gradients are not finite; of several they add nothing.
+    keys, ages: [N]; units: states of task.agent, [N, ...]; task: a pipeline_train.Task. Of
+    several units those whose loss or gradients are not finite add nothing; metrics["lost"] marks
+    them.
     """
 
     def train(key, state, age):
@@ -66,7 +67,7 @@ def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifeti
         if len(keys) > 1:  # else the sum is the unit's own, and says it
             # The cotangent is not finite if a gradient was not.
             lost = ~all_finite((loss, cotangent))
-            grads, cotangent = jax.tree.map(lambda x: jnp.where(lost, 0, x), (grads, cotangent))
+            grads, cotangent = zero_if(lost, (grads, cotangent))
         metrics = {"meta_loss": loss, "return": metrics["return"][-1], "lost": lost}
         return state, (grads, extra_args), cotangent, metrics
 
@@ -79,12 +80,14 @@ def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifeti
         replay = partial(replay_gradient, learned, theta, learning_rate=task.learning_rate)
         start = (units.params, units.opt_state)
         gradients = jax.vmap(replay)(start, *recorded, cotangent)
-        lost = metrics["lost"]  # extra_args may still not be finite
-        gradients = jax.vmap(lambda g, lost: jax.tree.map(lambda x: jnp.where(lost, 0, x), g))(
-            gradients, lost
-        )
+        gradients = jax.vmap(zero_if)(metrics["lost"], gradients)  # extra_args may not be finite
         gradient = jax.tree.map(lambda g: jnp.sum(g, axis=0), gradients)
     return gradient, after, metrics
+
+
+def zero_if(lost: jax.Array, tree: Any) -> Any:
+    """Zeros in place of a pytree if lost, [] bool."""
+    return jax.tree.map(lambda x: jnp.where(lost, 0, x), tree)
 
 
 def replay_gradient(

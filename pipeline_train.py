@@ -34,7 +34,7 @@ import ppo
 import runs
 import tasks
 from checkpoints import wait_for_all
-from meta_gradient import meta_gradient
+from meta_gradient import meta_gradient, zero_if
 from networks import all_finite
 from optim4rl import LearnedOptimizer, to_optax
 
@@ -116,9 +116,7 @@ def train_group(theta, plan: Schedule, units, task: Task, learned, args: "Args")
         theta, key_train, ages, units, task, learned, args.inner_updates, lifetime
     )
     lost = metrics.pop("lost") | ~jnp.isfinite(metrics["meta_loss"]) | ~all_finite(gradient)
-    gradient = jax.tree.map(lambda g: jnp.where(jnp.all(lost), 0, g), gradient)
-    broken |= lost
-    return gradient, units, metrics | {"broken": broken}
+    return zero_if(jnp.all(lost), gradient), units, metrics | {"broken": broken | lost}
 
 
 def init_meta_state(key, all_tasks: list[Task], learned: LearnedOptimizer, args: "Args"):
@@ -179,9 +177,9 @@ def meta_optimizer(args: "Args") -> optax.GradientTransformation:
     return optax.adam(args.meta_learning_rate)
 
 
-def keep_if_finite(new: Any, old: Any, judge: Any = None) -> Any:
-    """new if all of it (or of `judge`) is finite, old otherwise."""
-    finite = all_finite(new if judge is None else judge)
+def keep_if_finite(new: Any, old: Any, judge: Any) -> Any:
+    """new if all of `judge` is finite, old otherwise."""
+    finite = all_finite(judge)
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
 
 

@@ -330,8 +330,8 @@ def make_agent(env: Env, args: Args) -> Agent:
     def learn(key, state, optimizer, number=0, total=1):
         key_collect, key_epochs = jax.random.split(key)
         batch, reward, state = collect(key_collect, state, env, args)
-        inputs = (state, batch, optimizer, number, total, env, args)
-        state, recorded = learn_epochs(key_epochs, *inputs)
+        training = (optimizer, number, total, env, args)
+        state, recorded = learn_epochs(key_epochs, state, batch, *training)
         metrics = {
             "return": jnp.nanmean(state.streams.last_return),
             "reward": reward,

@@ -96,8 +96,8 @@ def table_rows(folder: Path) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test(env_name: str, seeds: str = "--num-seeds 10") -> str:
-    """Flags of evaluate.py."""
+def test_flags(env_name: str, seeds: str = "--num-seeds 10") -> str:
+    """Of evaluate.py, to test an optimizer."""
     steps = settings.SHORT.get(env_name)
     return f"--env-name {env_name} {seeds}" + (f" --total-steps {steps:g}" if steps else "")
 
@@ -119,9 +119,8 @@ def variant(title: str, name: str) -> list[list[str]]:
         shutil.rmtree(folder, ignore_errors=True)
         theta = run("pipeline_train", train, folder) / "theta.npz"
         untrained = f" untrained:{theta}" if with_untrained else ""
-        run("evaluate", f"{test(table.env_name)} --optimizers {theta}{untrained}", folder).rename(
-            folder / "tested"
-        )
+        flags = f"{test_flags(table.env_name)} --optimizers {theta}{untrained}"
+        run("evaluate", flags, folder).rename(folder / "tested")
     rows = table_rows(folder / "tested")
     names = (name, f"{name}, untrained")
     return [
@@ -137,7 +136,7 @@ def classical(env_name: str) -> list[list[str]]:
         folder = RUNS / env_name / name
         if not (folder / "tested").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            run("evaluate", f"{test(env_name)} {flags}", folder).rename(folder / "tested")
+            run("evaluate", f"{test_flags(env_name)} {flags}", folder).rename(folder / "tested")
         rows += table_rows(folder / "tested")
     names = {
         "sign_sgd": "sign descent, swept",

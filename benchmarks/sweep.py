@@ -13,9 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import ablations
 import numpy as np
-from ablations import ROOT, run
+from ablations import ROOT, run, test_flags
 
 sys.path.insert(0, str(ROOT))
 import runs
@@ -55,7 +54,7 @@ def meta_train(flags: str, folder: Path) -> Path:
 def test(theta: Path, args: Args, learning_rate: float, folder: Path) -> list[float]:
     """-> the return over all of training, and at the end: the means of SEEDS"""
     if not (found := sorted(folder.glob("*__evaluate__*/table.md"))):
-        flags = f"{ablations.test(args.env_name, SEEDS)} --optimizers {theta}"
+        flags = f"{test_flags(args.env_name, SEEDS)} --optimizers {theta}"
         found = [run("evaluate", f"{flags} --learning-rate {learning_rate:g}", folder) / "table.md"]
     (result,) = read_results(found[-1].parent / "results.csv")
     return [float(np.nanmean(result.returns)), result.score()]

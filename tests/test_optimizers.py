@@ -151,6 +151,22 @@ def test_evaluate_gives_each_optimizer_its_rate_and_sweeps_those_without(adam4rl
     assert set(rates_of(**given, learning_rate=0.5).values()) == {(0.5,)}
 
 
+def test_the_rate_of_meta_training_is_taken_where_it_was_one():
+    grids, brax = ["catch", "small_dense_long"], ["ant", "humanoid"]
+    for names, rates, env_name, expected in (
+        (["catch"], [1e-3], "catch", 1e-3),
+        (["catch"], [1e-3], "small_dense_long", None),
+        (grids, [1e-3, 1e-3], "big_dense_long", 1e-3),
+        (grids, [1e-3, 3e-3], "catch", None),
+        (grids, [1e-3, 3e-3], "big_dense_long", None),
+        (grids, [1e-3, 1e-3], "ant", None),
+        (brax, [1e-4, 1e-4], "ant", 1e-4),
+    ):
+        trained = {"env_name": names, "learning_rate": rates}
+        assert evaluate.trained_rate(trained, env_name) == expected, (names, rates, env_name)
+    assert evaluate.trained_rate({"env_name": [], "learning_rate": []}, "catch") is None
+
+
 def test_evaluate_clips_gradients_as_the_paper_or_as_it_is_told():
     for given, bound in ((None, 1.0), (0.5, 0.5), (float("inf"), float("inf"))):
         args = evaluate.Args(env_name=("pendulum",), grad_clip=given)

@@ -85,9 +85,9 @@ def test_meta_train_then_evaluate(call, tmp_path):
 
 
 # VeLO reads most, and takes a minute to compile.
-@pytest.mark.parametrize("kind", ["star", pytest.param("velo", marks=pytest.mark.slow)])
-def test_another_kind_is_meta_trained(kind, call, tmp_path):
-    """With checkpoints."""
+@pytest.mark.parametrize("kind", ["l2lgd2", pytest.param("velo", marks=pytest.mark.slow)])
+def test_another_kind_then_evaluate(kind, call, tmp_path):
+    """Checkpoints and all, to the end of the line."""
     flags = "--env-name catch --num-units 2 --num-iterations 2 --inner-updates 2".split()
     flags += f"--optimizer {kind} --checkpoint-minutes 0.0001".split()
     code, _, err = call(pipeline_train.main, *flags)
@@ -95,9 +95,15 @@ def test_another_kind_is_meta_trained(kind, call, tmp_path):
     (folder,) = (tmp_path / "runs").iterdir()
     header = load_theta(folder / "theta.npz")[1]
     assert header["optimizer"] == kind
+    assert header["config"].get("num_bases") == {"velo": 64}.get(kind)
     # iterations, units, updates and the meta-loss's rollout, steps
     assert header["trained"]["env_steps"] == 2 * 2 * (2 + 1) * 20
     assert (folder / "checkpoint" / "2").is_dir()
+    theta = folder / "theta.npz"
+    flags = "--num-seeds 2 --total-steps 6400 --optimizers".split()
+    code, out, err = call(evaluate.main, *flags, theta, f"untrained:{theta}")
+    assert code == 0, err
+    assert f"{kind}, catch (trained)" in out and f"{kind}, catch (untrained)" in out
 
 
 def test_training_goes_on_from_another_runs_theta(call, tmp_path):
