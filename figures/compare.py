@@ -9,8 +9,8 @@ one with the best mean final return is taken.
 
 Writes scores.csv (both scores of every seed), table.md (means with 90 % bootstrap intervals), and
 compare.png: the probability that the optimizer is better than each other one, the mean over tasks,
-and performance profiles (Agarwal et al. 2021, arXiv 2108.13264). A folder with a scores.csv
-may stand for the evaluations it was made of.
+and performance profiles (Agarwal et al. 2021, arXiv 2108.13264). A scores.csv, or a folder with
+one, may stand for the evaluations it was made of.
 """
 
 import csv
@@ -43,7 +43,7 @@ FEWEST = 3  # tasks of an optimizer in compare.png; those meta-trained on one ta
 @dataclass(frozen=True)
 class Args:
     folders: tyro.conf.Positional[tuple[str, ...]] = ()
-    """run folders of evaluate.py, or folders with a scores.csv"""
+    """run folders of evaluate.py, or scores.csv files or their folders"""
     of: str = "pretrained/adam4rl (trained)"
     """the optimizer that is compared with the others, as its row in their tables is called"""
     out: str = "runs/compare"
@@ -77,6 +77,12 @@ def better(x: np.ndarray, y: np.ndarray) -> float:
     """The probability that a seed of x is above one of y; equal ones count half (Mann-Whitney's U).
     x, y: [seeds]"""
     return float(np.mean(x[:, None] > y) + np.mean(x[:, None] == y) / 2)
+
+
+def paired_interval(differences: np.ndarray) -> tuple[float, float]:
+    """The 90 % interval of the mean difference of paired seeds, by Student's t. differences:
+    [seeds], at least two"""
+    return tuple(scipy.stats.ttest_1samp(differences, 0).confidence_interval(0.9))
 
 
 def probability_of_improvement(pairs: list[tuple]) -> tuple[float, float, float]:
@@ -123,13 +129,13 @@ def cell(values: np.ndarray, digits: int = 4, with_interval: bool = True) -> str
 
 def verdict(scores: list[Scores], of: str, kind: str) -> str:
     """Whether `of` is above, level with, or below the best classical optimizer: level if the 90 %
-    interval of their difference, seed by seed, has 0 in it (paired t-test)."""
+    interval of their difference, seed by seed, has 0 in it."""
     ours, theirs = next(s for s in scores if s.label == of), best_classical(scores, kind)
     x, y = (dict(zip(s.seeds, getattr(s, kind), strict=True)) for s in (ours, theirs))
     differences = np.array([x[seed] - y[seed] for seed in sorted(set(x) & set(y))])
     if not np.isfinite(differences).all():  # seeds are lost
         return "above" if differences.mean() == np.inf else "below"
-    low, high = scipy.stats.ttest_1samp(differences, 0).confidence_interval(0.9)
+    low, high = paired_interval(differences)
     return "above" if low > 0 else "below" if high < 0 else "level"
 
 
@@ -250,17 +256,23 @@ def read_scores(path: Path) -> list[Scores]:
     return [Scores(*key, *np.array(values).T) for key, values in rows.items()]
 
 
-def read(folders: tuple[str, ...]) -> dict:
-    """-> environment: its Scores, each optimizer at its best learning rate"""
+def read_all(folders: tuple[str, ...]) -> list[Scores]:
+    """Of run folders of evaluate.py, scores.csv files, and folders that have one. Raises a one-line
+    ValueError for a file in another format."""
     all_scores, results = [], []
     for folder in map(Path, folders):
-        if (folder / "scores.csv").exists():
-            all_scores += read_scores(folder / "scores.csv")
+        scores = folder if folder.suffix == ".csv" else folder / "scores.csv"
+        if scores.exists():
+            all_scores += read_scores(scores)
         else:
             results.append(folder / "results.csv")
-    all_scores += [scores_of(result) for result in report.read_results(*results)]
+    return all_scores + [scores_of(result) for result in report.read_results(*results)]
+
+
+def read(folders: tuple[str, ...]) -> dict:
+    """-> environment: its Scores, each optimizer at its best learning rate"""
     best: dict = {}
-    for s in all_scores:
+    for s in read_all(folders):
         here = best.setdefault(s.env_name, {})
         if s.label not in here or s.final.mean() > here[s.label].final.mean():
             here[s.label] = s

@@ -4,8 +4,8 @@ and environments whatever its optimizer, so the difference is taken seed by seed
     python figures/paired.py runs/FOLDER runs/ANOTHER --of "catch (trained)"
 
 prints, for every optimizer that shares at least two seeds with the one named, the mean difference
-of the final return, its 90 % bootstrap interval, and p of Wilcoxon's signed-rank test (two-sided).
-A seed that ended early counts for neither.
+of the final return, its 90 % interval (Student's t), and p of Wilcoxon's signed-rank test
+(two-sided). A seed that ended early counts for neither.
 """
 
 import sys
@@ -19,13 +19,13 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import runs
-from figures import report
+from figures import compare
 
 
 @dataclass(frozen=True)
 class Args:
     folders: tyro.conf.Positional[tuple[str, ...]] = ()
-    """run folders of evaluate.py"""
+    """run folders of evaluate.py, or scores.csv files or their folders"""
     of: str = ""
     """the optimizer that is compared with the others, as its row in their tables is called"""
 
@@ -34,19 +34,19 @@ def final_returns(folders: tuple) -> dict:
     """(environment, optimizer, learning rate) -> seed -> final return, as in evaluate.py's table.
     Raises a one-line ValueError for a file in another format."""
     found: dict = {}
-    for folder in folders:
-        for result in report.read_results(Path(folder) / "results.csv"):
-            scores = zip(result.seeds[~result.lost].tolist(), result.scores(), strict=True)
-            found.setdefault(tuple(result[:3]), {}).update(scores)
+    for scores in compare.read_all(folders):
+        finals = zip(scores.seeds.tolist(), scores.final.tolist(), strict=True)
+        found.setdefault(scores[:3], {}).update((s, x) for s, x in finals if np.isfinite(x))
     return found
 
 
-def compare(ours: dict, theirs: dict) -> tuple[int, float, tuple, float]:
-    """seed -> final return, of two optimizers -> shared seeds, mean difference, its interval, p"""
+def row(ours: dict, theirs: dict) -> tuple[str, str, str]:
+    """Two optimizers, seed -> final return -> shared seeds, mean difference, interval, p"""
     seeds = sorted(set(ours) & set(theirs))
     differences = np.array([ours[seed] - theirs[seed] for seed in seeds])
+    low, high = compare.paired_interval(differences)
     p = scipy.stats.wilcoxon(differences).pvalue if differences.any() else 1.0
-    return len(seeds), differences.mean(), report.bootstrap_interval(differences), p
+    return str(len(seeds)), f"{differences.mean():.4g} ({low:.4g} to {high:.4g})", f"{p:.2g}"
 
 
 def table(found: dict, of: str) -> str:
@@ -55,22 +55,20 @@ def table(found: dict, of: str) -> str:
     for (env_name, label, _), ours in found.items():
         for (env, other, rate), theirs in found.items():
             if (label, env) == (of, env_name) and other != of and len(set(ours) & set(theirs)) > 1:
-                count, mean, (low, high), p = compare(ours, theirs)
-                row = (env_name, f"{other}, {rate:g}", str(count))
-                rows.append((*row, f"{mean:.4g} ({low:.4g} to {high:.4g})", f"{p:.2g}"))
+                rows.append((env_name, f"{other}, {rate:g}", *row(ours, theirs)))
     if not rows:
         labels = ", ".join(dict.fromkeys(label for _, label, _ in found))
         raise ValueError(f"--of {of!r}: no seeds in common with another; there are {labels}")
     head = (f"{of} minus", "seeds", "difference (90 % interval)", "p")
     lines = ["| task | " + " | ".join(head) + " |", "|---" * 5 + "|"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+    return "\n".join(lines + [f"| {' | '.join(cells)} |" for cells in rows])
 
 
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
         if not args.folders:
-            raise ValueError("name run folders of evaluate.py")
+            raise ValueError("name run folders of evaluate.py, or scores.csv files")
         text = table(final_returns(args.folders), args.of)
     print(text)
 

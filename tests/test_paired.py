@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 
+import compare
 import paired
 from figures import report
 
@@ -34,9 +35,23 @@ def test_the_difference_is_of_the_seeds_that_both_have(tmp_path, monkeypatch, ca
     assert "| 2.2 (" in lines[2] and lines[2].endswith("| 0.062 |")
 
 
+def test_the_interval_is_students():
+    ours, theirs = {0: 3.0, 1: 5.0, 2: 9.0, 3: 1.0}, {0: 1.0, 1: 1.0, 2: 3.0, 4: 7.0}
+    # differences 2, 4, 6: mean 4, standard error 2 / sqrt(3); t of 2 degrees at 95 % is 2.92
+    assert paired.row(ours, theirs) == ("3", "4 (0.6283 to 7.372)", "0.25")
+
+
 def test_equal_seeds_differ_by_nothing():
-    same = {"0": 1.0, "1": 2.0}
-    assert paired.compare(same, same) == (2, 0.0, (0.0, 0.0), 1.0)
+    same = {0: 1.0, 1: 2.0}
+    assert paired.row(same, same) == ("2", "0 (0 to 0)", "1")
+
+
+def test_a_file_of_scores_stands_for_its_evaluations(tmp_path):
+    ours = write(tmp_path / "ours", "mine", [np.nan, 2.0, 3.0, 4.0])
+    other = write(tmp_path / "other", "adam", [7.0, 1.0, 2.0, 1.0])
+    found = paired.final_returns((ours, other))
+    compare.write_scores(tmp_path / "some.csv", compare.read_all((ours, other)))
+    assert paired.final_returns((str(tmp_path / "some.csv"),)) == found
 
 
 def test_a_name_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
