@@ -1,7 +1,7 @@
 """This project's A2C and the authors' code at the same settings; writes results/authors.md:
 
-    python benchmarks/authors.py                   # all environments; 40 minutes of one core
-    python benchmarks/authors.py --env-name catch  # only these; the other rows of the table stay
+    python experiments/authors.py                   # all environments; 40 minutes of one core
+    python experiments/authors.py --env-name catch  # only these; the other rows of the table stay
 
 The authors' numbers are the returns of their released code (jax 0.4.19, one CPU core). Returns are
 measured as theirs: the mean over the episodes that ended in an update, averaged over the last 20
@@ -42,7 +42,7 @@ NUM_SEEDS = {
     "big_dense_long_authors": 10,
     "big_dense_long": 10,
 }
-MARK = "<!-- benchmarks/authors.py writes the table below this line, and nothing above it. -->"
+MARK = "<!-- experiments/authors.py writes the table below this line, and nothing above it. -->"
 TABLE, DATA = ROOT / "results" / "authors.md", ROOT / "results" / "authors.json"
 
 BIG_RMSPROP = {1e6: (0.79,), 2e6: (1.57,), 3e6: (2.65,), 4e6: (3.99,)}

@@ -1,6 +1,6 @@
 """The paper's sweep of meta-training on small tasks, in its setting (512 units; Catch 64):
 
-    python benchmarks/sweep.py --env-name small_dense_long
+    python experiments/sweep.py --env-name small_dense_long
 
 Meta-trains Optim4RL at every meta-learning rate, with the task's learning rate of agents; then at
 the best meta-learning rate with every other learning rate of agents. Each theta is tested with
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from ablations import ROOT, run, test_flags
 
 sys.path.insert(0, str(ROOT))

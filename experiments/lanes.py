@@ -1,5 +1,5 @@
 """All agents of an environment in one program, whatever their optimizer and learning rate, for an
-accelerator (benchmarks/table.py uses it there).
+accelerator (experiments/table.py uses it there).
 
 An accelerator trains two hundred small agents in a few times the time of one, and compiles one
 program for them instead of one for each pair of optimizer and learning rate.

@@ -1,8 +1,8 @@
 """Ablations, one flag at a time: meta-train each variant on Catch and small_dense_long, test it,
 write results/ablations.md:
 
-    python benchmarks/ablations.py                         # hours
-    python benchmarks/ablations.py --tables catch          # 20 minutes
+    python experiments/ablations.py                         # hours
+    python experiments/ablations.py --tables catch          # 20 minutes
 
 A table that is not named stays as it is. Rows that are in runs/ablations are not run again.
 """
@@ -22,7 +22,7 @@ import settings
 from figures import report
 
 RUNS = ROOT / "runs" / "ablations"
-MARK = "<!-- benchmarks/ablations.py writes the tables below this line, and nothing above it. -->"
+MARK = "<!-- experiments/ablations.py writes the tables below this line, and nothing above it. -->"
 # row: flags of pipeline_train.py; whether there is a row for the untrained form
 VARIANTS = {
     "Optim4RL": ("", True),

@@ -1,7 +1,7 @@
 """Every optimizer on every task, for results/compare:
 
-    python benchmarks/table.py --env-name small_dense_long small_sparse_long
-    python benchmarks/table.py --env-name ant --optimizers pretrained/adam4rl adam rmsprop
+    python experiments/table.py --env-name small_dense_long small_sparse_long
+    python experiments/table.py --env-name ant --optimizers pretrained/adam4rl adam rmsprop
 
 Evaluates each pair that scores.csv of --out lacks, classical optimizers at their best learning rate
 of a sweep, and adds it there at once: the same command continues an interrupted one. With --again
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+
 import lanes
 from ablations import ROOT, run
 

@@ -1,0 +1,189 @@
+"""The scripts of experiments/ that make tables: what the sweep runs, and what it does not; what a
+table lacks; agents side by side."""
+
+import csv
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+import a2c
+import ablations
+import authors  # noqa: F401  it can be imported
+import evaluate
+import lanes
+import ppo
+import sweep
+import table
+from figures import report
+
+
+def test_the_sweep_runs_each_setting_once_and_continues_an_interrupted_one(tmp_path, monkeypatch):
+    commands = []
+
+    def run(script, flags, folder):
+        """Theta's return is higher at a larger meta-learning rate and a smaller learning rate."""
+        commands.append((script, flags))
+        made = folder / f"task__{script}__0__20260101-00000{len(commands)}"
+        made.mkdir(parents=True)
+        if script == "pipeline_train":
+            (made / "theta.npz").touch()
+        else:
+            meta, rate = map(float, folder.name.split("_"))
+            header = "env_name,optimizer,learning_rate,seed,env_steps,return\n"
+            (made / "results.csv").write_text(f"{header}catch,theta,{rate},0,1,{meta / rate}\n")
+            (made / "table.md").touch()
+        return made
+
+    monkeypatch.setattr(sweep, "run", run)
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    monkeypatch.setattr(sweep, "OUT", tmp_path / "sweep")
+    rates = "--meta-learning-rates 1e-4 1e-3 --learning-rates 1e-4"
+    monkeypatch.setattr("sys.argv", ["sweep.py", "--env-name", "catch", *rates.split()])
+    sweep.main()
+    trained = [flags for script, flags in commands if script == "pipeline_train"]
+    settings = [
+        ("0.001", "0.0001"),
+        ("0.001", "0.001"),
+        ("0.0001", "0.001"),
+    ]  # catch's rate is .001
+    assert (
+        trained
+        == [
+            f"--env-name catch --learning-rate {rate} --meta-learning-rate {meta}"
+            for rate, meta in settings
+        ]
+        and len(commands) == 6
+    )
+    with open(tmp_path / "sweep" / "catch.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = [(row["meta_learning_rate"], row["learning_rate"]) for row in rows]
+    assert found == [("0.001", "0.0001"), ("0.001", "0.001"), ("0.0001", "0.001")]
+    assert all((tmp_path / row["theta"]).exists() for row in rows)
+
+    commands.clear()
+    sweep.main()
+    assert not commands
+    # One that was interrupted after its first checkpoint.
+    setting = tmp_path / "sweep" / "catch" / "0.001_0.0001"
+    (folder,) = setting.glob("*__pipeline_train__*")
+    (setting / "theta.npz").rename(folder / "theta.npz")
+    (folder / "checkpoint" / "12").mkdir(parents=True)
+    sweep.main()
+    assert commands == [("pipeline_train", f"--resume {folder}")]
+
+
+def test_a_table_of_ablations_leaves_the_others_and_the_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    path = tmp_path / "results" / "ablations.md"
+    said = f"# Ablations\n\n## What they show\n\n- x\n\n{ablations.MARK}\n"
+    path.write_text(f"{said}\n## catch\n\n| old |\n\n## ant\n\n| kept |\n")
+    ablations.write("catch", [["GRU", "`--cell gru`", "0.1", "2", "1 to 3"]])
+    ablations.write("new", [])
+    text = path.read_text()
+    assert text.startswith(f"{said}\n## catch\n") and "old" not in text
+    assert (
+        text.count("| GRU | 0.1 | 2 | 1 to 3 | `--cell gru` |\n\n## ant\n\n| kept |\n\n## new") == 1
+    )
+    monkeypatch.setattr("sys.argv", ["ablations.py", "--tables", "ant"])
+    with pytest.raises(SystemExit) as end:
+        ablations.main()
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith("error: --tables are catch;") and "got ant" in err
+
+
+def test_the_table_runs_what_it_lacks_and_replaces_it_only_if_told(tmp_path, monkeypatch, capsys):
+    commands, level, numbers = [], 1.0, itertools.count()
+
+    def run(script, flags, folder):
+        """Two seeds at the first learning rate that is named."""
+        commands.append(flags)
+        words = flags.split()
+        name, env_name = (words[words.index(f"--{x}") + 1] for x in ("optimizers", "env-name"))
+        label = f"{name} (trained)" if "/" in name else name
+        made = tmp_path / str(next(numbers))
+        made.mkdir()
+        rows = [f"{env_name},{label},1,{seed},{t},{level * t}\n" for seed in (0, 1) for t in (1, 2)]
+        header = "env_name,optimizer,learning_rate,seed,env_steps,return\n"
+        (made / "results.csv").write_text(header + "".join(rows))
+        return made
+
+    def main(*flags):
+        commands.clear()
+        monkeypatch.setattr("sys.argv", ["table.py", *flags, "--out", str(tmp_path / "out")])
+        table.main()
+        with open(tmp_path / "out" / "scores.csv", newline="") as file:
+            return {(row["env_name"], row["optimizer"]): row for row in csv.DictReader(file)}
+
+    monkeypatch.setattr(table, "run", run)
+    which = ["--env-name", "catch", "ant", "--optimizers", "adam", "adam_kl", "muon_linear"]
+    found = main(*which, "--num-seeds", "2")
+    assert len(found) == len(commands) == 5 and ("catch", "adam_kl") not in found  # A2C has no kl
+    assert commands[0].startswith("--env-name catch --optimizers adam --num-seeds 2")
+    assert commands[1].endswith("--learning-rates 1 0.3 0.1 0.03 0.01")  # muon's are larger
+    assert "--total-steps 660000" in commands[2] and "--total-steps" not in commands[0]
+    assert "ant, which needs pretrained/adam4rl (trained)" in capsys.readouterr().out
+
+    level = 3.0
+    found = main("--env-name", "catch", "--optimizers", "pretrained/adam4rl", "adam")
+    assert len(commands) == 1 and len(found) == 6 and found["catch", "adam"]["final"] == "1.5"
+    assert "### catch" in (tmp_path / "out" / "table.md").read_text()
+    found = main("--env-name", "catch", "--optimizers", "adam", "--again")
+    assert len(commands) == 1 and len(found) == 6 and found["catch", "adam"]["final"] == "4.5"
+
+
+@pytest.mark.parametrize(
+    "env_name, names",
+    [
+        ("catch", ("pretrained/adam4rl", "muon_linear")),
+        ("pendulum", ("adam_kl", "sign_linear")),
+    ],
+)
+def test_lanes_of_several_optimizers_learn_as_each_does_alone(monkeypatch, env_name, names):
+    for agent in (a2c, ppo):  # as on an accelerator
+        monkeypatch.setattr(agent, "over_seeds", lambda f, seeds: jax.vmap(f)(seeds))
+    monkeypatch.setattr(lanes, "MOST_ENVS", 5 * 4)  # five lanes at once
+    sizes = dict(total_steps=600, num_envs=4, batch_size=4, value_layers=(8,), num_evals=1)
+    args = evaluate.Args(
+        (env_name,), names, num_seeds=2, learning_rates=(1e-3, 2e-3), sweep_seeds=1, **sizes
+    )
+    learner = evaluate.make_learner(args, env_name)
+    results = lanes.evaluate_all(learner, evaluate.plan(args), args, lambda: 0)
+    assert sorted(r.label for r in results) == sorted(run.label for run in evaluate.plan(args))
+    for run, result in itertools.product(evaluate.plan(args), results):
+        if result.label == run.label:
+            alone = evaluate.train(learner, run, result.learning_rate, "", lambda: 0)
+            assert result.returns.shape == alone.returns.shape == (2, len(alone.env_steps))
+            np.testing.assert_allclose(result.returns, alone.returns, rtol=1e-3, atol=1e-3)
+            np.testing.assert_array_equal(result.env_steps, alone.env_steps)
+            assert result.learning_rate in run.rates
+
+
+def test_an_accelerator_makes_a_table_task_by_task(tmp_path, monkeypatch):
+    made = []
+
+    def evaluate_all(learner, to_run, args, interrupted):
+        made.append((learner.args.env_name, [run.rates for run in to_run]))
+        steps, returns = np.array([1.0, 2.0]), np.array([[1.0, 2.0], [3.0, 4.0]])
+        return [
+            report.Result(run.env_name, run.label, run.rates[-1], steps, returns, np.arange(2))
+            for run in to_run
+        ]
+
+    monkeypatch.setattr(lanes, "evaluate_all", evaluate_all)
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(table.jax, "default_backend", lambda: "gpu")
+    flags = "--env-name catch ant --optimizers adam muon_linear pretrained/adam4rl --num-seeds 2"
+    monkeypatch.setattr("sys.argv", ["table.py", *flags.split(), "--out", str(tmp_path / "out")])
+    table.main()
+    rates = (1e-2, 3e-3, 1e-3, 3e-4)
+    assert sorted(made)[0] == ("ant", [rates, tuple(10 * rate for rate in rates), (1.0,)])
+    with open(tmp_path / "out" / "scores.csv", newline="") as file:
+        found = {(row["env_name"], row["optimizer"]): row for row in csv.DictReader(file)}
+    assert len(found) == 6 and found["ant", "adam"]["learning_rate"] == "0.0003"
+    assert found["catch", "adam"]["final"] == "3.5"  # of the second seed
+    made.clear()
+    table.main()
+    assert not made
