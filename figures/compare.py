@@ -162,7 +162,7 @@ def summary(by_env: dict, of: str) -> str:
     the best classical optimizer, where they are there."""
     short = report.short(of)
     rows = [
-        f"| task | `{short}` | untrained | Adam | best classical | `{short}` is |",
+        f"| task | `{short}` | `{short}` untrained | Adam | best classical | `{short}` is |",
         "|---" * 6 + "|",
     ]
     for name, scores in by_env.items():
