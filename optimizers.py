@@ -357,9 +357,24 @@ def find_learned(name_or_path: str) -> tuple[LearnedOptimizer, Any] | None:
     untrained, _, kind_or_path = name_or_path.partition(":")
     if untrained == "untrained":
         kind = kind_or_path or "optim4rl"
-        learned = LEARNED[kind]() if kind in LEARNED else load_learned(kind)[0]
-        return learned, learned.init_theta(jax.random.key(0))
+        if kind in LEARNED:
+            return LEARNED[kind](), initial_theta(LEARNED[kind](), 0)
+        learned, _, header = load_learned(kind)
+        return learned, initial_theta(learned, seed_of(header))
     return load_learned(name_or_path)[:2] if is_theta(name_or_path) else None
+
+
+def initial_theta(learned: LearnedOptimizer, seed: int) -> Any:
+    """The theta with which pipeline_train.py begins with this seed (its init_meta_state)."""
+    key = jax.random.split(jax.random.key(seed))[0]
+    return learned.init_theta(jax.random.split(key)[0])
+
+
+def seed_of(header: dict) -> int:
+    """The seed of meta-training, from a theta file's header; 0 if it has none."""
+    trained = header.get("trained")
+    seed = trained.get("seed") if isinstance(trained, dict) else None
+    return seed if type(seed) is int and abs(seed) < 2**31 else 0
 
 
 def own_rate(name_or_path: str) -> float | None:
@@ -370,8 +385,8 @@ def own_rate(name_or_path: str) -> float | None:
 
 def make_optimizer(name_or_path: str, learning_rate: float) -> optax.GradientTransformation:
     """A name in CLASSICAL (_linear: falling to 0); pretrained/NAME or the path of a .npz; untrained
-    (Optim4RL with an initial theta), untrained:star (another kind) or untrained:PATH.npz (the kind
-    and settings in that file).
+    (Optim4RL with the theta that meta-training begins with, seed 0), untrained:star (another kind)
+    or untrained:PATH.npz (the initial theta of the run that made this file).
 
     Raises a one-line ValueError for anything else.
     """

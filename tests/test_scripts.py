@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +22,7 @@ from tqdm import tqdm
 import a2c
 import devices
 import evaluate
+import optimizers
 import pipeline_train
 import ppo
 import runs
@@ -87,9 +89,10 @@ def test_meta_train_then_evaluate(call, tmp_path):
 # VeLO reads most, and takes a minute to compile.
 @pytest.mark.parametrize("kind", ["l2lgd2", pytest.param("velo", marks=pytest.mark.slow)])
 def test_another_kind_then_evaluate(kind, call, tmp_path):
-    """Checkpoints and all, to the end of the line."""
-    flags = "--env-name catch --num-units 2 --num-iterations 2 --inner-updates 2".split()
-    flags += f"--optimizer {kind} --checkpoint-minutes 0.0001".split()
+    """Checkpoints and all, to the end of the line. The meta-learning rate is too small for theta to
+    change, so the untrained form is the same."""
+    flags = "--env-name catch --num-units 2 --num-iterations 2 --inner-updates 2 --seed 3".split()
+    flags += f"--optimizer {kind} --checkpoint-minutes 0.0001 --meta-learning-rate 1e-30".split()
     code, _, err = call(pipeline_train.main, *flags)
     assert code == 0, err
     (folder,) = (tmp_path / "runs").iterdir()
@@ -104,6 +107,10 @@ def test_another_kind_then_evaluate(kind, call, tmp_path):
     code, out, err = call(evaluate.main, *flags, theta, f"untrained:{theta}")
     assert code == 0, err
     assert f"{kind}, catch (trained)" in out and f"{kind}, catch (untrained)" in out
+    chex.assert_trees_all_close(
+        *(optimizers.find_learned(name)[1] for name in (f"untrained:{theta}", str(theta))),
+        atol=1e-20,
+    )
 
 
 def test_training_goes_on_from_another_runs_theta(call, tmp_path):
