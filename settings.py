@@ -166,7 +166,7 @@ SUITES = {
     "transfer": ("inverted_double_pendulum", "ant", "humanoid", "walker2d"),
 }
 SUITE_RATES = {
-    "paper": (3e-2, 1e-2, 3e-3, 1e-3),
+    "paper": (3e-2, 1e-2, 3e-3, 1e-3, 3e-4),
     "transfer": (),  # all at the paper's learning rate
 }
 WANT_ACCELERATOR = ("ant", "humanoid", "walker2d")  # days without one

@@ -332,7 +332,7 @@ def measure(kind: str, cores: int = 1, **flags) -> dict:
 
 
 def table_of_everything(quick: bool) -> tuple[list[tuple], dict]:
-    """-> rows (what, figure, set against), raw results"""
+    """-> rows (what, value, compared with), raw results"""
     machine, rows, raw = measure("machine"), [], {}
     raw["machine"] = machine
     rows.append(("matrix product, one core", f"{machine['gflops']:.0f} GFLOP/s", ""))
@@ -472,7 +472,7 @@ def growth() -> None:
 
 
 def print_table(rows: list[tuple]) -> None:
-    print("| what | figure | set against |\n|---|---|---|")
+    print("| what | value | compared with |\n|---|---|---|")
     print("\n".join(f"| {' | '.join(row)} |" for row in rows))
 
 

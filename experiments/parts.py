@@ -86,6 +86,8 @@ def main() -> None:
     with runs.bad_input():
         checks.positive(args, "repeats")
         checks.seed(args)
+        if not args.tasks:
+            raise ValueError("--tasks must name at least one task")
         for name in args.tasks:
             if name not in search.TASKS:
                 raise ValueError(f"{name!r} is none of {', '.join(search.TASKS)}")
@@ -95,21 +97,20 @@ def main() -> None:
     flat = [ravel_pytree(jax.tree.map(jnp.float32, theta))[0] for theta in found.values()]
     with search.start_workers(size) as submit:
         scores = search.train(np.array(flat), drawn, submit)
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     rows = [
         (*lifetime, name, *score)
         for lifetime, some in zip(drawn, scores, strict=True)
         for name, score in zip(found, some, strict=True)
     ]
-    report.write_csv(out.with_suffix(".csv"), COLUMNS, rows)
+    report.write_csv(Path(f"{args.out}.csv"), COLUMNS, rows)
     lines = ["| | mean rank | theta is better: mean | last tenth | p |", "|---|---|---|---|---|"]
     for name, row in zip(found, compare(scores), strict=True):
         lines.append("| {} | {:.3f} | {:.0%} | {:.0%} | {:.2g} |".format(name, *row))
     table = "\n".join(lines)
-    report.write_text(out.with_suffix(".md"), table)
+    report.write_text(Path(f"{args.out}.md"), table)
     print(table)
-    print(f"written: {out}.csv, {out}.md")
+    print(f"written: {args.out}.csv, {args.out}.md")
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def main() -> None:
         checks.positive(args, "repeats", "step")
         checks.seed(args)
         theta, trained = begin(args)
-        out, log = Path(args.out).with_suffix(".npz"), Path(args.out).with_suffix(".jsonl")
+        out, log = Path(f"{args.out}.npz"), Path(f"{args.out}.jsonl")
         rows = read_rows(log, args.theta)
     log.parent.mkdir(parents=True, exist_ok=True)
     for row in rows:

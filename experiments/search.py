@@ -361,17 +361,21 @@ def generation(strategy, drawn: list[tuple], written, space: Space, submit) -> d
 def begin(args: Args, space: Space, state: Path) -> tuple:
     """-> the strategy, the generator and the deck of tasks, the means so far; those in the file
     `state`, which this script wrote on this machine, if it is there. Raises a one-line ValueError
-    if cma is missing, or the file is of another search."""
+    if cma is missing, or the file is of a search with other arguments."""
     try:
         import cma
     except ImportError:
         raise ValueError("the search needs the package cma: pip install cma") from None
     numbers = np.count_nonzero(space.scale)
     if state.exists():
-        found = pickle.loads(state.read_bytes())
-        if found[0].N != numbers:
-            raise ValueError(f"{state} searches {found[0].N} numbers, not {numbers}; another --out")
-        return found
+        begun_with, *found = pickle.loads(state.read_bytes())
+        for name, value in begun_with.items():
+            if name not in ("out", "generations") and value != getattr(args, name):
+                flag = name.replace("_", "-")
+                raise ValueError(
+                    f"{state} was begun with --{flag} {value}; give that, or another --out"
+                )
+        return tuple(found)
     options = {"popsize": args.population, "seed": args.seed, "verbose": -9}
     options["CMA_diagonal"] = args.network_size > 0
     strategy = cma.CMAEvolutionStrategy(np.zeros(numbers), args.spread, options)
@@ -383,7 +387,7 @@ def save(args: Args, space: Space, generations: int, mean: np.ndarray) -> None:
     theta = space.unflatten(jnp.float32(space.thetas(mean[None])[0]))
     trained = {"env_name": list(TASKS), "seed": args.seed, "generations": generations}
     trained |= {"population": args.population, "start": args.theta}
-    config, path = {"network_size": args.network_size}, Path(args.out).with_suffix(".npz")
+    config, path = {"network_size": args.network_size}, f"{args.out}.npz"
     optimizers.save_theta(path, theta, "adam4rl", config, trained)
 
 
@@ -394,10 +398,9 @@ def main() -> None:
         checks.seed(args)
         if args.only_network and not args.network_size:
             raise ValueError("--only-network needs a --network-size")
-        space, out = search_space(args), Path(args.out)
-        state = out.with_suffix(".pkl")
+        space, state = search_space(args), Path(f"{args.out}.pkl")
         strategy, rng, deck, means = begin(args, space, state)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    state.parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=args.generations, initial=strategy.countiter, unit="generation")
     with start_workers(args.network_size) as submit:
         while strategy.countiter < args.generations:
@@ -410,14 +413,14 @@ def main() -> None:
             row = {"generation": strategy.countiter, "sigma": strategy.sigma, **row}
             bar.set_postfix({name: round(row[name], 2) for name in row if name.startswith("rank")})
             bar.update()
-            with open(out.with_suffix(".jsonl"), "a") as log:
+            with open(f"{args.out}.jsonl", "a") as log:
                 log.write(json.dumps(row) + "\n")
             save(args, space, strategy.countiter, late_mean(means))
-            found = pickle.dumps((strategy, rng, deck, means))
+            found = pickle.dumps((vars(args), strategy, rng, deck, means))
             runs.write_whole(state, lambda file, found=found: file.write(found))
     bar.close()
-    print(f"written: {out}.npz, {out}.jsonl; more --generations continue it")
-    print(f"next: python experiments/parts.py --theta {out}.npz")
+    print(f"written: {args.out}.npz, {args.out}.jsonl; more --generations continue it")
+    print(f"next: python experiments/parts.py --theta {args.out}.npz")
 
 
 if __name__ == "__main__":

@@ -132,8 +132,8 @@ def verdict(scores: list[Scores], of: str, kind: str) -> str:
     """Whether `of` is above, level with, or below the best classical optimizer: level if the 90 %
     interval of their difference, seed by seed, has 0 in it."""
     ours, theirs = next(s for s in scores if s.label == of), best_classical(scores, kind)
-    x, y = (dict(zip(s.seeds, getattr(s, kind), strict=True)) for s in (ours, theirs))
-    differences = np.array([x[seed] - y[seed] for seed in sorted(set(x) & set(y))])
+    _, i, j = np.intersect1d(ours.seeds, theirs.seeds, return_indices=True)
+    differences = getattr(ours, kind)[i] - getattr(theirs, kind)[j]
     if not np.isfinite(differences).all():  # seeds are lost
         return "above" if differences.mean() == np.inf else "below"
     low, high = paired_interval(differences)
@@ -258,8 +258,9 @@ def read_scores(path: Path) -> list[Scores]:
 
 
 def read_all(folders: tuple[str, ...]) -> list[Scores]:
-    """Of run folders of evaluate.py, scores.csv files, and folders that have one. Raises a one-line
-    ValueError for a file in another format."""
+    """Of run folders of evaluate.py, scores.csv files, and folders that have one; seeds of the same
+    optimizer, learning rate and environment are merged. Raises a one-line ValueError for a file in
+    another format, and for a seed that is there twice."""
     all_scores, results = [], []
     for folder in map(Path, folders):
         scores = folder if folder.suffix == ".csv" else folder / "scores.csv"
@@ -267,7 +268,21 @@ def read_all(folders: tuple[str, ...]) -> list[Scores]:
             all_scores += read_scores(scores)
         else:
             results.append(folder / "results.csv")
-    return all_scores + [scores_of(result) for result in report.read_results(*results)]
+    all_scores += [scores_of(result) for result in report.read_results(*results)]
+    by_key: dict = {}
+    for s in all_scores:
+        by_key.setdefault(s[:3], []).append(s)
+    return [merged(parts) for parts in by_key.values()]
+
+
+def merged(parts: list[Scores]) -> Scores:
+    """Scores of the same optimizer, learning rate and environment as one."""
+    columns = [np.concatenate(column) for column in zip(*(s[3:] for s in parts), strict=True)]
+    seeds, count = np.unique(columns[0], return_counts=True)
+    if (count > 1).any():
+        name = "{1} at {2:g} on {0}".format(*parts[0][:3])
+        raise ValueError(f"{name}: seed {seeds[count > 1][0]:g} is there twice; leave out a folder")
+    return Scores(*parts[0][:3], *columns)
 
 
 def read(folders: tuple[str, ...]) -> dict:
@@ -294,6 +309,11 @@ def missing(scores: list[Scores], of: str) -> str:
     labels = {s.label for s in scores}
     needs = [] if of in labels else [of]
     needs += ["a classical optimizer"] if labels.isdisjoint(optimizers.CLASSICAL) else []
+    if not needs:
+        ours = next(s for s in scores if s.label == of).seeds
+        for best in (best_classical(scores, kind) for kind in KINDS):
+            if len(np.intersect1d(ours, best.seeds)) < 2:
+                needs = [f"two seeds that {of} and {best.label} both have"]
     return " and ".join(needs)
 
 

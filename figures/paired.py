@@ -32,11 +32,11 @@ class Args:
 
 def final_returns(folders: tuple) -> dict:
     """(environment, optimizer, learning rate) -> seed -> final return, as in evaluate.py's table.
-    Raises a one-line ValueError for a file in another format."""
+    Raises a one-line ValueError as compare.read_all does."""
     found: dict = {}
     for scores in compare.read_all(folders):
         finals = zip(scores.seeds.tolist(), scores.final.tolist(), strict=True)
-        found.setdefault(scores[:3], {}).update((s, x) for s, x in finals if np.isfinite(x))
+        found[scores[:3]] = {seed: x for seed, x in finals if np.isfinite(x)}
     return found
 
 

@@ -131,3 +131,28 @@ def test_of_two_learning_rates_one_that_loses_no_seed_is_taken():
     assert "| adam (1 seeds ended early, not finite) | 1 | 4.500 | one seed |" in report.table(
         [lost]
     )
+
+
+def test_seeds_of_several_evaluations_are_merged_and_refused_twice(tmp_path):
+    one, other = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 2.0, 3.0, 5.0])
+    for name, values, first in (("a", one, 0), ("b", other, 10), ("c", other, 3)):
+        result = report.Result("ant", "adam", 0.1, np.arange(1, 3), np.outer(values, [0, 1]), None)
+        (tmp_path / name).mkdir()
+        result = result._replace(seeds=first + np.arange(4))
+        report.write_results(tmp_path / name / "results.csv", [result])
+        compare.write_scores(tmp_path / f"{name}.csv", compare.read_all((str(tmp_path / name),)))
+    for names in (("a", "b"), ("a.csv", "b"), ("b.csv", "a.csv")):
+        (scores,) = compare.read_all(tuple(str(tmp_path / name) for name in names))
+        assert sorted(scores.seeds) == [0, 1, 2, 3, 10, 11, 12, 13]
+        assert scores.final.mean() == pytest.approx((one.mean() + other.mean()) / 4)
+    with pytest.raises(ValueError, match="adam at 0.1 on ant: seed 3 is there twice"):
+        compare.read_all((str(tmp_path / "a.csv"), str(tmp_path / "c.csv")))
+
+
+def test_without_two_seeds_in_common_there_is_no_verdict(tmp_path):
+    write_evaluation(tmp_path / "run", {("ant", OURS, 1.0): np.ones(4)})
+    result = report.Result("ant", "adam", 0.1, np.arange(1, 3), np.ones((2, 2)), np.array([3, 4]))
+    (tmp_path / "other").mkdir()
+    report.write_results(tmp_path / "other" / "results.csv", [result])
+    scores = compare.read((str(tmp_path / "run"), str(tmp_path / "other")))["ant"]
+    assert compare.missing(scores, OURS) == f"two seeds that {OURS} and adam both have"

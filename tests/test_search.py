@@ -181,7 +181,8 @@ def test_a_search_is_continued_by_more_generations(tmp_path, monkeypatch, capsys
         _, theta, header = optimizers.load_learned(str(tmp_path / f"{name}.npz"))
         np.testing.assert_allclose(theta["momenta"], 2.25 * np.array(search.SCALES["momenta"]))
         assert header["trained"]["generations"] == 5
-    monkeypatch.setattr("sys.argv", ["search.py", *flags, "--network-size", "2"])
-    with pytest.raises(SystemExit):
-        search.main()
-    assert f"continued.pkl searches {NUMBERS} numbers, not" in capsys.readouterr().err
+    for flag, value, begun in (("network-size", "2", "0"), ("seed", "8", "7")):
+        monkeypatch.setattr("sys.argv", ["search.py", *flags, f"--{flag}", value])
+        with pytest.raises(SystemExit):
+            search.main()
+        assert f"continued.pkl was begun with --{flag} {begun};" in capsys.readouterr().err
