@@ -55,9 +55,9 @@ class Args:
     seed: int = 1000
     """seed of the first agent, far from meta-training's seeds, which start at 0"""
     learning_rate: float | None = None
-    """learning rate (default: 1 for adam4rl, which is a multiplier; otherwise the paper's for the
-    environment, or for a theta file the one it was trained with, if it was trained on this
-    environment)"""
+    """learning rate of those that do not find their own, as adam4rl does (default: the paper's for
+    the environment, or for a theta file the one it was trained with, if it was trained on this
+    environment). a2c.py and ppo.py can multiply adam4rl's"""
     learning_rates: tuple[float, ...] = ()
     """sweep the classical optimizers over these learning rates, e.g. 3e-2 1e-2 3e-3 1e-3 3e-4
     1e-4"""
@@ -164,14 +164,14 @@ def label_of(name: str, header: dict | None) -> str:
 
 def rates_of(name: str, header: dict | None, env_name: str, args: Args) -> tuple:
     """The learning rates of a classical optimizer's sweep, if there is one. Else the first that is
-    there: --learning-rate, the optimizer's own, its meta-training's, the environment's."""
+    there: the optimizer's own, --learning-rate, its meta-training's, the environment's."""
     own = optimizers.own_rate(name)
     if name in optimizers.CLASSICAL and args.learning_rates and not own:
         return args.learning_rates
     trained = trained_rate(header.get("trained"), env_name) if header else None
     agent = tasks.AGENTS[args.agent] if args.agent else None
     default = tasks.agent_settings(env_name, agent)["learning_rate"]
-    return (args.learning_rate or own or trained or default,)
+    return (own or args.learning_rate or trained or default,)
 
 
 def trained_rate(trained: Any, env_name: str) -> float | None:
