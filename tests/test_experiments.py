@@ -138,7 +138,7 @@ def test_the_table_runs_what_it_lacks_and_replaces_it_only_if_told(tmp_path, mon
     "env_name, names",
     [
         ("catch", ("pretrained/adam4rl", "muon_linear")),
-        ("pendulum", ("adam_kl", "sign_linear")),
+        pytest.param("pendulum", ("adam_kl", "sign_linear"), marks=pytest.mark.slow),
     ],
 )
 def test_lanes_of_several_optimizers_learn_as_each_does_alone(monkeypatch, env_name, names):
