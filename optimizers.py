@@ -358,8 +358,9 @@ def find_learned(name_or_path: str) -> tuple[LearnedOptimizer, Any] | None:
     if untrained == "untrained":
         kind = kind_or_path or "optim4rl"
         if kind in LEARNED:
-            return LEARNED[kind](), initial_theta(LEARNED[kind](), 0)
-        learned, _, header = load_learned(kind)
+            learned, header = LEARNED[kind](), {}
+        else:
+            learned, _, header = load_learned(kind)
         return learned, initial_theta(learned, seed_of(header))
     return load_learned(name_or_path)[:2] if is_theta(name_or_path) else None
 
@@ -386,7 +387,7 @@ def own_rate(name_or_path: str) -> float | None:
 def make_optimizer(name_or_path: str, learning_rate: float) -> optax.GradientTransformation:
     """A name in CLASSICAL (_linear: falling to 0); pretrained/NAME or the path of a .npz; untrained
     (Optim4RL with the theta that meta-training begins with, seed 0), untrained:star (another kind)
-    or untrained:PATH.npz (the initial theta of the run that made this file).
+    or untrained:PATH.npz (of the run that made this file, as if it had no --theta).
 
     Raises a one-line ValueError for anything else.
     """
