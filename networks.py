@@ -43,7 +43,7 @@ class Distribution(NamedTuple):
     sample: Callable  # key, outputs -> x
     log_prob: Callable  # outputs, x -> [...]
     entropy: Callable  # key, outputs -> [...]
-    mode: Callable  # outputs -> x
+    choose: Callable  # key, outputs -> x in an evaluation
     to_action: Callable  # x -> action
 
 
@@ -92,7 +92,7 @@ TANH_NORMAL = Distribution(  # A numbers from -1 to 1
     sample=sample_normal,
     log_prob=tanh_normal_log_prob,
     entropy=tanh_normal_entropy,
-    mode=lambda outputs: normal(outputs)[0],
+    choose=lambda key, outputs: normal(outputs)[0],
     to_action=jnp.tanh,
 )
 CATEGORICAL = Distribution(  # one of A
@@ -100,7 +100,7 @@ CATEGORICAL = Distribution(  # one of A
     sample=jax.random.categorical,
     log_prob=categorical_log_prob,
     entropy=categorical_entropy,
-    mode=lambda outputs: jnp.argmax(outputs, axis=-1),
+    choose=jax.random.categorical,  # the mode would repeat one episode of a game without chance
     to_action=lambda x: x,
 )
 

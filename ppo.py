@@ -84,7 +84,8 @@ class Args:
     """hidden layers of the critic (the paper meta-trains with 64 64 64 64 64)"""
     # --- Evaluation ---
     num_evals: int = 20
-    """evaluations after the initial one, evenly spaced: whole episodes, deterministic actions"""
+    """evaluations after the initial one, evenly spaced: whole episodes, the mean of a Gaussian
+    policy, sampled actions of a categorical one"""
     eval_envs: int = 128
     """episodes per evaluation"""
 
@@ -355,7 +356,8 @@ def make_agent(env: Env, args: Args) -> Agent:
 
 
 def evaluate(key: jax.Array, state: AgentState, env: Env, args: Args) -> jax.Array:
-    """Mean return of args.eval_envs whole episodes with deterministic actions. -> []"""
+    """Mean return of args.eval_envs whole episodes: the mean action of a Gaussian policy, sampled
+    ones of a categorical policy. -> []"""
     actions = env.distribution
 
     def goes_on(episode):
@@ -365,9 +367,11 @@ def evaluate(key: jax.Array, state: AgentState, env: Env, args: Args) -> jax.Arr
     def whole_return(key):
         def step(episode):
             number, env_state, obs, _, total = episode
-            x = actions.mode(mlp(state.params["policy"], normalise(state.normaliser, obs)))
-            key_step, action = jax.random.fold_in(key, number), actions.to_action(x)
-            env_state, obs, reward, terminated = env.step(key_step, env_state, action)
+            key_action = jax.random.fold_in(key, number)
+            outputs = mlp(state.params["policy"], normalise(state.normaliser, obs))
+            action = actions.to_action(actions.choose(key_action, outputs))
+            key_env = jax.random.fold_in(key_action, 1)
+            env_state, obs, reward, terminated = env.step(key_env, env_state, action)
             return number + 1, env_state, obs, terminated, total + reward
 
         start = (jnp.int32(0), *env.reset(key), jnp.array(False), jnp.zeros(()))

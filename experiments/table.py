@@ -43,10 +43,14 @@ BRAX_SIZES = dict(
     num_evals=4,
 )
 GRID_RATES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
+BIG_RATES = (3e-2, 1e-2, 3e-3)  # on big_dense_long 1e-1 and 1e-3 learn nothing in 4e6 steps
 # task: arguments of evaluate.py, for sizes that two cores can run; learning rates of the sweep
 TASKS = {
     "catch": ({}, GRID_RATES),
-    **{name: ({"total_steps": steps}, GRID_RATES) for name, steps in settings.SHORT.items()},
+    **{
+        name: ({"total_steps": steps}, BIG_RATES if name.startswith("big") else GRID_RATES)
+        for name, steps in settings.SHORT.items()
+    },
     **dict.fromkeys(minatar.NAMES, ({"total_steps": 1e6}, (1e-2, 3e-3, 1e-3, 3e-4))),
     **dict.fromkeys(BRAX, (BRAX_SIZES, (1e-2, 3e-3, 1e-3, 3e-4))),
 }

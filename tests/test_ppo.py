@@ -121,12 +121,12 @@ def test_categorical_distribution_is_scipys():
     np.testing.assert_allclose(log_prob, np.log([p[0, 2], p[1, 1]]), rtol=1e-6)
     entropy = actions.entropy(jax.random.key(0), jnp.asarray(logits))
     np.testing.assert_allclose(entropy, scipy.stats.entropy(p, axis=-1), rtol=1e-6)
-    assert actions.mode(jnp.asarray(logits)).tolist() == [2, 0] and actions.num_outputs(5) == 5
-    x = jax.vmap(actions.sample, (0, None))(
-        jax.random.split(jax.random.key(1), 4000), jnp.asarray(logits[0])
-    )
-    counts = np.bincount(actions.to_action(x), minlength=3)
-    assert scipy.stats.chisquare(counts, 4000 * p[0]).pvalue > 1e-3
+    assert actions.num_outputs(5) == 5
+    keys = jax.random.split(jax.random.key(1), 4000)
+    for draw in actions.sample, actions.choose:  # in a rollout, in an evaluation
+        x = jax.vmap(draw, (0, None))(keys, jnp.asarray(logits[0]))
+        counts = np.bincount(actions.to_action(x), minlength=3)
+        assert scipy.stats.chisquare(counts, 4000 * p[0]).pvalue > 1e-3
 
 
 def test_a_discrete_environment_is_solved():
@@ -318,6 +318,25 @@ def test_steps_of_an_evaluation_differ_in_chance():
     evaluate = jax.jit(jax.vmap(lambda key: ppo.evaluate(key, agent, env, args)))
     returns = np.asarray(evaluate(jax.random.split(jax.random.key(1), 2000)))
     assert abs(returns.mean() - 4) < 0.1 and abs(returns.var() - 8 / 12) < 0.1
+
+
+def test_an_evaluation_samples_the_actions_of_a_categorical_policy():
+    """Each of 8 steps pays its action, 0 or 1 with the same probability: the sum has the mean 4
+    and the variance 2; of one action repeated, 16. The mean action of a Gaussian policy is one."""
+
+    def returns(distribution):
+        def step(key, state, action):
+            return state, jnp.zeros(1), jnp.sum(jnp.float32(action)), jnp.array(False)
+
+        env = ppo.Env(lambda key: (jnp.int32(0), jnp.zeros(1)), step, 1, 2, distribution)
+        args = dataclasses.replace(PROBE, eval_envs=1, policy_layers=())
+        agent = ppo.make_agent(env, args).init(jax.random.key(0), optax.sgd(0.1))
+        evaluate = jax.jit(jax.vmap(lambda key: ppo.evaluate(key, agent, env, args)))
+        return np.asarray(evaluate(jax.random.split(jax.random.key(1), 2000)))
+
+    chosen = returns(networks.CATEGORICAL)
+    assert abs(chosen.mean() - 4) < 0.15 and abs(chosen.var() - 2) < 0.3
+    assert returns(networks.TANH_NORMAL).std() < 1e-5
 
 
 def test_observations_that_are_not_normalised_reach_the_networks_as_they_are():
