@@ -182,12 +182,12 @@ def whiten(weight: jax.Array, d, grams: tuple) -> tuple:
     return jax.tree.unflatten(treedef, leaves), tuple(new)
 
 
-def log_shape_factor(theta: dict, params) -> jax.Array:
+def log_shape_factor(theta: dict, like) -> jax.Array:
     """log k, the same for all tensors of the network. -> []
 
     A layer sums the changes of all that it reads, and a deep network those of all its layers: the
     wider and deeper it is, the more does every step count."""
-    shapes = [shape for p in jax.tree.leaves(params) if len(shape := jnp.shape(p)) > 1]
+    shapes = [shape for p in jax.tree.leaves(like) if len(shape := jnp.shape(p)) > 1]
     widest = max([LEAST_FAN, *(math.prod(shape[:-1]) for shape in shapes)])
     logs = (
         math.log(min(widest, MOST_FAN) / LEAST_FAN),

@@ -24,6 +24,13 @@ def positive(args: Any, *names: str) -> None:
                 raise ValueError(f"--{flag} must be at most {shown(most)}, got {shown(number)}")
 
 
+def not_empty(args: Any, *names: str) -> None:
+    """Raises ValueError if one of these arguments is an empty list."""
+    for name in names:
+        if not getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} must name at least one")
+
+
 def between(args: Any, low: float, high: float, *names: str) -> None:
     """Raises ValueError unless each of these arguments is None or from low to high."""
     for name in names:

@@ -55,9 +55,10 @@ class Args:
     seed: int = 1000
     """seed of the first agent, far from meta-training's seeds, which start at 0"""
     learning_rate: float | None = None
-    """learning rate of those that do not find their own, as adam4rl does (default: the paper's for
-    the environment, or for a theta file the one it was trained with, if it was trained on this
-    environment). a2c.py and ppo.py can multiply adam4rl's"""
+    """learning rate of those that do not find their own, as adam4rl does. Default: of a theta file
+    the one it was trained with, if it was trained with one only, on this environment or, after
+    several, on any gridworld; otherwise the paper's for the environment. a2c.py and ppo.py can
+    multiply adam4rl's"""
     learning_rates: tuple[float, ...] = ()
     """sweep the classical optimizers over these learning rates, e.g. 3e-2 1e-2 3e-3 1e-3 3e-4
     1e-4"""
@@ -80,7 +81,7 @@ class Args:
     """PPO: elementwise bound on gradients (paper: 1); inf: no clipping, Brax's default"""
     num_evals: int | None = None
     """PPO: evaluations of each agent; they take most of the time of a short run"""
-    backend: Literal["spring", "generalized", "positional", "mjx"] = "spring"
+    backend: settings.Backend = "spring"
     """physics of Brax's tasks: spring, generalized, positional or mjx"""
     # --- Run ---
     runs_dir: str = "runs"
@@ -292,10 +293,10 @@ def main() -> None:
                     break
                 swept += tried
                 rate = max(tried, key=report.Result.rank).learning_rate
-            result = train(learner, run, rate, title, interrupted)
+            trained = train(learner, run, rate, title, interrupted)
             if interrupted():  # this one is incomplete
                 break
-            results.append(result)
+            results.append(trained)
             # Written after each optimizer: a kill loses one at most.
             report.write_results(folder / "results.csv", results)
             if len(results) == 1:

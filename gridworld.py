@@ -61,7 +61,9 @@ MOVES = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (
 
 class GridState(NamedTuple):
     agent: jax.Array  # [] int32, the agent's cell
-    objects: jax.Array  # [n] int32, each object's cell, good ones first; the last cell if absent
+    objects: (
+        jax.Array
+    )  # [n] int32, each object's cell, good ones first; of an absent one where it was
     present: jax.Array  # [n] bool
     time: jax.Array  # [] int32, steps taken in this episode
 

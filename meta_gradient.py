@@ -47,9 +47,8 @@ def inner_loop(key, state, age, theta, task, learned, inner_updates, lifetime):
 def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifetime):
     """Train units for K updates. -> the sum of their meta-gradients, units, metrics [N]
 
-    keys, ages: [N]; units: states of task.agent, [N, ...]; task: a pipeline_train.Task. Of
-    several units those whose loss or gradients are not finite add nothing; metrics["lost"] marks
-    them.
+    keys, ages: [N]; units: states of task.agent, [N, ...]; task: a pipeline_train.Task. Units
+    whose loss or gradients are not finite add nothing, and are marked in metrics["lost"].
     """
 
     def train(key, state, age):
@@ -63,10 +62,10 @@ def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifeti
 
         (loss, state), cotangent = jax.value_and_grad(meta_loss, has_aux=True)(state.params)
         grads, extra_args = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), recorded)
-        lost = jnp.array(False)
-        if len(keys) > 1:  # else the sum is the unit's own, and says it
+        lost = ~jnp.isfinite(loss)
+        if len(keys) > 1:  # of one unit the sum says it
             # The cotangent is not finite if a gradient was not.
-            lost = ~all_finite((loss, cotangent))
+            lost |= ~all_finite(cotangent)
             grads, cotangent = zero_if(lost, (grads, cotangent))
         metrics = {"meta_loss": loss, "return": metrics["return"][-1], "lost": lost}
         return state, (grads, extra_args), cotangent, metrics
@@ -82,7 +81,8 @@ def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifeti
         gradients = jax.vmap(replay)(start, *recorded, cotangent)
         gradients = jax.vmap(zero_if)(metrics["lost"], gradients)  # extra_args may not be finite
         gradient = jax.tree.map(lambda g: jnp.sum(g, axis=0), gradients)
-    return gradient, after, metrics
+    lost = metrics["lost"] | ~all_finite(gradient)
+    return zero_if(jnp.all(lost), gradient), after, metrics | {"lost": lost}
 
 
 def zero_if(lost: jax.Array, tree: Any) -> Any:

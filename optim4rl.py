@@ -13,7 +13,7 @@ the weights of the two networks.
 This file imports nothing of the project. To use it with optax, copy it into your own:
 
     theta, header = load_theta("theta.npz")
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optim4rl(theta, learning_rate=1e-3))
+    optimizer = optim4rl(theta, learning_rate=1e-3, grad_clip=header["config"]["grad_clip"])
     opt_state = optimizer.init(params)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
@@ -91,7 +91,13 @@ def clip_and_stop_gradient(g: jax.Array, grad_clip: float | None) -> jax.Array:
 
 
 def init_theta(key: jax.Array, cell="lstm", inputs="raw", hidden_size=8, readout_layers=()) -> dict:
-    """Initial meta-parameters: nested dicts of arrays."""
+    """Initial meta-parameters. With G gates, 4 of an LSTM (i, f, u, o) and 3 of a GRU (r, z, n):
+
+    rnn1, rnn2: {w_x [G H, D], w_h [G H, H], b [G H]}, of a GRU also b_n [H]
+    readout1, readout2: {"0": {w [outputs, inputs], b [outputs]}, "1": ...}
+
+    Raises KeyError for a cell or inputs that are not in CELLS and INPUTS.
+    """
     key_1, key_2, key_out_1, key_out_2 = jax.random.split(key, 4)
     sizes = (hidden_size, *readout_layers, 1)
     return {
@@ -133,7 +139,8 @@ def init_cell_state(cell: str, hidden_size: int) -> tuple:
 
 
 def describe(theta: dict) -> dict:
-    """The settings that theta's shapes imply: cell, inputs, hidden_size, readout_layers."""
+    """The settings that theta's shapes imply: cell, inputs, hidden_size, readout_layers. Raises
+    KeyError, TypeError or ValueError if it is not Optim4RL's."""
     gates, hidden = np.shape(theta["rnn1"]["w_h"])
     return {
         "cell": {GATES[cell] * hidden: cell for cell in CELLS}[gates],
@@ -414,8 +421,8 @@ def to_optax(
     """A learned optimizer with its theta, as an optax optimizer. Some kinds read extra arguments
     (adam4rl.py, baselines/velo.py).
 
-    learning_rate: a number, or an optax schedule. Raises ValueError for a negative number or NaN,
-    and for a theta of another kind.
+    learning_rate: a number, or an optax schedule. Raises ValueError for one that is negative, not
+    finite, and for a theta of another kind.
     """
     if callable(learning_rate):
         return optax.inject_hyperparams(partial(to_optax, learned, theta))(learning_rate)
@@ -435,7 +442,8 @@ def optim4rl(
     theta: dict, learning_rate: float | Callable, grad_clip: float | None = 1.0
 ) -> optax.GradientTransformationExtraArgs:
     """Optim4RL with these meta-parameters, for any pytree of parameters. theta's shapes imply the
-    cell and the inputs. Raises ValueError as to_optax does."""
+    cell and the inputs, not grad_clip, the elementwise bound on gradients (None: no clipping): that
+    of meta-training is header["config"]["grad_clip"]. Raises ValueError as to_optax does."""
     try:
         config = describe(theta)
     except (KeyError, TypeError, ValueError):

@@ -1,10 +1,7 @@
 """Optimizers by name, `make_optimizer("adam", 1e-3)`, or by the path of pipeline_train.py's .npz.
 
-This file also has the paper's two baselines with a single recurrent network, coordinate-wise like
-Optim4RL. LEARNED lists the kinds that pipeline_train.py can train; an entry there makes a new kind
-known to every script.
-
-Legend: C coordinates in a block (optim4rl.py).
+LEARNED lists the kinds that pipeline_train.py can train; an entry there makes a new kind known to
+every script.
 """
 
 import inspect
@@ -21,6 +18,7 @@ import optax
 
 import runs
 from adam4rl import make_adam4rl
+from baselines.one_network import make_l2lgd2, make_linear_optim
 from baselines.open import make_open
 from baselines.star import make_star
 from baselines.velo import make_velo
@@ -30,79 +28,12 @@ from optim4rl import (
     INPUTS,
     LearnedOptimizer,
     brief,
-    clip_and_stop_gradient,
-    coordinatewise,
-    init_cell_state,
-    init_dense,
-    init_rnn,
     load_theta,
     make_optim4rl,
-    readout,
     to_optax,
 )
 
 PRETRAINED = Path(__file__).parent / "pretrained"
-PREPROCESSING_P = 10.0  # of L2LGD2's inputs
-
-
-def one_network(
-    rule: Callable,
-    num_inputs: int,
-    num_outputs: int,
-    cell: str,
-    hidden_size: int,
-    readout_layers: tuple,
-):
-    """A coordinate-wise optimizer with theta = {"rnn", "readout"}."""
-
-    def init_theta(key):
-        key_rnn, key_readout = jax.random.split(key)
-        sizes = (hidden_size, *readout_layers, num_outputs)
-        return {
-            "rnn": init_rnn(key_rnn, cell, num_inputs, hidden_size),
-            "readout": init_dense(key_readout, sizes),
-        }
-
-    return coordinatewise(init_theta, lambda: init_cell_state(cell, hidden_size), rule)
-
-
-def make_linear_optim(
-    cell="lstm", hidden_size=8, readout_layers=(), grad_clip: float | None = 1.0
-) -> LearnedOptimizer:
-    """LinearOptim, the paper's ablation of Optim4RL's structure:
-    update = -learning_rate (exp(o1) g + exp(o2) o3)."""
-
-    def rule(theta, g, state):
-        g = clip_and_stop_gradient(g, grad_clip)
-        state = CELLS[cell](theta["rnn"], state, g[None])
-        o1, o2, o3 = readout(theta["readout"], state[0])
-        return jnp.exp(o1) * g + jnp.exp(o2) * o3, state
-
-    return one_network(rule, 1, 3, cell, hidden_size, readout_layers)
-
-
-def preprocess(g: jax.Array) -> jax.Array:
-    """(log|g| / p, sign g) where |g| >= e^-p, else (-1, e^p g) (Andrychowicz et al. 2016,
-    appendix A). g: [C] -> [2, C]"""
-    large = jnp.abs(g) >= jnp.exp(-PREPROCESSING_P)
-    log_g = jnp.log(jnp.where(large, jnp.abs(g), 1.0)) / PREPROCESSING_P
-    return jnp.stack(
-        [jnp.where(large, log_g, -1.0), jnp.where(large, jnp.sign(g), jnp.exp(PREPROCESSING_P) * g)]
-    )
-
-
-def make_l2lgd2(
-    cell="lstm", hidden_size=8, readout_layers=(), grad_clip: float | None = 1.0
-) -> LearnedOptimizer:
-    """L2LGD2, learning to learn by gradient descent by gradient descent (Andrychowicz et al. 2016),
-    in the paper's form: update = -learning_rate exp(o) g."""
-
-    def rule(theta, g, state):
-        g = clip_and_stop_gradient(g, grad_clip)
-        state = CELLS[cell](theta["rnn"], state, preprocess(g))
-        return jnp.exp(readout(theta["readout"], state[0])[0]) * g, state
-
-    return one_network(rule, 2, 1, cell, hidden_size, readout_layers)
 
 
 # --- Classical optimizers: name -> function of the learning rate ---
@@ -379,9 +310,12 @@ def seed_of(header: dict) -> int:
 
 
 def own_rate(name_or_path: str) -> float | None:
-    """The learning rate of an optimizer that is to have the same in all environments, or None."""
-    found = find_learned(name_or_path)
-    return found[0].own_rate if found else OWN_RATE.get(name_or_path)
+    """The learning rate of an optimizer that is to have the same in all environments, or None.
+    Raises a one-line ValueError for an invalid theta file."""
+    kind = name_or_path.removeprefix("untrained:")
+    if is_theta(kind):
+        kind = kind_in(kind)
+    return LEARNED[kind]().own_rate if kind in LEARNED else OWN_RATE.get(name_or_path)
 
 
 def make_optimizer(name_or_path: str, learning_rate: float) -> optax.GradientTransformation:

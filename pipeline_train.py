@@ -33,9 +33,10 @@ import a2c
 import devices
 import ppo
 import runs
+import settings
 import tasks
 from checkpoints import wait_for_all
-from meta_gradient import meta_gradient, zero_if
+from meta_gradient import meta_gradient
 from networks import all_finite
 from optim4rl import LearnedOptimizer, to_optax
 
@@ -59,7 +60,7 @@ class Schedule(NamedTuple):
     """What a meta-iteration does with each unit."""
 
     due: jax.Array  # [N] bool, whether it is reset
-    age: jax.Array  # [N] int32, meta-iterations since its reset
+    age: jax.Array  # [N] int32, meta-iterations since it was due
     key: jax.Array  # [N]
 
 
@@ -104,20 +105,17 @@ def reset_due(keys: jax.Array, units: Any, due: jax.Array, new: Callable) -> Any
 def train_group(theta, plan: Schedule, units, task: Task, learned, args: "Args"):
     """Reset and train some units in parallel. -> sum of their meta-gradients, units, metrics [N]
 
-    A unit whose parameters are not finite is reset too. If no unit has a finite loss and gradient,
-    or the sum is not finite, the sum becomes zero. metrics["broken"] marks all these units.
+    A unit whose parameters are not finite is reset too, and keeps the age of its schedule.
+    metrics["lost"]: as in meta_gradient.
     """
     key_reset, key_train = jnp.moveaxis(jax.vmap(jax.random.split)(plan.key), 1, 0)
     broken = ~jax.vmap(all_finite)(units.params)
     new = partial(new_unit, theta=theta, task=task, learned=learned)
     units = reset_due(key_reset, units, plan.due | broken, new)
-    ages = jnp.where(broken, 0, plan.age)
     lifetime = args.reset_interval if args.pipeline else args.num_iterations
-    gradient, units, metrics = meta_gradient(
-        theta, key_train, ages, units, task, learned, args.inner_updates, lifetime
+    return meta_gradient(
+        theta, key_train, plan.age, units, task, learned, args.inner_updates, lifetime
     )
-    lost = metrics.pop("lost") | ~jnp.isfinite(metrics["meta_loss"]) | ~all_finite(gradient)
-    return zero_if(jnp.all(lost), gradient), units, metrics | {"broken": broken | lost}
 
 
 def init_meta_state(key, all_tasks: list[Task], learned: LearnedOptimizer, args: "Args"):
@@ -141,7 +139,7 @@ def meta_step(key, state: MetaState, all_tasks: list[Task], learned, args: "Args
         train = partial(train_group, task=task, learned=learned, args=args)
         plan = schedule(key_task, state.iteration, args)
         gradient, units, metrics = devices.mean_over_units(train, state.theta, plan, units, mesh)
-        gradient = optax.tree.scale(jnp.where(jnp.all(metrics["broken"]), jnp.nan, 1.0), gradient)
+        gradient = optax.tree.scale(jnp.where(jnp.all(metrics["lost"]), jnp.nan, 1.0), gradient)
         gradients.append(gradient)
         all_units.append(units)
         all_metrics.append(mean_metrics(metrics, gradient))
@@ -162,7 +160,7 @@ def mean_metrics(metrics: dict, gradient: Any) -> dict:
         "meta_loss": jnp.nanmean(metrics["meta_loss"]),
         "return": jnp.nanmean(metrics["return"]),
         "meta_grad_norm": optax.tree.norm(gradient),
-        "broken_units": jnp.sum(metrics["broken"]),
+        "lost_units": jnp.sum(metrics["lost"]),
     }
 
 
@@ -212,8 +210,8 @@ SHORTER = (
 class Args:
     # --- Training ---
     env_name: tuple[str, ...] = ("big_dense_long",)
-    """one or more of the eight gridworlds, catch (all with A2C), and Brax's tasks (with PPO); their
-    meta-gradients are averaged"""
+    """one or more of the eight gridworlds, catch (all with A2C), control tasks, MinAtar's games and
+    Brax's tasks (with PPO); their meta-gradients are averaged"""
     seed: int = 0
     """the same seed gives the same theta"""
     # --- Optimizer ---
@@ -221,25 +219,28 @@ class Args:
     """kind of learned optimizer: optim4rl, linear_optim, l2lgd2, star, velo; not in the paper:
     adam4rl, open"""
     cell: Literal["lstm", "gru"] = "lstm"
-    """recurrent cell (not star, velo); the authors' code has gru"""
+    """recurrent cell of optim4rl, linear_optim and l2lgd2; the authors' code has gru"""
     inputs: Literal["raw", "log"] = "raw"
     """inputs of Optim4RL's two cells: g and g^2, or (sign g, log|g|) and 2 log|g|"""
     hidden_size: int = 8
-    """hidden units of each cell (not star, velo)"""
+    """hidden units of each cell (not adam4rl, star, velo)"""
     readout_layers: tuple[int, ...] = ()
-    """hidden layers of the read-outs, e.g. 16 16 (paper: none)"""
+    """hidden layers of the read-outs of optim4rl, linear_optim and l2lgd2, e.g. 16 16 (paper:
+    none)"""
     grad_clip: float | None = None
-    """elementwise bound on agent-gradients (paper: 1; catch inf, no clipping)"""
+    """elementwise bound on agent-gradients, of the optimizer and of PPO's agent (paper: 1; catch
+    inf, no clipping). With --theta, which has its own, and for adam4rl, open, star and velo only
+    that of PPO's agent"""
     theta: str | None = None
     """initial weights, with their kind of optimizer and its settings: pretrained/NAME or the path
     of a .npz (default: random weights)"""
     # --- Pipeline training ---
     num_units: int | None = None
-    """agents trained in parallel in each of --env-name (paper: 512; catch 64; here 16 for Brax's
-    tasks)"""
+    """agents trained in parallel in each of --env-name (paper: 512; catch 64; here 16 where PPO
+    learns)"""
     envs_per_unit: tuple[int, ...] | None = None
     """environment copies of each unit: one number, or one for each of --env-name (paper: 1; here
-    128 for Brax's tasks)"""
+    128 where PPO learns)"""
     inner_updates: int = 4
     """agent updates per meta-iteration"""
     reset_interval: int | None = None
@@ -255,7 +256,7 @@ class Args:
     """learning rate of the agents: one, or one for each of --env-name (paper: by environment)"""
     reward_scale: tuple[float, ...] | None = None
     """factor on rewards: one, or one for each of --env-name (paper: by environment)"""
-    backend: Literal["spring", "generalized", "positional", "mjx"] = "spring"
+    backend: settings.Backend = "spring"
     """physics of Brax's tasks: spring, generalized, positional or mjx"""
     # --- Meta-gradient ---
     meta_learning_rate: float | None = None

@@ -41,7 +41,8 @@ class Args:
     # --- Training ---
     env_name: str = "inverted_pendulum"
     """a Brax task: ant, halfcheetah, hopper, humanoid, inverted_pendulum, inverted_double_pendulum,
-    humanoidstandup, pusher, reacher, walker2d; a control task; a gridworld, or catch"""
+    humanoidstandup, pusher, reacher, walker2d; a control task, e.g. acrobot; purcell_swimmer; a
+    game of MinAtar, e.g. minatar_breakout; a gridworld, or catch"""
     grad_clip: float = 1.0
     """elementwise bound on gradients; inf: no clipping"""
     total_steps: float = 2e6
@@ -84,8 +85,8 @@ class Args:
     """hidden layers of the critic (the paper meta-trains with 64 64 64 64 64)"""
     # --- Evaluation ---
     num_evals: int = 20
-    """evaluations after the initial one, evenly spaced: whole episodes, the mean of a Gaussian
-    policy, sampled actions of a categorical one"""
+    """evaluations after the initial one, evenly spaced, each from the same initial states: whole
+    episodes, the mean of a Gaussian policy, sampled actions of a categorical one"""
     eval_envs: int = 128
     """episodes per evaluation"""
 
@@ -112,7 +113,8 @@ class Env(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """One environment and its episodes. As in Brax, all start in the state of the first one."""
+    """One environment and its episodes. As in Brax, all start in the state of the first one, unless
+    the environment resets itself."""
 
     env_state: Any
     obs: jax.Array  # [O]

@@ -53,12 +53,13 @@ def parse(args_class: type, description: str, settings: Callable | None = None) 
     """
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/optim4rl-jax"))
-    with bad_input():
-        values = environment_settings(args_class, settings)
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
+            values = environment_settings(args_class, settings)
             sections = tyro.cli(by_section(args_class, values), description=description)
+    except ValueError as error:
+        fail(error)
     except SystemExit as end:
         if not end.code:
             raise
@@ -75,7 +76,7 @@ def parse(args_class: type, description: str, settings: Callable | None = None) 
     )
     for name, value in vars(args).items():
         if value == "" or isinstance(value, tuple) and "" in value:
-            fail(f"{name.replace('_', '-')} must not be empty")
+            fail(f"--{name.replace('_', '-')} must not be empty")
     runs_dir = Path(getattr(args, "runs_dir", "."))
     there = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
     if not there.is_dir():

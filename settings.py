@@ -5,6 +5,10 @@ Where the paper swept a value, one from its sweep. tasks.py reads these tables; 
 a row have the settings OTHER and META_OTHER.
 """
 
+from typing import Literal
+
+Backend = Literal["spring", "generalized", "positional", "mjx"]  # physics of Brax's tasks
+
 SMALL = dict(total_steps=3e7, num_envs=512, conv_filters=0, hidden_size=32)
 BIG = SMALL | dict(conv_filters=16)
 ANT = dict(

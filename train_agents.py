@@ -5,7 +5,6 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,7 @@ import checks
 import optimizers
 import ppo
 import runs
+import settings
 import tasks
 from checkpoints import Checkpoints, resumed_args
 
@@ -27,8 +27,8 @@ class RunArgs:
     untrained (Optim4RL before meta-training; untrained:star), pretrained/NAME, or the path of a
     .npz"""
     learning_rate: float | None = None
-    """learning rate (default: 1 for adam4rl, which is a multiplier; otherwise the paper's for the
-    environment; on gridworlds try 3e-2 to 1e-4 in half decades)"""
+    """learning rate (default: 1 for adam4rl, OPEN and rmsprop_auto, whose it multiplies; otherwise
+    the paper's for the environment; on gridworlds try 3e-2 to 1e-4 in half decades)"""
     # --- Run ---
     checkpoint_minutes: float = 5.0
     """minutes between two checkpoints of the whole state; the first comes after one at most"""
@@ -46,7 +46,7 @@ class A2CArgs(RunArgs, a2c.Args):
 @dataclass(frozen=True)
 class PPOArgs(RunArgs, ppo.Args):
     # --- Physics ---
-    backend: Literal["spring", "generalized", "positional", "mjx"] = "spring"
+    backend: settings.Backend = "spring"
     """physics of Brax's tasks: spring (the paper's), generalized, positional or mjx"""
 
 

@@ -14,6 +14,7 @@ import checks
 import devices
 import optimizers
 import pipeline_train
+import ppo
 import runs
 import tasks
 from checkpoints import Checkpoints, resumed_args
@@ -44,6 +45,8 @@ def fill_in(args: Args) -> Args:
     changed = {
         name for name in optimizers.SETTINGS if getattr(args, name) != getattr(type(args), name)
     }
+    if any(tasks.agent_of(name) is ppo for name in args.env_name):
+        changed.discard("grad_clip")  # the agent's, whatever the optimizer has
     optimizers.check_settings(args.optimizer, changed, args.theta)
     paper = tasks.meta_settings(args.env_name)
     if own_rate := optimizers.LEARNED[args.optimizer]().own_rate:
@@ -221,25 +224,22 @@ def main() -> None:
     with runs.interruptible() as interrupted, runs.Log(folder, args.num_iterations) as log:
 
         def on_iteration(iteration, state, row):
-            log.write(iteration, row)
-            if iteration % args.save_theta_every == 0:
-                save(state)
-            stop = devices.largest_of_processes(interrupted())
-            checkpoints.save_if_due(iteration, state, log, stop)
+            try:
+                log.write(iteration, row)
+                if iteration % args.save_theta_every == 0:
+                    save(state)
+                stop = devices.largest_of_processes(interrupted())
+                checkpoints.save_if_due(iteration, state, log, stop)
+            except OSError:
+                save(state)  # a disk too full for a checkpoint may have room for theta
+                raise
             if row["bad_updates"]:
                 log.say(
                     f"iteration {iteration}: the meta-gradient is not finite; theta is unchanged"
                 )
             return stop or row["bad_updates"] >= MOST_BAD_UPDATES
 
-        def on_iteration_or_save(iteration, state, row):
-            try:
-                return on_iteration(iteration, state, row)
-            except OSError:
-                save(state)  # a disk too full for a checkpoint may have room for theta
-                raise
-
-        state = meta_train(args, all_tasks, learned, mesh, on_iteration_or_save, restore)
+        state = meta_train(args, all_tasks, learned, mesh, on_iteration, restore)
         save(state)
     stopped = devices.largest_of_processes(interrupted())
     if args.process_id == 0:

@@ -6,13 +6,13 @@ Brax is imported only when a name is looked up: training on gridworlds does not 
 import contextlib
 import io
 import warnings
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 
+import settings
 from ppo import Env
-
-BACKENDS = ("spring", "generalized", "positional", "mjx")
 
 
 def names() -> list[str]:
@@ -33,8 +33,8 @@ def make(name: str, backend: str) -> Env:
     backend lacks."""
     if name not in names():
         raise ValueError(f"unknown Brax task {name!r}; choose from {', '.join(names())}")
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
+    if backend not in (known := get_args(settings.Backend)):
+        raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(known)}")
     import brax.envs
 
     try:

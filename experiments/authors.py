@@ -1,6 +1,6 @@
 """This project's A2C and the authors' code at the same settings; writes results/authors.md:
 
-    python experiments/authors.py                   # all environments; 40 minutes of one core
+    python experiments/authors.py                   # all environments; an hour of one core
     python experiments/authors.py --env-name catch  # only these; the other rows of the table stay
 
 The authors' numbers are the returns of their released code (jax 0.4.19, one CPU core). Returns are
@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -162,7 +161,12 @@ def table(ours: dict) -> str:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = runs.parse(Args, __doc__)
+    if unknown := {*args.env_name} - {*NUM_SEEDS}:
+        known = ", ".join(NUM_SEEDS)
+        runs.fail(
+            f"--env-name {min(unknown)}: not measured with the authors' code; choose from {known}"
+        )
     ours = json.loads(DATA.read_text()) if DATA.exists() else {}
     for (env_name, optimizer, rate), authors in AUTHORS.items():
         if env_name in args.env_name:

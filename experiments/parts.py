@@ -87,7 +87,7 @@ def main() -> None:
         checks.positive(args, "repeats")
         checks.seed(args)
         if not args.tasks:
-            raise ValueError("--tasks must name at least one task")
+            checks.not_empty(args, "tasks")
         for name in args.tasks:
             if name not in search.TASKS:
                 raise ValueError(f"{name!r} is none of {', '.join(search.TASKS)}")

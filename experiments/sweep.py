@@ -4,11 +4,11 @@
 
 Meta-trains Optim4RL at every meta-learning rate, with the task's learning rate of agents; then at
 the best meta-learning rate with every other learning rate of agents. Each theta is tested with
-seeds that no result shows. Writes runs/sweep/ENV.csv, the best first. What was run is not run again
-and what was interrupted continues, so the same command continues a sweep.
+seeds that no result shows. Writes runs/sweep/ENV.csv, the best first; with
+--num-units ENV_UNITS.csv. What was run is not run again and what was interrupted continues, so the
+same command continues a sweep.
 """
 
-import csv
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,10 @@ import numpy as np
 from ablations import ROOT, run, test_flags
 
 sys.path.insert(0, str(ROOT))
+import checks
 import runs
 import tasks
-from figures.report import read_results
+from figures.report import read_results, write_csv
 
 OUT = ROOT / "runs" / "sweep"
 COLUMNS = ("meta_learning_rate", "learning_rate", "mean_return", "final_return", "theta")
@@ -61,10 +62,14 @@ def test(theta: Path, args: Args, learning_rate: float, folder: Path) -> list[fl
     return [float(np.nanmean(result.returns)), result.score()]
 
 
+def suffix(args: Args) -> str:
+    """Of names, if the number of units is not the paper's."""
+    return f"_{args.num_units}" if args.num_units else ""
+
+
 def row(args: Args, meta_learning_rate: float, learning_rate: float) -> tuple:
     """One setting, meta-trained and tested."""
-    units = f"_{args.num_units}" if args.num_units else ""
-    folder = OUT / args.env_name / f"{meta_learning_rate:g}_{learning_rate:g}{units}"
+    folder = OUT / args.env_name / f"{meta_learning_rate:g}_{learning_rate:g}{suffix(args)}"
     flags = f"--env-name {args.env_name} --learning-rate {learning_rate:g}"
     flags += f" --meta-learning-rate {meta_learning_rate:g}"
     for name in ("num_units", "num_devices"):
@@ -76,19 +81,22 @@ def row(args: Args, meta_learning_rate: float, learning_rate: float) -> tuple:
 
 
 def write(path: Path, rows: list) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for *numbers, theta in sorted(rows, key=lambda row: -row[2]):
-            writer.writerow([*(f"{x:.5g}" for x in numbers), theta])
+    best_first = sorted(rows, key=lambda row: -row[2])
+    write_csv(
+        path,
+        COLUMNS,
+        [(*(f"{x:.5g}" for x in numbers), str(theta)) for *numbers, theta in best_first],
+    )
 
 
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
+        checks.not_empty(args, "meta_learning_rates")
+        checks.positive(args, "meta_learning_rates", "learning_rates", "num_units", "num_devices")
         usual = tasks.agent_settings(args.env_name)["learning_rate"]
     OUT.mkdir(parents=True, exist_ok=True)
-    path, rows = OUT / f"{args.env_name}.csv", []
+    path, rows = OUT / f"{args.env_name}{suffix(args)}.csv", []
     for meta_learning_rate in args.meta_learning_rates:
         rows.append(row(args, meta_learning_rate, usual))
         write(path, rows)

@@ -210,6 +210,9 @@ def draw_probabilities(axis, by_env: dict, of: str) -> None:
         for kind in KINDS:
             pairs = [(getattr(ours, kind), getattr(theirs, kind)) for ours, theirs in both]
             found[label, kind] = probability_of_improvement(pairs)
+    axis.set(title=f"{report.short(of)} is better than ... (number of tasks)")
+    if not number:
+        return
     others = sorted(number, key=lambda label: (-found[label, "final"][0], label))
     for kind, color, shift in zip(KINDS, ("C0", "C1"), (0.15, -0.15), strict=True):
         middle, low, high = np.transpose([found[label, kind] for label in others])
@@ -219,7 +222,6 @@ def draw_probabilities(axis, by_env: dict, of: str) -> None:
     names = [f"{report.short(label)} ({number[label]})" for label in others]
     axis.set(yticks=range(len(others)), yticklabels=names, xlim=(0, 1.02))
     axis.axvline(0.5, color="0.5", linewidth=0.8)
-    axis.set(title=f"{report.short(of)} is better than ... (number of tasks)")
     axis.set(xlabel="probability that a seed has the higher return, mean over tasks")
     axis.legend(frameon=False, loc="lower left")
 
@@ -231,10 +233,10 @@ def draw_profiles(axis, by_env: dict, of: str) -> None:
         for label, x in normalised(scores, "final").items():
             values.setdefault(label, []).append(x)
     at = np.linspace(0, 1.5, 200)
-    for label, tasks in values.items():
-        if len(tasks) == len(by_env):
-            share = np.mean([[np.mean(x > y) for y in at] for x in tasks], axis=0)
-            axis.plot(at, share, label=report.short(label), linewidth=2 if label == of else 1)
+    labels = [label for label, tasks in values.items() if len(tasks) == len(by_env)]
+    for label, look in zip(labels, report.looks(labels), strict=True):
+        share = np.mean([[np.mean(x > y) for y in at] for x in values[label]], axis=0)
+        axis.plot(at, share, label=report.short(label), **look, linewidth=2 if label == of else 1)
     axis.set(title="optimizers that are on all tasks", ylabel="share of seeds above")
     axis.set(xlabel="final return (0: start of training, 1: best classical mean)")
     axis.legend(frameon=False)

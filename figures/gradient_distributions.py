@@ -227,7 +227,8 @@ def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
         if args.learning_rate is None:
-            rate = optimizers.own_rate(args.optimizer) or (3e-3 if args.task == "a2c" else 3e-4)
+            usual = tasks.agent_settings(args.env_name)["learning_rate"]
+            rate = optimizers.own_rate(args.optimizer) or (usual if args.task == "a2c" else 3e-4)
             args = dataclasses.replace(args, learning_rate=rate)
         checks.positive(args, "learning_rate", "total_steps", "num_epochs", "batch_size")
         checks.seed(args)

@@ -99,7 +99,7 @@ def inspect(path: str, out: Path) -> list[tuple]:
             over_time = np.convolve(np.abs(steps[:, SHOWN]), np.full(WINDOW, 1 / WINDOW), "valid")
             grid[1, column].plot(np.arange(WINDOW, NUM_STEPS + 1), over_time, style, color=color)
             rows += [
-                (labels[name], title, f"{m:.3g}", "mean of last 50", f"{x:.4g}")
+                (labels[name], title, f"{m:.3g}", f"{x:.4g}")
                 for m, x in zip(MAGNITUDES, size, strict=True)
             ]
         grid[0, column].set(xscale="log", yscale="log", title=title, xlabel="gradient's magnitude")
@@ -123,7 +123,7 @@ def main() -> None:
     with runs.bad_input():
         optimizers.load_learned(args.optimizer)
         folder = runs.make_folder(args.runs_dir, Path(args.optimizer).stem, "inspection", 0, args)
-    columns = ("optimizer", "gradients", "magnitude", "at", "update_over_learning_rate")
+    columns = ("optimizer", "gradients", "magnitude", "update_over_learning_rate")
     report.write_csv(folder / "inspection.csv", columns, inspect(args.optimizer, folder))
     print(f"written: {folder}/inspection.png, inspection.csv")
 

@@ -122,6 +122,7 @@ def draw(path: Path, rows: list[tuple], title: str) -> None:
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
+        checks.not_empty(args, "learning_rates", "inner_updates")
         checks.positive(args, "every", "learning_rates", "inner_updates")
         pairs = [(rate, k) for k in args.inner_updates for rate in args.learning_rates]
         all_args = [meta_training_args(args, *pair) for pair in pairs]

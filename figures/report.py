@@ -38,17 +38,13 @@ LOOKS = {
     "pretrained/adam4rl (untrained)": ("C3", "--", None),
     "rmsprop_auto": ("0.4", ":", "D"),
     "pretrained/optim4rl_gridworlds (trained)": ("C0", "-", "o"),
-    "pretrained/optim4rl_catch (trained)": ("C2", "-", "s"),
-    "pretrained/optim4rl_small_dense_long (trained)": ("C2", "-", "s"),
-    "pretrained/optim4rl_big_dense_long (trained)": ("C2", "-", "s"),
-    "pretrained/optim4rl_ant (trained)": ("C2", "-", "s"),
-    "pretrained/optim4rl_humanoid (trained)": ("C2", "-", "s"),
     "untrained": ("C9", "--", "^"),
     "adam": ("0.0", "--", None),
     "adam_linear": ("0.0", ":", "x"),
     "rmsprop": ("0.4", "-.", None),
     "sign_sgd": ("0.6", ":", None),
 }
+ON_ITSELF = ("C2", "-", "s")  # pretrained/optim4rl_TASK, in its task
 STYLES, MARKERS = ("-", "--", "-.", ":"), "DvP*X"  # for other optimizers
 
 
@@ -142,7 +138,7 @@ def table(results: list[Result]) -> str:
     most = max(len(result.returns) for result in results)
     rows = [
         f"| optimizer | learning rate | return (mean of last {results[0].last}) | 90 % interval "
-        f"| steps to reach {goal:.3g} |",
+        f"| steps to reach {f'{goal:.3g}' if best > 0 else '-'} |",
         "|---" * 5 + "|",
     ]
     for result in results:
@@ -158,7 +154,8 @@ def table(results: list[Result]) -> str:
         ):
             reached = f"{steps:.3g}"
         rows.append(
-            f"| {result.label}{note} | {result.learning_rate:g} | {result.score():.3f} "
+            f"| {result.label}{note} | {result.learning_rate:g} "
+            f"| {f'{result.score():.3f}' if len(kept) else '-'} "
             f"| {interval} | {reached} |"
         )
     return "\n".join(rows)
@@ -221,7 +218,7 @@ def looks(labels: list[str]) -> list[dict]:
     ]
     chosen: list[tuple] = []
     for label in labels:
-        own = LOOKS.get(label)
+        own = LOOKS.get(label, ON_ITSELF if label.startswith("pretrained/optim4rl_") else None)
         chosen.append(own if own and own not in chosen else free.pop(0))
     names = ("color", "linestyle", "marker")
     return [
@@ -456,7 +453,6 @@ def main() -> None:
         write_text(out / "table.md", summary)
     print(summary)
     print(f"written: {out}/table.md, curves.png, curves.csv")
-    sys.exit(0)
 
 
 if __name__ == "__main__":

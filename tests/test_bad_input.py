@@ -102,6 +102,7 @@ BAD = [
     ("ppo", "--value-layers 1 x", "value-layers"),
     ("ppo", "--num-evals 0", "--num-evals"),
     ("ppo", "--num-minibatches 0", "--num-minibatches"),
+    ("a2c", "--env-name", "env-name"),
     ("ppo", "--episode-length 0", "--episode-length"),
     ("ppo", "--runs-dir a_file", "a_file"),
     ("ppo", "--resume a_folder", "not a run's folder"),
@@ -166,6 +167,10 @@ BAD = [
     ("evaluate", "--env-name nope", "choose from small_sparse_short"),
     ("pipeline_train", "--env-name nope", "choose from small_sparse_short"),
     ("pipeline_figure", "--env-name nope", "choose from small_sparse_short"),
+    ("learned_step", "--learning-rates", "--learning-rates must name at least one"),
+    ("sweep", "--meta-learning-rates", "--meta-learning-rates must name at least one"),
+    ("sweep", "--num-units 0", "--num-units must be above 0"),
+    ("authors", "--env-name big_dense_short", "choose from catch, small_dense_long"),
     ("gradient_distributions", "--env-name nope", "choose from small_sparse_short"),
     ("gradient_distributions", "--env-name ant", "ppo.py learns there"),
     # empty values

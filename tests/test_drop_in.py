@@ -11,7 +11,7 @@ import pytest
 
 import optimizers
 from adam4rl import adam4rl
-from optim4rl import BLOCK, from_blocks, optim4rl, to_blocks, to_optax
+from optim4rl import BLOCK, from_blocks, load_theta, optim4rl, to_blocks, to_optax
 
 THETA = {kind: make().init_theta(jax.random.key(0)) for kind, make in optimizers.LEARNED.items()}
 DROP_INS = {
@@ -75,6 +75,19 @@ def test_a_schedule_does_not_scale_the_part_of_star_that_has_no_learning_rate():
         optimizer = to_optax(star, THETA["star"], rate)
         results.append(jax.jit(optimizer.update)(PARAMS, optimizer.init(PARAMS), PARAMS)[0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *results)
+
+
+@pytest.mark.parametrize("name", ["catch", "small_dense_long"])  # without clipping, and with
+def test_the_recipe_of_the_docstring_is_the_optimizer_that_was_evaluated(name):
+    path = str(optimizers.PRETRAINED / f"optim4rl_{name}.npz")
+    theta, header = load_theta(path)
+    recipe = optim4rl(theta, learning_rate=1e-3, grad_clip=header["config"]["grad_clip"])
+    large = jax.tree.map(lambda x: 7.0 * x, PARAMS)
+    updates = [
+        optimizer.update(large, optimizer.init(PARAMS), PARAMS)[0]
+        for optimizer in (recipe, optimizers.make_optimizer(path, 1e-3))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *updates)
 
 
 @pytest.mark.parametrize("kind", DROP_INS)

@@ -13,7 +13,7 @@ import pytest
 import a2c
 import gridworld
 import optimizers
-from baselines import star, velo
+from baselines import one_network, star, velo
 from meta_gradient import replay_gradient
 from optim4rl import to_optax
 
@@ -235,11 +235,11 @@ def test_linear_optim_by_hand():
 def test_l2lgd2_inputs_meet_where_they_change():
     edge = np.exp(-10.0)
     below, above = (
-        optimizers.preprocess(jnp.array([edge, -edge]) * scale) for scale in (1 - 1e-5, 1 + 1e-5)
+        one_network.preprocess(jnp.array([edge, -edge]) * scale) for scale in (1 - 1e-5, 1 + 1e-5)
     )
     np.testing.assert_allclose(below, above, atol=1e-4)
-    np.testing.assert_allclose(optimizers.preprocess(jnp.array([1.0, -edge**0.5, edge / 4, 0.0])).T,
-                               [[0, 1], [-0.5, -1], [-1, 0.25], [-1, 0]], atol=1e-6)  # fmt: skip
+    got = one_network.preprocess(jnp.array([1.0, -(edge**0.5), edge / 4, 0.0]))
+    np.testing.assert_allclose(got.T, [[0, 1], [-0.5, -1], [-1, 0.25], [-1, 0]], atol=1e-6)
 
 
 def test_l2lgd2_scales_the_gradient():

@@ -7,14 +7,15 @@ import optax
 import pytest
 
 import optimizers
+from baselines import one_network
 from meta_gradient import replay_gradient, streamed_replay_gradient
 from optim4rl import BLOCK, make_optim4rl, to_optax
 from units import KINDS, TASKS, group_of, make_units, pick, planned, relative
 
 LEARNED = {
     "optim4rl": make_optim4rl,
-    "linear_optim": optimizers.make_linear_optim,
-    "l2lgd2": optimizers.make_l2lgd2,
+    "linear_optim": one_network.make_linear_optim,
+    "l2lgd2": one_network.make_l2lgd2,
     "star": optimizers.make_star,
     "adam4rl": lambda: optimizers.make_adam4rl(network_size=4),
     "open": optimizers.make_open,

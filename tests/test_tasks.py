@@ -94,6 +94,14 @@ def test_the_papers_settings_are_the_defaults():
     assert fill_in(Args(env_name=six, learning_rate=(1e-2,))).learning_rate == (1e-2,) * 6
 
 
+def test_the_bound_of_ppos_gradients_is_set_whatever_the_optimizer_has():
+    for given in ({"optimizer": "adam4rl"}, {"theta": "pretrained/optim4rl_small_dense_long"}):
+        args = fill_in(Args(env_name=("pendulum",), grad_clip=0.3, num_iterations=1, **given))
+        assert tasks.all_unit_args(args)[0].grad_clip == 0.3
+        with pytest.raises(ValueError, match="--grad-clip is"):
+            fill_in(Args(env_name=("catch",), grad_clip=0.3, num_iterations=1, **given))
+
+
 def test_every_name_has_one_kind_and_every_control_task_its_settings():
     names = [name for kind in tasks.KINDS for name in kind.names()]
     assert len(set(names)) == len(names)
