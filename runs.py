@@ -44,6 +44,12 @@ def bad_input():
         fail(error)
 
 
+def cache_programs() -> None:
+    """Keep compiled programs in ~/.cache, unless the user chose another folder."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/optim4rl-jax"))
+
+
 def parse(args_class: type, description: str, settings: Callable | None = None) -> Any:
     """The command line as an args_class. An error becomes one line. Also turns on jax's cache of
     compiled programs.
@@ -51,8 +57,7 @@ def parse(args_class: type, description: str, settings: Callable | None = None) 
     settings: environment's name -> values of flags that are not set, unless a run is resumed. It
     may raise ValueError.
     """
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/optim4rl-jax"))
+    cache_programs()
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):

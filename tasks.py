@@ -3,7 +3,8 @@
 To add an environment of a known kind, add a row to settings.py. To add a kind, write its file and
 add a Kind below. To add an agent, write a file with the names that a2c.py and ppo.py share (Args,
 SCORE, make_agent, train, steps_per_update, num_updates, check), add it to AGENTS here, to
-train_agents.ARGS and to evaluate.py's --agent, and use it in a Kind.
+train_agents.ARGS and to evaluate.py's --agent, and use it in a Kind. What only one of the two has
+is where the other files say `is ppo` or `is a2c`.
 """
 
 import dataclasses

@@ -86,8 +86,7 @@ def main() -> None:
     with runs.bad_input():
         checks.positive(args, "repeats")
         checks.seed(args)
-        if not args.tasks:
-            checks.not_empty(args, "tasks")
+        checks.not_empty(args, "tasks")
         for name in args.tasks:
             if name not in search.TASKS:
                 raise ValueError(f"{name!r} is none of {', '.join(search.TASKS)}")

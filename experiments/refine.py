@@ -78,8 +78,7 @@ def best_offsets(offsets: np.ndarray, ranks: np.ndarray, least: float) -> np.nda
 def begin(args: Args) -> tuple[dict, dict]:
     """-> theta; how it was trained. Raises a one-line ValueError for a name that is not one of
     theta's, or a file that is not adam4rl's without a network."""
-    if not args.numbers or not args.tasks:
-        raise ValueError("--numbers and --tasks must name at least one")
+    checks.not_empty(args, "numbers", "tasks")
     numbers = [number for group in args.numbers for number in group.split("+")]
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"--numbers must name each once, got {' '.join(args.numbers)}")

@@ -234,7 +234,7 @@ def score(network_size: int, name: str, thetas, seed: int, num_updates: int) -> 
 def prepare(cores) -> None:
     """A worker on a CPU: it has a core of its own, and ends with its parent."""
     os.sched_setaffinity(0, {cores.get()})
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/optim4rl-jax"))
+    runs.cache_programs()
 
     def end_with_parent():
         multiprocessing.parent_process().join()

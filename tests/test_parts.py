@@ -68,7 +68,7 @@ def test_it_writes_every_score_and_a_table(tmp_path, monkeypatch, capsys):
     "flags, said",
     [
         (["--without", "rate+nothing"], "'nothing' is none of momenta, rate"),
-        (["--tasks"], "--tasks must name at least one task"),
+        (["--tasks"], "--tasks must name at least one"),
         (["--tasks", "ant"], "'ant' is none of small_dense_short"),
         (["--theta", "pretrained/optim4rl_catch.npz"], "of optim4rl, not of adam4rl"),
         (["--others", "pretrained/optim4rl_catch"], "of optim4rl, not of adam4rl"),
