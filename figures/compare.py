@@ -46,6 +46,8 @@ class Args:
     """run folders of evaluate.py, or scores.csv files or their folders"""
     of: str = "pretrained/adam4rl (trained)"
     """the optimizer that is compared with the others, as its row in their tables is called"""
+    held_out: tuple[str, ...] = ()
+    """environments that had no part in making it: marked *, and counted by themselves too"""
     out: str = "runs/compare"
     """folder for scores.csv, table.md and compare.png"""
 
@@ -140,26 +142,28 @@ def verdict(scores: list[Scores], of: str, kind: str) -> str:
     return "above" if low > 0 else "below" if high < 0 else "level"
 
 
-def verdicts(by_env: dict, of: str) -> list[str]:
-    """For each kind of score, the tasks of each verdict."""
+def verdicts(by_env: dict, of: str, held_out: tuple = ()) -> list[str]:
+    """For each kind of score, the tasks of each verdict; then of those held out."""
     lines = []
-    for kind in KINDS:
-        places: dict = {"above": [], "level": [], "below": []}
-        for name, scores in by_env.items():
-            places[verdict(scores, of, kind)].append(name)
-        counts = "; ".join(
-            f"{place} on {len(names)}{': ' if names else ''}{', '.join(names)}"
-            for place, names in places.items()
-        )
-        lines.append(
-            f"- {kind} return, against the best classical optimizer of each task: {counts}"
-        )
+    parts = {"each task": by_env, "each task held out": {n: by_env[n] for n in held_out}}
+    for which, some in parts.items():
+        for kind in KINDS if some else ():
+            places: dict = {"above": [], "level": [], "below": []}
+            for name, scores in some.items():
+                places[verdict(scores, of, kind)].append(name)
+            counts = "; ".join(
+                f"{place} on {len(names)}{': ' if names else ''}{', '.join(names)}"
+                for place, names in places.items()
+            )
+            lines.append(
+                f"- {kind} return, against the best classical optimizer of {which}: {counts}"
+            )
     return lines
 
 
-def summary(by_env: dict, of: str) -> str:
-    """A row for each environment: the final returns of `of`, of its untrained form, of Adam and of
-    the best classical optimizer, where they are there."""
+def summary(by_env: dict, of: str, held_out: tuple = ()) -> str:
+    """A row for each environment, marked * if held out: the final returns of `of`, of its untrained
+    form, of Adam and of the best classical optimizer, where they are there."""
     short = report.short(of)
     rows = [
         f"| task | `{short}` | `{short}` untrained | Adam | best classical | `{short}` is |",
@@ -172,12 +176,13 @@ def summary(by_env: dict, of: str) -> str:
         for label in (untrained, "adam"):
             cells.append(cell(by_label[label].final, 3, False) if label in by_label else "-")
         cells += [f"{cell(best.final, 3)} `{best.label}`", verdict(scores, of, "final")]
-        rows.append(f"| {name} | {' | '.join(cells)} |")
+        mark = "*" if name in held_out else ""
+        rows.append(f"| {name}{mark} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def table(by_env: dict, of: str) -> str:
-    parts = ["\n".join(verdicts(by_env, of)), summary(by_env, of)]
+def table(by_env: dict, of: str, held_out: tuple = ()) -> str:
+    parts = ["\n".join(verdicts(by_env, of, held_out)), summary(by_env, of, held_out)]
     for name, scores in by_env.items():
         rows = [f"### {name}, {max(len(s.final) for s in scores)} seeds", ""]
         rows += ["| optimizer | learning rate | final return | mean return |", "|---" * 4 + "|"]
@@ -319,11 +324,11 @@ def missing(scores: list[Scores], of: str) -> str:
     return " and ".join(needs)
 
 
-def write(out: Path, by_env: dict, of: str) -> None:
+def write(out: Path, by_env: dict, of: str, held_out: tuple = ()) -> None:
     """table.md and compare.png. by_env: environment: its Scores"""
-    report.write_text(out / "table.md", table(by_env, of))
+    report.write_text(out / "table.md", table(by_env, of, held_out))
     draw(out / "compare.png", by_env, of)
-    print("\n".join(verdicts(by_env, of)))
+    print("\n".join(verdicts(by_env, of, held_out)))
     print(f"written: {out}/scores.csv, table.md, compare.png")
 
 
@@ -333,13 +338,17 @@ def main() -> None:
         by_env = read(args.folders)
         if not by_env:
             raise ValueError("give at least one folder of evaluate.py")
+        if unknown := {*args.held_out} - {*by_env}:
+            raise ValueError(
+                f"--held-out {min(unknown)}: not compared; there are {', '.join(by_env)}"
+            )
         for name, scores in by_env.items():
             if needs := missing(scores, args.of):
                 raise ValueError(f"{name}: needs {needs}; has {', '.join(s.label for s in scores)}")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     write_scores(out / "scores.csv", [s for scores in by_env.values() for s in scores])
-    write(out, by_env, args.of)
+    write(out, by_env, args.of, args.held_out)
 
 
 if __name__ == "__main__":

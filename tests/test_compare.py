@@ -72,6 +72,22 @@ def test_the_script_says_where_it_is_above_level_and_below(evaluation, monkeypat
     assert "| 0.2 |" not in table and "10 (" in table
     run_script(evaluation / "out", "--out", evaluation / "again")  # from scores.csv
     assert (evaluation / "again" / "table.md").read_text() == table
+    assert "held out" not in table
+    run_script(evaluation / "run", "--held-out", "humanoid", "--out", evaluation / "held_out")
+    table = (evaluation / "held_out" / "table.md").read_text()
+    said = "- final return, against the best classical optimizer of each task held out:"
+    assert f"{said} above on 0; level on 0; below on 1: humanoid\n" in table
+    assert "| humanoid* |" in table and "| ant |" in table
+
+
+def test_an_optimizer_of_few_tasks_is_not_in_the_figure(evaluation):
+    """Here each task has another one: what is left is empty, and not an error."""
+    by_env = compare.read((str(evaluation / "run"),))
+    for name, other in (("hopper", "rmsprop"), ("humanoid", "sgd")):
+        ours, adam = sorted(by_env[name], key=lambda s: s.label != OURS)
+        by_env[name] = [ours, adam._replace(label=other)]
+    compare.draw(evaluation / "compare.png", by_env, OURS)
+    assert (evaluation / "compare.png").read_bytes()[1:4] == b"PNG"
 
 
 def test_normalised_returns_are_0_at_the_first_and_1_at_the_best_classical(evaluation):
@@ -81,7 +97,12 @@ def test_normalised_returns_are_0_at_the_first_and_1_at_the_best_classical(evalu
 
 
 @pytest.mark.parametrize(
-    "args, said", [((), "at least one folder"), (("run", "--of", "x"), "ant: needs x; has")]
+    "args, said",
+    [
+        ((), "at least one folder"),
+        (("run", "--of", "x"), "ant: needs x; has"),
+        (("run", "--held-out", "catch"), "--held-out catch: not compared; there are ant, hopper"),
+    ],
 )
 def test_bad_input_is_one_line(args, said, evaluation, monkeypatch, capsys):
     monkeypatch.chdir(evaluation)
