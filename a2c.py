@@ -130,13 +130,14 @@ class Batch(NamedTuple):
 
 
 def start_stream(key: jax.Array, env: Any) -> Stream:
+    """The stream of one environment at its first reset."""
     return Stream(*env.reset(key), jnp.zeros(()), jnp.full((), jnp.nan, jnp.float32))
 
 
 def rollout(
     key: jax.Array, params: dict, stream: Stream, env: Any, num_steps: int
 ) -> tuple[Batch, Stream]:
-    """Act for num_steps in one environment."""
+    """Act for T = num_steps in one environment. -> Batch [T, ...], stream"""
 
     def step(stream, key):
         key_action, key_step = jax.random.split(key)
@@ -164,9 +165,10 @@ def td_lambda_errors(
     values: jax.Array, rewards: jax.Array, discounts: jax.Array, td_lambda: float
 ) -> jax.Array:
     """G_t - V_t with the lambda-return G_t = r_t + gamma_t ((1 - lambda) V_{t+1} + lambda G_{t+1}),
-    G_T = V_T.
+    G_T = V_T (Sutton & Barto 2018, section 12.1).
 
-    values: [T + 1]; rewards, discounts (0 where an episode ended): [T] -> [T]
+    values: [T + 1]; rewards, discounts (0 where an episode ended): [T] -> [T]. Raises
+    AssertionError for other shapes.
     """
     chex.assert_equal_shape((values[1:], rewards, discounts))
     deltas = rewards + discounts * values[1:] - values[:-1]
@@ -180,8 +182,8 @@ def td_lambda_errors(
 
 
 def a2c_loss(params: dict, batch: Batch, args: Args) -> jax.Array:
-    """Policy gradient with TD(lambda) advantages, squared critic error, entropy bonus; mean over
-    one rollout."""
+    """Policy gradient with TD(lambda) advantages, squared critic error, entropy bonus (Mnih et al.
+    2016); mean over one rollout. batch: [T, ...] -> []"""
     logits, values = network(params, batch.obs)
     discounts = args.discount * (1.0 - batch.done)
     rewards = args.reward_scale * batch.reward

@@ -82,6 +82,7 @@ def categorical_log_prob(outputs: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def categorical_entropy(key: jax.Array, outputs: jax.Array) -> jax.Array:
+    """outputs: [..., A] logits -> [...]"""
     del key
     log_pi = jax.nn.log_softmax(outputs)
     return -jnp.sum(jnp.exp(log_pi) * log_pi, axis=-1)
@@ -129,6 +130,7 @@ def update_normaliser(normaliser: Normaliser, obs: jax.Array) -> Normaliser:
 
 
 def normalise(normaliser: Normaliser, obs: jax.Array) -> jax.Array:
+    """Observations in standard deviations from their mean. obs: [..., O] -> [..., O]"""
     std = jnp.sqrt(normaliser.sum_squares / normaliser.count)
     return (obs - normaliser.mean) / jnp.clip(std, 1e-6, 1e6)
 

@@ -132,7 +132,8 @@ def init_meta_state(key, all_tasks: list[Task], learned: LearnedOptimizer, args:
 
 
 def meta_step(key, state: MetaState, all_tasks: list[Task], learned, args: "Args", mesh: Mesh):
-    """One meta-iteration. -> MetaState, metrics of each task"""
+    """One meta-iteration. -> MetaState, metrics of each task. Units that are lost count as zeros in
+    the mean of the meta-gradients; if all are lost, or a mean is not finite, theta stays."""
     gradients, all_units, all_metrics = [], [], []
     for i, (task, units) in enumerate(zip(all_tasks, state.units, strict=True)):
         key_task = jax.random.fold_in(jax.random.fold_in(key, state.iteration), i)

@@ -142,7 +142,7 @@ def start_stream(key: jax.Array, env: Env) -> Stream:
 
 
 def rollout(key, params, normaliser, stream, env: Env, num_steps: int, episode_length: int):
-    """Act for num_steps in one environment. -> Batch, Stream"""
+    """Act for T = num_steps in one environment. -> Batch [T, ...], Stream"""
     actions = env.distribution
 
     def step(carry, key):
@@ -172,7 +172,8 @@ def rollout(key, params, normaliser, stream, env: Env, num_steps: int, episode_l
 
 def gae(values, next_values, rewards, terminated, truncated, discount: float, gae_lambda: float):
     """Generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438). All: [T] -> [T]
-    next_values are of the observations that the steps led to, also at a cut-off."""
+    next_values are of the observations that the steps led to, also at a cut-off. Raises
+    AssertionError for other shapes."""
     chex.assert_equal_shape((values, next_values, rewards, terminated, truncated))
     errors = rewards + discount * (1.0 - terminated) * next_values - values
     decays = discount * gae_lambda * (1.0 - (terminated | truncated))
@@ -186,6 +187,7 @@ def gae(values, next_values, rewards, terminated, truncated, discount: float, ga
 
 
 def value(params: dict, obs: jax.Array) -> jax.Array:
+    """The critic's estimate. obs: [..., O], normalised -> [...]"""
     return mlp(params["value"], obs)[..., 0]
 
 
@@ -203,8 +205,8 @@ def advantages_and_targets(params, normaliser, batch: Batch, values, args: Args)
 
 
 def ppo_loss(params, normaliser, batch: Batch, key, actions: Distribution, args: Args):
-    """Clipped policy objective, squared critic error, entropy bonus; mean over a batch [B, ...].
-    -> loss, an estimate of KL(the rollout's policy, this one)"""
+    """Clipped policy objective, squared critic error, entropy bonus (Schulman et al. 2017, equation
+    9); mean over a batch [B, ...]. -> loss, an estimate of KL(the rollout's policy, this one)"""
     obs = normalise(normaliser, batch.obs[:, :-1])
     values, outputs = value(params, obs), mlp(params["policy"], obs)
     advantages, targets = advantages_and_targets(params, normaliser, batch, values, args)
