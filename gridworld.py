@@ -61,9 +61,7 @@ MOVES = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (
 
 class GridState(NamedTuple):
     agent: jax.Array  # [] int32, the agent's cell
-    objects: (
-        jax.Array
-    )  # [n] int32, each object's cell, good ones first; of an absent one where it was
+    objects: jax.Array  # [n] int32, each object's cell, or its last one; good ones first
     present: jax.Array  # [n] bool
     time: jax.Array  # [] int32, steps taken in this episode
 

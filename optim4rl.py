@@ -421,8 +421,8 @@ def to_optax(
     """A learned optimizer with its theta, as an optax optimizer. Some kinds read extra arguments
     (adam4rl.py, baselines/velo.py).
 
-    learning_rate: a number, or an optax schedule. Raises ValueError for one that is negative, not
-    finite, and for a theta of another kind.
+    learning_rate: a number, or an optax schedule. Raises ValueError for one that is negative or
+    not finite, and for a theta of another kind.
     """
     if callable(learning_rate):
         return optax.inject_hyperparams(partial(to_optax, learned, theta))(learning_rate)

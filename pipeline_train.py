@@ -105,17 +105,16 @@ def reset_due(keys: jax.Array, units: Any, due: jax.Array, new: Callable) -> Any
 def train_group(theta, plan: Schedule, units, task: Task, learned, args: "Args"):
     """Reset and train some units in parallel. -> sum of their meta-gradients, units, metrics [N]
 
-    A unit whose parameters are not finite is reset too, and keeps the age of its schedule.
-    metrics["lost"]: as in meta_gradient.
+    A unit whose parameters are not finite is reset too; its age is 0 in this iteration, and later
+    again that of its schedule. metrics["lost"]: as in meta_gradient.
     """
     key_reset, key_train = jnp.moveaxis(jax.vmap(jax.random.split)(plan.key), 1, 0)
     broken = ~jax.vmap(all_finite)(units.params)
     new = partial(new_unit, theta=theta, task=task, learned=learned)
     units = reset_due(key_reset, units, plan.due | broken, new)
+    ages = jnp.where(broken, 0, plan.age)
     lifetime = args.reset_interval if args.pipeline else args.num_iterations
-    return meta_gradient(
-        theta, key_train, plan.age, units, task, learned, args.inner_updates, lifetime
-    )
+    return meta_gradient(theta, key_train, ages, units, task, learned, args.inner_updates, lifetime)
 
 
 def init_meta_state(key, all_tasks: list[Task], learned: LearnedOptimizer, args: "Args"):

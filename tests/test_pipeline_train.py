@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 import devices
 import optimizers
 import pipeline_train
-from meta_gradient import inner_loop
+from meta_gradient import inner_loop, meta_gradient
 from optim4rl import LearnedOptimizer, make_optim4rl, to_optax
 from pipeline_train import (
     jit_meta_step,
@@ -249,6 +249,22 @@ def test_a_unit_that_goes_wrong_is_left_out_and_reset(learned):
         _, after, metrics = all_units(theta, plan, after)
         np.testing.assert_array_equal(metrics["lost"], [False, again, False])
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(after.params))
+
+
+def test_a_unit_that_went_wrong_is_as_young_as_any_new_one(monkeypatch):
+    task, learned = make_regression_task(), make_optim4rl()
+    theta, units = make_units(task, learned, 3)
+    bad = units._replace(params=jax.tree.map(lambda x: x.at[1].set(jnp.nan), units.params))
+    seen = []
+
+    def spy(theta, keys, ages, *rest):
+        seen.append(ages)
+        return meta_gradient(theta, keys, ages, *rest)
+
+    monkeypatch.setattr(pipeline_train, "meta_gradient", spy)
+    args = small_args(reset_interval=9)
+    pipeline_train.train_group(theta, planned(3, age=5), bad, task, learned, args)
+    np.testing.assert_array_equal(seen[0], [5, 0, 5])
 
 
 def test_an_update_is_skipped_only_if_all_units_are_lost_in_it():
