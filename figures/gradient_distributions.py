@@ -58,7 +58,7 @@ class Args:
     """as in a2c.py: adam, rmsprop, sgd, sign_sgd, untrained, pretrained/NAME, or the path of a
     .npz"""
     learning_rate: float | None = None
-    """learning rate (paper: a2c 3e-3, mnist 3e-4)"""
+    """learning rate (paper: a2c by environment, big_dense_long 3e-3; mnist 3e-4)"""
     total_steps: float | None = None
     """a2c: environment steps (gridworlds 3e7)"""
     num_epochs: int = 10
