@@ -9,6 +9,7 @@ A lane is an agent with its own optimizer, learning rate and seed.
 
 import dataclasses
 import itertools
+import math
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,8 +63,9 @@ def optimizer_of_lanes(lanes: list[Lane]) -> optax.GradientTransformationExtraAr
 
     @jax.custom_batching.custom_vmap
     def update(grads, state, params, extra_args):
+        # For shapes only: under vmap over_lanes stands in its place, and without it NaN shows.
         del params, extra_args
-        return grads, state  # for their shapes: under vmap over_lanes stands in its place
+        return jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), grads), state
 
     @update.def_vmap
     def over_lanes(size, is_batched, *inputs):
@@ -96,10 +98,9 @@ def train(learner, lanes: list[Lane], title: str, interrupted) -> list[report.Re
     """-> a Result for each pair of optimizer and learning rate; [] if interrupted"""
     lanes = sorted(lanes, key=lambda lane: lane.run.optimizer)  # is stable
     returns, most = [], max(1, MOST_ENVS // learner.args.num_envs)
-    for first in range(0, len(lanes), most):
-        some = lanes[first : first + most]
-        which = f"{title}, agents {first + 1} to {first + len(some)} of {len(lanes)}"
-        history = train_some(learner, some, which, interrupted)
+    for some in np.array_split(np.arange(len(lanes)), math.ceil(len(lanes) / most)):
+        which = f"{title}, agents {some[0] + 1} to {some[-1] + 1} of {len(lanes)}"
+        history = train_some(learner, [lanes[i] for i in some], which, interrupted)
         if interrupted():
             return []
         env_steps, own = evaluate.curves(learner, history)

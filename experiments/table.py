@@ -84,6 +84,11 @@ class Args:
     """as in evaluate.py"""
     num_seeds: int = 10
     """agents of each pair"""
+    total_steps: float | None = None
+    """environment steps of each agent, for an --out of their own; by default as many as two cores
+    can run (TASKS)"""
+    learning_rates: tuple[float, ...] = ()
+    """of the sweep; by default the task's. Muon has ten times these"""
     again: bool = False
     """evaluate what is in scores.csv, too"""
     of: str = compare.Args.of
@@ -100,11 +105,12 @@ def pairs(args: Args) -> dict:
         if env_name not in TASKS:
             raise ValueError(f"{env_name}: not a task of the table; it has {', '.join(TASKS)}")
         sizes, rates = TASKS[env_name]
+        sizes = sizes | ({"total_steps": args.total_steps} if args.total_steps else {})
         names = [
             n for n in args.optimizers if n not in NOT_FOR_A2C or env_name not in gridworld.NAMES
         ]
         for name in names:
-            swept = [LARGER_RATES.get(name, 1) * rate for rate in rates]
+            swept = [LARGER_RATES.get(name, 1) * rate for rate in args.learning_rates or rates]
             given = dict(env_name=(env_name,), optimizers=(name,), num_seeds=args.num_seeds)
             if name in optimizers.CLASSICAL:
                 given["learning_rates"] = tuple(swept)
@@ -174,7 +180,9 @@ def stored(path: Path) -> dict:
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
-        checks.positive(args, "num_seeds")
+        checks.positive(args, "num_seeds", "total_steps", "learning_rates")
+        if args.total_steps and args.out == Args.out:
+            raise ValueError(f"--total-steps needs an --out: {args.out} has other numbers of steps")
         path = Path(args.out) / "scores.csv"
         there = stored(path)
         todo = {key: given for key, given in pairs(args).items() if args.again or key not in there}

@@ -132,6 +132,14 @@ def test_the_table_runs_what_it_lacks_and_replaces_it_only_if_told(tmp_path, mon
     assert "### catch" in (tmp_path / "out" / "table.md").read_text()
     found = main("--env-name", "catch", "--optimizers", "adam", "--again")
     assert len(commands) == 1 and len(found) == 6 and found["catch", "adam"]["final"] == "4.5"
+    main("--env-name", "ant", "--optimizers", "adam", "--again", "--total-steps", "5e5")
+    assert "--total-steps 500000" in commands[0]
+    main("--env-name", "catch", "--optimizers", "sign_sgd", "--learning-rates", "1", "2")
+    assert commands[0].endswith("--learning-rates 1 2")
+    with pytest.raises(SystemExit):
+        monkeypatch.setattr("sys.argv", ["table.py", "--total-steps", "5e5"])
+        table.main()
+    assert "--total-steps needs an --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -159,6 +167,15 @@ def test_lanes_of_several_optimizers_learn_as_each_does_alone(monkeypatch, env_n
             np.testing.assert_allclose(result.returns, alone.returns, rtol=1e-3, atol=1e-3)
             np.testing.assert_array_equal(result.env_steps, alone.env_steps)
             assert result.learning_rate in run.rates
+
+
+def test_lanes_without_vmap_are_not_a_number():
+    """A CPU takes seeds one after the other: an agent would learn by its bare gradient."""
+    lane = lanes.Lane(evaluate.Run("catch", "adam", "adam", (1.0,)), 1.0, 0)
+    optimizer = lanes.optimizer_of_lanes([lane])
+    params = {"w": jax.numpy.ones(2)}
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert np.isnan(updates["w"]).all()
 
 
 def test_an_accelerator_makes_a_table_task_by_task(tmp_path, monkeypatch):
