@@ -33,11 +33,9 @@ VARIANTS = {
     "L2LGD2": ("--optimizer l2lgd2", True),
     "STAR": ("--optimizer star", True),
     "VeLO": ("--optimizer velo", True),
-    # Updates in proportion to the gradient need a learning rate like SGD's. VeLO's published one is
-    # 0.001 everywhere.
+    # Updates in proportion to the gradient need a learning rate like SGD's.
     "LinearOptim, SGD's step": ("--optimizer linear_optim --learning-rate {sgd}", True),
     "L2LGD2, SGD's step": ("--optimizer l2lgd2 --learning-rate {sgd}", True),
-    "VeLO, its own step": ("--optimizer velo --learning-rate 1e-3", True),
     "1 inner update": ("--inner-updates 1", False),
     "10 inner updates": ("--inner-updates 10", False),
     "20 inner updates": ("--inner-updates 20", False),
