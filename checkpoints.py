@@ -21,7 +21,6 @@ from typing import Any, get_type_hints
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import multihost
 
 import checks
 import devices
@@ -91,7 +90,7 @@ class Checkpoints:
             os.replace(new, self.folder / str(number))
             for old in self.numbers()[:-2]:
                 shutil.rmtree(self.folder / str(old))
-        wait_for_all(f"checkpoint {number} written")
+        devices.wait_for_all(f"checkpoint {number} written")
 
     def restore(self, like: Any) -> Any:
         """The newest intact state. Prints a line for each newer, damaged one, and moves it aside.
@@ -106,7 +105,7 @@ class Checkpoints:
             folder = self.folder / str(number)
             try:
                 reason = damage(folder)
-                wait_for_all(f"checkpoint {number} checked")
+                devices.wait_for_all(f"checkpoint {number} checked")
                 if devices.largest_of_processes(reason is not None):
                     reason = reason or "for another process"
                     print(
@@ -120,7 +119,7 @@ class Checkpoints:
                 state = jax.block_until_ready(self.orbax.restore(folder / "state", args=args))
             except Exception as error:  # the disk or memory: the files have their digest
                 raise one_line(f"{folder} could not be read", error) from error
-            wait_for_all("restored")
+            devices.wait_for_all("restored")
             if jax.process_index() == 0:
                 self.remove_unfinished()
                 for path in damaged:
@@ -236,11 +235,6 @@ def one_line(what: str, error: Exception) -> OSError:
     number = int(code[1]) if code else getattr(error, "errno", None)
     text = f"{type(error).__name__} {error}".split("\n")[0][:200]
     return OSError(f"{what}: {os.strerror(number) if number else text}")
-
-
-def wait_for_all(key: str) -> None:
-    """Of the processes. A collective would fail if one is 30 s late."""
-    multihost.get_barrier_sync_fn()(key=key, timeout_ms=3_600_000)
 
 
 def resumed_args(run_folder: str, given: Any, script: str) -> Any:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
+from orbax.checkpoint import multihost
 
 COMPILER_OPTIONS = {
     # A fifth less time in an iteration, on a CPU with such registers.
@@ -76,27 +77,14 @@ def choose_devices(
     Makes each core of a CPU a device, so it must be called before anything runs on one. Raises a
     one-line ValueError if the units cannot be split like this, or the processes cannot meet.
     """
-    if not 0 <= process_id < num_processes:
-        raise ValueError(f"--process-id must be from 0 to {num_processes - 1}, got {process_id}")
     if num_units % ((num_devices or 1) * num_processes):
         asked = f"--num-devices {num_devices}" if num_devices else ""
         asked += f" --num-processes {num_processes}" if num_processes > 1 else ""
         raise ValueError(
             f"--num-units {num_units} must be a multiple of the number of devices ({asked.strip()})"
         )
-    if num_processes > 1:
-        try:
-            socket.getaddrinfo(
-                coordinator.rpartition(":")[0], None
-            )  # jax aborts without an address
-            jax.distributed.initialize(coordinator, num_processes, process_id)
-        except (OSError, UnicodeError, RuntimeError) as error:
-            raise ValueError(f"--coordinator {coordinator}: {error}") from None
-    jax.config.update("jax_num_cpu_devices", num_devices or len(os.sched_getaffinity(0)))
-    # The backend's threads start here and inherit this mask: only the main thread sees interrupts.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    here = jax.local_device_count()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    connect(num_processes, process_id, coordinator)
+    here = start_devices(num_devices or num_cores())
     if num_devices and num_devices > here:
         raise ValueError(f"--num-devices {num_devices}: there are {here}")
     num_devices = num_devices or max(
@@ -107,6 +95,37 @@ def choose_devices(
         for i in range(num_processes)
     ]
     return Mesh(sum(devices, []), "units")
+
+
+def connect(num_processes: int, process_id: int, coordinator: str) -> None:
+    """Join the other processes, if there are others. Raises a one-line ValueError if they cannot
+    meet."""
+    if not 0 <= process_id < num_processes:
+        raise ValueError(f"--process-id must be from 0 to {num_processes - 1}, got {process_id}")
+    if num_processes > 1:
+        try:
+            # jax aborts without an address
+            socket.getaddrinfo(coordinator.rpartition(":")[0], None)
+            jax.distributed.initialize(coordinator, num_processes, process_id)
+        except (OSError, UnicodeError, RuntimeError) as error:
+            raise ValueError(f"--coordinator {coordinator}: {error}") from None
+
+
+def num_cores() -> int:
+    """The cores of a CPU that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def start_devices(of_a_cpu: int) -> int:
+    """Start jax's backend, on a CPU with so many devices. -> the devices of this process"""
+    jax.config.update("jax_num_cpu_devices", of_a_cpu)
+    # The backend's threads start here and inherit this mask: only the main thread sees interrupts.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    here = jax.local_device_count()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return here
 
 
 def largest_of_processes(number: int) -> int:
@@ -127,3 +146,8 @@ def folder_of_all(make: Callable[[], Path]) -> Path:
         name[: len(text)] = list(text)
     name = multihost_utils.broadcast_one_to_all(name)
     return folder if jax.process_index() == 0 else Path(os.fsdecode(name.tobytes().rstrip(b"\0")))
+
+
+def wait_for_all(key: str) -> None:
+    """Wait until all processes are here. A collective would fail if one is 30 s late."""
+    multihost.get_barrier_sync_fn()(key=key, timeout_ms=3_600_000)

@@ -19,12 +19,11 @@ import dataclasses
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 
-import a2c
 import checks
 import optimizers
 import runs
@@ -141,18 +140,12 @@ def plan(args: Args) -> list[Run]:
             if name not in checked:  # a quick check that it can be made
                 optimizers.make_optimizer(name, 1e-3)
                 checked.add(name)
-            header = theta_header(name)
+            header = optimizers.theta_header(name)
             label = label_of(name, header)
             label = name if label in labels else label
             labels.add(label)
             to_run.append(Run(env_name, label, name, rates_of(name, header, env_name, args)))
     return to_run
-
-
-def theta_header(name: str) -> dict | None:
-    """The header of the theta file in an optimizer's name; None if there is none."""
-    path = name.removeprefix("untrained:")
-    return load_theta(optimizers.theta_path(path))[1] if optimizers.is_theta(path) else None
 
 
 def label_of(name: str, header: dict | None) -> str:
@@ -164,34 +157,26 @@ def label_of(name: str, header: dict | None) -> str:
 
 
 def rates_of(name: str, header: dict | None, env_name: str, args: Args) -> tuple:
-    """The learning rates of a classical optimizer's sweep, if there is one. Else the first that is
-    there: the optimizer's own, --learning-rate, its meta-training's, the environment's."""
+    """The learning rates of a classical optimizer's sweep, if there is one. Else one: the
+    optimizer's own, --learning-rate, or the default of its theta or environment."""
     own = optimizers.own_rate(name)
     if name in optimizers.CLASSICAL and args.learning_rates and not own:
         return args.learning_rates
-    trained = trained_rate(header.get("trained"), env_name) if header else None
     agent = tasks.AGENTS[args.agent] if args.agent else None
-    default = tasks.agent_settings(env_name, agent)["learning_rate"]
-    return (own or args.learning_rate or trained or default,)
-
-
-def trained_rate(trained: Any, env_name: str) -> float | None:
-    """The learning rate of meta-training, from the "trained" of a theta file's header, on the
-    environments of meta-training and, after several, on other gridworlds. None if it is not there,
-    or if they had different ones, which go with their reward scales."""
-    try:
-        pairs = zip(trained["env_name"], trained["learning_rate"], strict=False)
-        rates = {str(name): float(rate) for name, rate in pairs}
-    except (LookupError, TypeError, ValueError, OverflowError):
-        return None
-    applies = env_name in rates or (len(rates) > 1 and tasks.agent_of(env_name) is a2c)
-    rate = rates.popitem()[1] if applies and len(set(rates.values())) == 1 else None
-    return rate if rate and 0 < rate <= checks.LARGEST else None
+    return (own or args.learning_rate or tasks.default_rate(env_name, agent, header),)
 
 
 AGENT_ARGS = (
     "num_seeds seed total_steps num_envs batch_size value_layers grad_clip num_evals"
 ).split()
+
+
+def check_used(args: Args, learners: dict) -> None:
+    """Raises a one-line ValueError for a flag that no agent here has."""
+    for name in AGENT_ARGS:
+        agents = [learner.args for learner in learners.values()]
+        if getattr(args, name) is not None and not any(hasattr(agent, name) for agent in agents):
+            raise ValueError(f"--{name.replace('_', '-')} is PPO's, and no agent here is")
 
 
 def make_learner(args: Args, env_name: str) -> tasks.Learner:
@@ -274,6 +259,7 @@ def main() -> None:
             )
         args = fill_in(args)
         learners = {name: make_learner(args, name) for name in args.env_name}
+        check_used(args, learners)
         to_run = plan(args)
         folder = runs.make_folder(args.runs_dir, "+".join(learners), "evaluate", args.seed, args)
 

@@ -96,8 +96,9 @@ def replay_gradient(
     """d <cotangent, params after the K recorded updates> / d theta, by replay, for one agent and
     any learned optimizer.
 
-    start: (params, opt_state) before the updates; grads: [K, ...] like params; extra_args:
-    {name: [K]}, the optimizer's extra arguments; cotangent: like params.
+    start: (params, opt_state) before the updates; grads: [K S, ...] like params, with the S
+    gradient steps of each update; extra_args: {name: [K S]}, the optimizer's extra arguments;
+    cotangent: like params.
     """
 
     @jax.checkpoint  # keep the states, recompute the rest
@@ -124,11 +125,11 @@ def streamed_replay_gradient(
     block.
 
     Updates add up and coordinates do not interact, so each block is replayed on its own: forward
-    and backward through its K updates, then the next block. opt_state: [N, M, ...]; grads:
-    [N, K, ...] like params; cotangent: [N, ...].
+    and backward through all its gradient steps, then the next block. opt_state: [N, M, ...];
+    grads: [N, K S, ...] like params; cotangent: [N, ...].
     """
     blocks = (
-        jnp.moveaxis(jax.vmap(jax.vmap(to_blocks))(grads), 1, 2),  # [N, M, K, C]
+        jnp.moveaxis(jax.vmap(jax.vmap(to_blocks))(grads), 1, 2),  # [N, M, K S, C]
         opt_state,
         -learning_rate * jax.vmap(to_blocks)(cotangent),  # [N, M, C]
     )
@@ -142,7 +143,7 @@ def streamed_replay_gradient(
             step, state = rule(theta, g, state)
             return state, step
 
-        # Few updates: the cache holds what their derivatives need. Many: keep the states, recompute
+        # Few steps: the cache holds what their derivatives need. Many: keep the states, recompute
         # the rest.
         few = grads.shape[0] <= 4
         steps = jax.lax.scan(step if few else jax.checkpoint(step), state, grads, unroll=few)[1]

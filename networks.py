@@ -135,6 +135,9 @@ def normalise(normaliser: Normaliser, obs: jax.Array) -> jax.Array:
     return (obs - normaliser.mean) / jnp.clip(std, 1e-6, 1e6)
 
 
+# --- Pytrees ---
+
+
 def all_finite(tree: Any) -> jax.Array:
     """Whether every number of a pytree is finite. -> [] bool"""
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))

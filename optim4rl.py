@@ -38,7 +38,7 @@ from jax.custom_batching import custom_vmap
 
 # Coordinates in a block. On a CPU a block and its intermediate values fit in the core's cache.
 BLOCK = 512
-MANY_LEAVES = 32
+MANY_LEAVES = 32  # from here on compiling a slice for each leaf takes seconds
 EPS = 1e-8
 MAX_BYTES = 2**28  # of a theta file, unpacked
 FORMAT = 1  # version of theta files
@@ -53,8 +53,7 @@ class LearnedOptimizer(NamedTuple):
     update: Callable  # theta, grads, state, params, learning_rate, **extra_args -> updates, state
     # theta, g [C], state of a block -> step [C], state; None if it is not coordinate-wise
     rule: Callable | None
-    # the same in all environments, for one that finds its step size; None: theirs
-    own_rate: float | None = None
+    own_rate: float | None = None  # the default learning rate; None: the environment's
 
 
 # --- The rule ---
@@ -313,38 +312,45 @@ def on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
+def over_blocks(rule: Callable, theta, g: jax.Array, state: Any) -> tuple:
+    """rule(theta, g, state) of every block. g: [M, C]; state: [M, ...] -> steps [M, C], state"""
+
+    def one(block):
+        return rule(theta, *block)
+
+    # A CPU core works block by block in its cache; an accelerator takes all blocks at once.
+    return jax.lax.map(one, (g, state)) if on_cpu() else jax.vmap(one)((g, state))
+
+
+def over_blocks_in_place(rule: Callable, theta, g: jax.Array, state: Any) -> tuple:
+    """As over_blocks, on a CPU: the state is the loop's carry, so it is not copied."""
+
+    def one(state, number_and_g):
+        number, g = number_and_g
+        block = jax.tree.map(lambda x: x[number], state)
+        # A product with the identity: without it XLA reads the block again later and copies the
+        # whole state for that.
+        block = jax.tree.map(lambda x: jnp.eye(len(x), dtype=x.dtype) @ x, block)
+        step, block = rule(theta, g, block)
+        return jax.tree.map(lambda x, new: x.at[number].set(new), state, block), step
+
+    state, steps = jax.lax.scan(one, state, (jnp.arange(len(g)), g))
+    return steps, state
+
+
 def map_blocks(rule: Callable) -> Callable:
-    """Apply rule(theta, g, state) to every block. g: [M, C]; state: [M, ...] -> steps [M, C], state
+    """f(theta, g, state), which is over_blocks of this rule, in place if it can be.
 
     Under `vmap` with one theta (over units or seeds), the new axis becomes more blocks. A plain
     `vmap` would move it behind the block axis and copy the whole state back and forth. Derivatives
-    are those of the plain map.
+    are those of over_blocks.
     """
-
-    def plain(theta, g, state):
-        def one(block):
-            return rule(theta, *block)
-
-        # A CPU core works block by block in its cache; an accelerator takes all blocks at once.
-        over_blocks = partial(jax.lax.map, one) if on_cpu() else jax.vmap(one)
-        return over_blocks((g, state))
-
-    def in_place(theta, g, state):
-        def one(state, number_and_g):
-            number, g = number_and_g
-            block = jax.tree.map(lambda x: x[number], state)
-            # A product with the identity: without it XLA reads the block again later and copies the
-            # whole state for that.
-            block = jax.tree.map(lambda x: jnp.eye(len(x), dtype=x.dtype) @ x, block)
-            step, block = rule(theta, g, block)
-            return jax.tree.map(lambda x, new: x.at[number].set(new), state, block), step
-
-        state, steps = jax.lax.scan(one, state, (jnp.arange(len(g)), g))
-        return steps, state
+    plain = partial(over_blocks, rule)
 
     @custom_vmap
     def mapped(theta, g, state):
-        return (in_place if len(g) and on_cpu() else plain)(theta, g, state)
+        in_place = len(g) and on_cpu()
+        return (over_blocks_in_place if in_place else over_blocks)(rule, theta, g, state)
 
     @mapped.def_vmap
     def _(axis_size, in_batched, theta, g, state):
@@ -352,9 +358,8 @@ def map_blocks(rule: Callable) -> Callable:
         out_batched = jax.tree.map(lambda _: True, (g, state))
         if any(jax.tree.leaves(theta_batched)) or not all(jax.tree.leaves(rest)):
             in_axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
-            return jax.vmap(plain, in_axes=tuple(in_axes), axis_size=axis_size)(
-                theta, g, state
-            ), out_batched
+            out = jax.vmap(plain, tuple(in_axes), axis_size=axis_size)(theta, g, state)
+            return out, out_batched
         merged = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (g, state))
         out = mapped(theta, *merged)
         return jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), out), out_batched

@@ -58,10 +58,11 @@ def falling(make: Callable) -> Callable:
 
 def adam_rel(learning_rate) -> optax.GradientTransformationExtraArgs:
     """Adam-Rel (Ellis et al. 2024, arXiv 2412.17113): at the first update of a PPO iteration, which
-    has the extra argument iteration_step 0, Adam's count returns to 0; the moments stay."""
+    has the extra argument iteration_step 0, Adam's count returns to 0; the moments stay. Without
+    that argument, as with A2C, it is Adam."""
     adam = optax.scale_by_adam()
 
-    def update(grads, state, params=None, *, iteration_step=0, **extra_args):
+    def update(grads, state, params=None, *, iteration_step=1, **extra_args):
         del extra_args
         state = state._replace(count=jnp.where(iteration_step == 0, 0, state.count))
         updates, state = adam.update(grads, state, params)
@@ -271,6 +272,12 @@ def kind_in(theta: str) -> str:
     return load_theta(theta_path(theta))[1]["optimizer"]
 
 
+def theta_header(name: str) -> dict | None:
+    """The header of the theta file in an optimizer's name; None if there is none."""
+    path = name.removeprefix("untrained:")
+    return load_theta(theta_path(path))[1] if is_theta(path) else None
+
+
 def check_settings(kind: str, changed: set, theta: str | None) -> None:
     """Raises ValueError for a changed setting that the kind lacks or that the theta file sets."""
     known = kind_settings(kind)
@@ -329,6 +336,11 @@ def make_optimizer(name_or_path: str, learning_rate: float) -> optax.GradientTra
         return CLASSICAL[name_or_path](learning_rate)
     if found := find_learned(name_or_path):
         return to_optax(*found, learning_rate)
+    if name_or_path in LEARNED:
+        raise ValueError(
+            f"{name_or_path} needs a theta: pretrained/NAME, the path of a .npz, or "
+            f"untrained:{name_or_path}"
+        )
     raise ValueError(
         f"unknown optimizer {name_or_path!r}; choose from {', '.join(CLASSICAL)}, untrained, "
         "pretrained/NAME, the path of a .npz"

@@ -35,7 +35,6 @@ import ppo
 import runs
 import settings
 import tasks
-from checkpoints import wait_for_all
 from meta_gradient import meta_gradient
 from networks import all_finite
 from optim4rl import LearnedOptimizer, to_optax
@@ -132,7 +131,8 @@ def init_meta_state(key, all_tasks: list[Task], learned: LearnedOptimizer, args:
 
 def meta_step(key, state: MetaState, all_tasks: list[Task], learned, args: "Args", mesh: Mesh):
     """One meta-iteration. -> MetaState, metrics of each task. Units that are lost count as zeros in
-    the mean of the meta-gradients; if all are lost, or a mean is not finite, theta stays."""
+    the mean of the meta-gradients; if all of a task are lost, or a mean is not finite, theta
+    stays."""
     gradients, all_units, all_metrics = [], [], []
     for i, (task, units) in enumerate(zip(all_tasks, state.units, strict=True)):
         key_task = jax.random.fold_in(jax.random.fold_in(key, state.iteration), i)
@@ -237,7 +237,8 @@ class Args:
     # --- Pipeline training ---
     num_units: int | None = None
     """agents trained in parallel in each of --env-name (paper: 512; catch 64; here 16 where PPO
-    learns)"""
+    learns). This default and those of --reset-interval and --meta-learning-rate are those of the
+    first of --env-name"""
     envs_per_unit: tuple[int, ...] | None = None
     """environment copies of each unit: one number, or one for each of --env-name (paper: 1; here
     128 where PPO learns)"""
@@ -253,7 +254,8 @@ class Args:
     """meta-iterations, instead of --total-steps"""
     # --- Agents ---
     learning_rate: tuple[float, ...] | None = None
-    """learning rate of the agents: one, or one for each of --env-name (paper: by environment)"""
+    """learning rate of the agents: one, or one for each of --env-name (paper: by environment); of
+    adam4rl and open a factor of their own (1)"""
     reward_scale: tuple[float, ...] | None = None
     """factor on rewards: one, or one for each of --env-name (paper: by environment)"""
     backend: settings.Backend = "spring"
@@ -307,7 +309,7 @@ def meta_train(
     step = step.lower(key_train, state).compile()
     print(f"compiled in {time.perf_counter() - began:.1f} s")
     # On CPUs a collective fails if a process is 30 s late, as one may be that has to compile.
-    wait_for_all("compiled")
+    devices.wait_for_all("compiled")
     for iteration in range(done + 1, args.num_iterations + 1):
         began = time.perf_counter()
         # One iteration in flight at a time: with more, XLA's CPU devices have deadlocked.

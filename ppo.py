@@ -192,7 +192,7 @@ def value(params: dict, obs: jax.Array) -> jax.Array:
 
 
 def advantages_and_targets(params, normaliser, batch: Batch, values, args: Args):
-    """Constants. values: [B, T] of the observations acted on -> [B, T], [B, T]"""
+    """Constants, for rollouts [R, T]. values: of the observations acted on -> [R, T], [R, T]"""
     params, values = jax.lax.stop_gradient((params, values))
     ahead = normalise(normaliser, jnp.stack([batch.obs[:, -1], batch.final_obs], axis=1))
     last_value, value_at_cut = jnp.moveaxis(value(params, ahead), 1, 0)
@@ -206,7 +206,7 @@ def advantages_and_targets(params, normaliser, batch: Batch, values, args: Args)
 
 def ppo_loss(params, normaliser, batch: Batch, key, actions: Distribution, args: Args):
     """Clipped policy objective, squared critic error, entropy bonus (Schulman et al. 2017, equation
-    9); mean over a batch [B, ...]. -> loss, an estimate of KL(the rollout's policy, this one)"""
+    9); mean over rollouts [R, ...]. -> loss, an estimate of KL(the rollout's policy, this one)"""
     obs = normalise(normaliser, batch.obs[:, :-1])
     values, outputs = value(params, obs), mlp(params["policy"], obs)
     advantages, targets = advantages_and_targets(params, normaliser, batch, values, args)
@@ -460,7 +460,7 @@ def train(args: Args, env: Env, optimizer, on_update: Callable, restore=lambda x
     history = {name: values[:, : state.number] for name, values in state.history.items()}
     return history | {
         "eval_return": state.evals,
-        "eval_steps": steps_per_update(args) * jnp.array(eval_at),
+        "eval_steps": [steps_per_update(args) * at for at in eval_at],  # may be above int32
     }
 
 

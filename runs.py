@@ -134,10 +134,11 @@ def documented_fields(args_class: type) -> dict:
             i: m[1] for i, line in enumerate(source.splitlines(), 1) if (m := SECTION.match(line))
         }
         body = ast.parse(source).body[0].body
-        for field, text in itertools.pairwise(body):
+        for field, text in itertools.zip_longest(body, body[1:]):
             if isinstance(field, ast.AnnAssign):
                 title = titles[max(line for line in titles if line < field.lineno)]
-                found[field.target.id] = title, " ".join(text.value.value.split())
+                text = text.value.value if isinstance(text, ast.Expr) else ""
+                found[field.target.id] = title, " ".join(text.split())
     return found
 
 
@@ -147,7 +148,8 @@ def interruptible():
 
     Ctrl-C and SIGTERM then only ask to stop: interrupted() is 0, or the exit code to end with. Call
     it where the state is whole, not inside an iteration that reuses the buffers of the previous
-    one. A file that cannot be written ends the program in one line.
+    one. A second Ctrl-C ends the program at once. A file that cannot be written ends it in one
+    line.
     """
     asked: list[int] = []
 
@@ -155,8 +157,12 @@ def interruptible():
         if not asked:
             os.write(
                 sys.stderr.fileno(),
-                b"\ninterrupted: stopping after this iteration, what was done so far is kept\n",
+                b"\ninterrupted: stopping after this iteration, what was done so far is kept; "
+                b"Ctrl-C again stops at once\n",
             )
+        elif number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         asked.append(number)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -185,10 +191,26 @@ def write_whole(path: str | os.PathLike, write: Callable) -> None:
             os.unlink(temporary)
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    write_whole(path, lambda file: file.write(f"{text}\n".encode()))
+
+
+def write_csv(path: str | os.PathLike, columns: tuple, rows: list) -> None:
+    text = io.StringIO()
+    csv.writer(text).writerows([columns, *rows])
+    write_whole(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def version(package: str) -> str | None:
+    """None if it is not installed, as Brax may not be."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+
+
 def make_folder(runs_dir: str, env_name: str, script: str, seed: int, args: Any) -> Path:
     """Make <runs_dir>/<env>__<script>__<seed>__<time> with config.json: script, arguments,
     packages' versions, machine."""
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    versions = {package: version(package) for package in PACKAGES}
     machine = {
         "backend": jax.default_backend(),
         "devices": jax.device_count(),
@@ -196,6 +218,9 @@ def make_folder(runs_dir: str, env_name: str, script: str, seed: int, args: Any)
     }
     config = {"script": script, "args": dataclasses.asdict(args)}
     config |= {"versions": versions, "machine": machine}
+    first, *others = env_name.split("+")
+    if len(env_name) > 100:  # a file system has a limit
+        env_name = f"{first}+{len(others)}_others"
     name = f"{env_name}__{script}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     for count in range(1, 100):
         folder = Path(runs_dir) / (name if count == 1 else f"{name}-{count}")
@@ -211,8 +236,7 @@ def make_folder(runs_dir: str, env_name: str, script: str, seed: int, args: Any)
 
 
 def write_config(folder: Path, config: dict) -> None:
-    text = f"{json.dumps(config, indent=2)}\n"
-    write_whole(folder / "config.json", lambda file: file.write(text.encode()))
+    write_text(folder / "config.json", json.dumps(config, indent=2))
 
 
 def run_folder(args: Any, env_name: str, script: str) -> Path:

@@ -124,6 +124,27 @@ def agent_args(name: str, agent: ModuleType | None = None, **given: Any) -> Any:
     return args
 
 
+def default_rate(name: str, agent: ModuleType | None, header: dict | None) -> float:
+    """The learning rate of an optimizer in this environment if none is given: that of its
+    meta-training, if it has the header of a theta file, or the environment's."""
+    trained = trained_rate(header.get("trained"), name) if header else None
+    return trained or agent_settings(name, agent)["learning_rate"]
+
+
+def trained_rate(trained: Any, env_name: str) -> float | None:
+    """The learning rate of meta-training, from the "trained" of a theta file's header, on the
+    environments of meta-training and, after several, on other gridworlds. None if it is not there,
+    or if they had different ones, which go with their reward scales."""
+    try:
+        pairs = zip(trained["env_name"], trained["learning_rate"], strict=False)
+        rates = {str(name): float(rate) for name, rate in pairs}
+    except (LookupError, TypeError, ValueError, OverflowError):
+        return None
+    applies = env_name in rates or (len(rates) > 1 and agent_of(env_name) is a2c)
+    rate = rates.popitem()[1] if applies and len(set(rates.values())) == 1 else None
+    return rate if rate and 0 < rate <= checks.LARGEST else None
+
+
 def make_env(name: str, agent: ModuleType, backend: str = "spring") -> Any:
     """The environment, as this agent takes it. backend: physics of Brax's tasks. Raises a one-line
     ValueError if the agent does not learn there, or the task cannot be made."""

@@ -27,8 +27,9 @@ class RunArgs:
     untrained (Optim4RL before meta-training; untrained:star), pretrained/NAME, or the path of a
     .npz"""
     learning_rate: float | None = None
-    """learning rate (default: 1 for adam4rl, OPEN and rmsprop_auto, whose it multiplies; otherwise
-    the paper's for the environment; on gridworlds try 3e-2 to 1e-4 in half decades)"""
+    """learning rate (default: 1 for adam4rl, OPEN and rmsprop_auto, whose own it multiplies; of a
+    theta file the one it was meta-trained with, if that was on this environment; otherwise the
+    paper's for the environment; on gridworlds try 3e-2 to 1e-4 in half decades)"""
     # --- Run ---
     checkpoint_minutes: float = 5.0
     """minutes between two checkpoints of the whole state; the first comes after one at most"""
@@ -76,11 +77,11 @@ def check(agent: ModuleType, args) -> None:
 
 
 def fill_in(agent: ModuleType, args):
-    """The arguments, with the learning rate of the optimizer or of the environment if none is
-    given. Raises a one-line ValueError for an invalid one."""
+    """The arguments, with the default learning rate, as in evaluate.py, if none is given. Raises a
+    one-line ValueError for an invalid one."""
     if args.learning_rate is None:
-        rate = optimizers.own_rate(args.optimizer)
-        rate = rate or tasks.agent_settings(args.env_name, agent)["learning_rate"]
+        own, header = optimizers.own_rate(args.optimizer), optimizers.theta_header(args.optimizer)
+        rate = own or tasks.default_rate(args.env_name, agent, header)
         args = dataclasses.replace(args, learning_rate=rate)
     check(agent, args)
     return args

@@ -41,7 +41,10 @@ def fill_in(args: Args) -> Args:
     if args.total_steps is not None and args.num_iterations is not None:
         raise ValueError("give --total-steps or --num-iterations, not both")
     if args.theta:
-        args = dataclasses.replace(args, optimizer=optimizers.kind_in(args.theta))
+        kind = optimizers.kind_in(args.theta)
+        if args.optimizer not in (Args.optimizer, kind):
+            raise ValueError(f"--optimizer is set by {args.theta}, to {kind}; leave it out")
+        args = dataclasses.replace(args, optimizer=kind)
     changed = {
         name for name in optimizers.SETTINGS if getattr(args, name) != getattr(type(args), name)
     }
@@ -140,7 +143,8 @@ def set_up(args: Args) -> tuple[list[Task], LearnedOptimizer, dict]:
 
 
 def bytes_of_units(task: Task, learned: LearnedOptimizer, args: Args) -> int:
-    """Of this process's units, and of the gradients recorded of one."""
+    """Of this process's units, and of the gradients of inner updates recorded of one, with PPO a
+    lower bound."""
 
     def unit():
         key = jax.random.key(0)
@@ -156,7 +160,7 @@ def make_learned(args: Args) -> tuple[LearnedOptimizer, dict]:
         learned, theta, header = optimizers.load_learned(args.theta)
         return learned._replace(init_theta=lambda key: theta), header["config"]
     config = {
-        name: getattr(args, name, default)
+        name: getattr(args, name) if name in optimizers.SETTINGS else default
         for name, default in optimizers.kind_settings(args.optimizer).items()
     }
     if "grad_clip" in config:
@@ -187,7 +191,7 @@ def summarise(args: Args, folder: Path, state: MetaState, interrupted: int) -> N
     if interrupted:
         each = " in each process, with its --process-id" if args.num_processes > 1 else ""
         print(f"to go on: python pipeline_train.py --resume {folder}{each}")
-    others = "untrained sign_sgd adam rmsprop"
+    others = f"untrained:{theta_path} sign_sgd adam rmsprop"
     env_name = args.env_name[0]
     print(f"next: python evaluate.py --env-name {env_name} --optimizers {theta_path} {others}")
 
@@ -229,7 +233,9 @@ def main() -> None:
                 if iteration % args.save_theta_every == 0:
                     save(state)
                 stop = devices.largest_of_processes(interrupted())
-                checkpoints.save_if_due(iteration, state, log, stop)
+                # At the end too, so that a run can be made longer.
+                last = args.pipeline and iteration == args.num_iterations
+                checkpoints.save_if_due(iteration, state, log, stop or last)
             except OSError:
                 save(state)  # a disk too full for a checkpoint may have room for theta
                 raise

@@ -32,6 +32,7 @@ NUM_INPUTS = 1 + 2 * len(DECAYS) + 2 + 4
 TINY, EPS, NORM_EPS = 1e-13, 1e-5, 1e-6
 SCALE = 1e-3
 MAX_NORM = 0.5
+A2C_DEPTHS = {"conv": 0, "dense": 1, "actor": 2, "critic": 2}
 GRU = {"hn": "h", "hr": "h", "hz": "h", "in": "x", "ir": "x", "iz": "x"}
 WITHOUT_BIAS = ("hr", "hz")
 # What update reads of ppo.py's extra arguments, and the values without them.
@@ -116,13 +117,22 @@ def networks_of(params: Any) -> list[list[tuple]]:
 
 
 def positions(params: Any) -> dict:
-    """For each leaf's path the position of its layer in its network: 0 the first, 1 the last."""
+    """For each leaf's path the position of its layer in its network: 0 the first, 1 the last. The
+    order is that of numbers, of a2c.py's layers, or of the alphabet."""
     found = {}
     for leaves in networks_of(params):
         layers = list(dict.fromkeys(path[:-1] for path, _ in leaves))
+        depths = {layer: depth(layer, layers.index(layer)) for layer in layers}
+        ranks = sorted({*depths.values()})
         for path, _ in leaves:
-            found[path] = layers.index(path[:-1]) / max(1, len(layers) - 1)
+            found[path] = ranks.index(depths[path[:-1]]) / max(1, len(ranks) - 1)
     return found
+
+
+def depth(layer: tuple, place: int) -> int:
+    """Of a layer's path, whose place in the alphabet counts if its name says nothing."""
+    name = str(getattr(layer[-1], "key", "")) if layer else ""
+    return A2C_DEPTHS.get(name, int(name) if name.isdigit() else place)
 
 
 def clip_each(grads: Any) -> dict:

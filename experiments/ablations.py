@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import runs
 import settings
-from figures import report
 
 RUNS = ROOT / "runs" / "ablations"
 MARK = "<!-- experiments/ablations.py writes the tables below this line, and nothing above it. -->"
@@ -159,7 +158,7 @@ def write(title: str, rows: list[list[str]]) -> None:
         for name, train, rate, score, interval in rows
     ]
     tables[title] = f"{title}\n\n" + "\n".join(lines)
-    report.write_text(path, said + MARK + "\n" + "".join(f"\n## {t}\n" for t in tables.values()))
+    runs.write_text(path, said + MARK + "\n" + "".join(f"\n## {t}\n" for t in tables.values()))
 
 
 @dataclass(frozen=True)

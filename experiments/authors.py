@@ -173,9 +173,9 @@ def main() -> None:
             ours[f"{env_name} {optimizer} {rate:g}"] = returns_at(
                 env_name, optimizer, rate, list(authors)
             )
-            report.write_text(DATA, json.dumps(ours, indent=1))
+            runs.write_text(DATA, json.dumps(ours, indent=1))
     text = TABLE.read_text().split(MARK)[0] if TABLE.exists() else ""
-    report.write_text(TABLE, f"{text}{MARK}\n\n{table(ours)}")
+    runs.write_text(TABLE, f"{text}{MARK}\n\n{table(ours)}")
     print(table(ours))
 
 

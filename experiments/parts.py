@@ -25,7 +25,6 @@ import checks
 import runs
 import search
 from adam4rl import SIZES, make_adam4rl
-from figures import report
 
 COLUMNS = ("task", "seed", "updates", "candidate", "mean", "last_tenth")
 
@@ -102,12 +101,12 @@ def main() -> None:
         for lifetime, some in zip(drawn, scores, strict=True)
         for name, score in zip(found, some, strict=True)
     ]
-    report.write_csv(Path(f"{args.out}.csv"), COLUMNS, rows)
+    runs.write_csv(Path(f"{args.out}.csv"), COLUMNS, rows)
     lines = ["| | mean rank | theta is better: mean | last tenth | p |", "|---|---|---|---|---|"]
     for name, row in zip(found, compare(scores), strict=True):
         lines.append("| {} | {:.3f} | {:.0%} | {:.0%} | {:.2g} |".format(name, *row))
     table = "\n".join(lines)
-    report.write_text(Path(f"{args.out}.md"), table)
+    runs.write_text(Path(f"{args.out}.md"), table)
     print(table)
     print(f"written: {args.out}.csv, {args.out}.md")
 

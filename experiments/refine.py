@@ -114,14 +114,15 @@ def flat(theta: dict) -> np.ndarray:
 
 
 def put(theta: dict, group: str, values) -> dict:
-    """Change the numbers of a group in theta. -> theta"""
+    """A copy of theta with other numbers of a group."""
+    theta = jax.tree.map(np.copy, theta)
     for (array, i), value in zip(places(theta, group), values, strict=True):
         array[i] = value
     return theta
 
 
-def refine(args: Args, theta: dict, group: str, submit) -> dict:
-    """Try the numbers of a group and change them in theta. -> the row to log"""
+def refine(args: Args, theta: dict, group: str, submit) -> tuple[dict, dict]:
+    """Try numbers of a group. -> theta with the best ones, the row to log"""
     began = time.monotonic()
     rng = np.random.default_rng([args.seed, *group.encode()])
     drawn = [search.draw(rng, task) for task in args.tasks for _ in range(args.repeats)]
@@ -136,12 +137,11 @@ def refine(args: Args, theta: dict, group: str, submit) -> dict:
     differs = np.any(np.ptp(scores, axis=1) > 0, axis=-1)  # not so if the task has no such tensor
     ranks = search.fitness(scores[differs]) if differs.any() else np.zeros(len(values))
     best = middle + args.step * scale * best_offsets(offsets, ranks, args.least)
-    put(theta, group, best)
     row = {"start": args.theta, "numbers": group, "from": middle.tolist(), "value": best.tolist()}
     row |= {"ranks": ranks.tolist(), "seconds": time.monotonic() - began, "step": args.step}
     lifetimes = zip(drawn, scores.tolist(), strict=True)
     row["tasks"] = [(task, num_updates, score) for (task, _, num_updates), score in lifetimes]
-    return row
+    return put(theta, group, best), row
 
 
 def main() -> None:
@@ -154,11 +154,11 @@ def main() -> None:
         rows = read_rows(log, args.theta)
     log.parent.mkdir(parents=True, exist_ok=True)
     for row in rows:
-        put(theta, row["numbers"], row["value"])
+        theta = put(theta, row["numbers"], row["value"])
     done = [row["numbers"] for row in rows]
     with search.start_workers(0) as submit:
         for group in (group for group in args.numbers if group not in done):
-            row = refine(args, theta, group, submit)
+            theta, row = refine(args, theta, group, submit)
             with open(log, "a") as file:
                 file.write(json.dumps(row) + "\n")
             shown = [" ".join(f"{x:.2f}" for x in row[key]) for key in ("from", "value", "ranks")]

@@ -79,8 +79,8 @@ class Args:
     """seed of CMA-ES and of the choice of tasks"""
 
 
-class Search(NamedTuple):
-    """A task of the search."""
+class SearchTask(NamedTuple):
+    """What candidates are trained on."""
 
     make_agent: Callable  # () -> a2c.Agent or ppo.Agent
     metric: str  # "return", or "reward" (of a step) where episodes are as long as the training
@@ -157,31 +157,33 @@ LARGE_REWARDS = {"reward_scale": 100.0}  # more of the critic's gradients are cl
 UNCLIPPED = {"grad_clip": math.inf}  # on some tasks, as it may be where theta is used
 SQUARE, OBLONG = gridworld.Grid(5, 5, 2, 0.2, 100), gridworld.Grid(5, 6, 2, 0.3, 200)
 TASKS = {
-    "small_dense_short": Search(partial(a2c_on, SMALL[0], 512), "return", 120, 400),
-    "small_sparse_long": Search(partial(a2c_on, SMALL[1], 512), "return", 120, 400),
-    "small_dense_long": Search(partial(a2c_on, SMALL[2], 512), "return", 120, 400),
-    "5 x 5": Search(partial(a2c_on, SQUARE, 128, hidden_size=64), "return", 200, 800),
-    "5 x 6, convolution": Search(partial(a2c_on, OBLONG, 512, conv_filters=16), "return", 120, 240),
-    "pendulum": Search(partial(ppo_on, "pendulum", reward_scale=10.0), "reward", 30, 100),
-    "cartpole": Search(partial(ppo_on, "cartpole", **UNCLIPPED), "reward", 30, 240),
-    "two_link_reacher": Search(partial(ppo_on, "two_link_reacher"), "reward", 30, 240),
-    "acrobot, deep": Search(
+    "small_dense_short": SearchTask(partial(a2c_on, SMALL[0], 512), "return", 120, 400),
+    "small_sparse_long": SearchTask(partial(a2c_on, SMALL[1], 512), "return", 120, 400),
+    "small_dense_long": SearchTask(partial(a2c_on, SMALL[2], 512), "return", 120, 400),
+    "5 x 5": SearchTask(partial(a2c_on, SQUARE, 128, hidden_size=64), "return", 200, 800),
+    "5 x 6, convolution": SearchTask(
+        partial(a2c_on, OBLONG, 512, conv_filters=16), "return", 120, 240
+    ),
+    "pendulum": SearchTask(partial(ppo_on, "pendulum", reward_scale=10.0), "reward", 30, 100),
+    "cartpole": SearchTask(partial(ppo_on, "cartpole", **UNCLIPPED), "reward", 30, 240),
+    "two_link_reacher": SearchTask(partial(ppo_on, "two_link_reacher"), "reward", 30, 240),
+    "acrobot, deep": SearchTask(
         partial(ppo_on, "acrobot", entropy_weight=1e-2, **DEEP), "reward", 40, 320
     ),
-    "cartpole, few iterations": Search(
+    "cartpole, few iterations": SearchTask(
         partial(ppo_on, "cartpole", **FEW | LARGE_REWARDS), "reward", 8, 24
     ),
-    "4 cartpoles, deep": Search(
+    "4 cartpoles, deep": SearchTask(
         partial(ppo_on, "cartpole", copies=4, **DEEP | LARGE_REWARDS), "reward", 40, 320
     ),
-    "3 pendulums, mixed": Search(
+    "3 pendulums, mixed": SearchTask(
         partial(ppo_on, "pendulum", copies=3, obs_size=40, **DEEP, **UNCLIPPED), "reward", 40, 320
     ),
-    "swimmer": Search(partial(ppo_on, "purcell_swimmer", **UNCLIPPED), "reward", 40, 320),
-    "swimmer of 9, mixed": Search(
+    "swimmer": SearchTask(partial(ppo_on, "purcell_swimmer", **UNCLIPPED), "reward", 40, 320),
+    "swimmer of 9, mixed": SearchTask(
         partial(ppo_on, "purcell_swimmer", links=9, obs_size=120, **DEEP), "reward", 40, 320
     ),
-    "small_dense_short by ppo": Search(
+    "small_dense_short by ppo": SearchTask(
         partial(ppo_on, "small_dense_short", **UNCLIPPED), "return", 30, 100
     ),
 }
@@ -190,7 +192,7 @@ TASKS = {
 # --- Lifetimes ---
 
 
-def make_lifetimes(search: Search, network_size: int = 0):
+def make_lifetimes(search: SearchTask, network_size: int = 0):
     """-> f(thetas [P, D], key, number of updates) -> [P, 2], the mean metric over all of training
     and over the last tenth; -1e9 for parameters that are not finite. Candidates share the key."""
     agent, metric = search.make_agent(), search.metric

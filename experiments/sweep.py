@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import checks
 import runs
 import tasks
-from figures.report import read_results, write_csv
+from figures.report import read_results
 
 OUT = ROOT / "runs" / "sweep"
 COLUMNS = ("meta_learning_rate", "learning_rate", "mean_return", "final_return", "theta")
@@ -82,7 +82,7 @@ def row(args: Args, meta_learning_rate: float, learning_rate: float) -> tuple:
 
 def write(path: Path, rows: list) -> None:
     best_first = sorted(rows, key=lambda row: -row[2])
-    write_csv(
+    runs.write_csv(
         path,
         COLUMNS,
         [(*(f"{x:.5g}" for x in numbers), str(theta)) for *numbers, theta in best_first],

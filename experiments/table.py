@@ -134,7 +134,7 @@ def flags_of(given: evaluate.Args) -> str:
     for name, value in vars(given).items():
         if name == "env_name" or value != getattr(evaluate.Args, name):
             values = value if isinstance(value, tuple) else (value,)
-            words = (f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+            words = (f"{v:.10g}" if isinstance(v, float) else str(v) for v in values)
             flags += [f"--{name.replace('_', '-')}", *words]
     return " ".join(flags)
 

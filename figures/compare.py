@@ -308,7 +308,7 @@ def write_scores(path: Path, scores: list[Scores]) -> None:
         for s in scores
         for seed, *values in zip(s.seeds, s.first, s.final, s.mean, strict=True)
     ]
-    report.write_csv(path, COLUMNS, rows)
+    runs.write_csv(path, COLUMNS, rows)
 
 
 def missing(scores: list[Scores], of: str) -> str:
@@ -326,10 +326,10 @@ def missing(scores: list[Scores], of: str) -> str:
 
 def write(out: Path, by_env: dict, of: str, held_out: tuple = ()) -> None:
     """table.md and compare.png. by_env: environment: its Scores"""
-    report.write_text(out / "table.md", table(by_env, of, held_out))
+    runs.write_text(out / "table.md", table(by_env, of, held_out))
     draw(out / "compare.png", by_env, of)
     print("\n".join(verdicts(by_env, of, held_out)))
-    print(f"written: {out}/scores.csv, table.md, compare.png")
+    print(f"written: {out}/table.md, compare.png")
 
 
 def main() -> None:

@@ -30,12 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import a2c
 import checks
-import classifier
 import gridworld
 import optimizers
 import runs
 import tasks
-from figures import report
+from figures import classifier
 
 matplotlib.use("Agg")  # needs no screen
 import matplotlib.pyplot as plt
@@ -268,7 +267,7 @@ def main() -> None:
             f"first, middle and last tenth of {total} updates"
         )
         draw(folder / "distributions.png", *count, title)
-        report.write_csv(
+        runs.write_csv(
             folder / "distributions.csv",
             ("stage", "of", "layer", "log10_from", "count"),
             csv_rows(*count),

@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import optimizers
 import runs
-from figures import report
 
 matplotlib.use("Agg")  # needs no screen
 import matplotlib.pyplot as plt
@@ -81,7 +80,7 @@ def steps_made(name: str, grads: np.ndarray) -> np.ndarray:
 
 
 def inspect(path: str, out: Path) -> list[tuple]:
-    """Draw <out>/inspection.png. -> rows (optimizer, gradients, magnitude, at, update) of the
+    """Draw <out>/inspection.png. -> rows (optimizer, gradients, magnitude, update) of the
     figure"""
     untrained = f"untrained:{path}"
     looks = {path: ("C0", "-"), untrained: ("C1", "-")} | LOOKS
@@ -124,7 +123,7 @@ def main() -> None:
         optimizers.load_learned(args.optimizer)
         folder = runs.make_folder(args.runs_dir, Path(args.optimizer).stem, "inspection", 0, args)
     columns = ("optimizer", "gradients", "magnitude", "update_over_learning_rate")
-    report.write_csv(folder / "inspection.csv", columns, inspect(args.optimizer, folder))
+    runs.write_csv(folder / "inspection.csv", columns, inspect(args.optimizer, folder))
     print(f"written: {folder}/inspection.png, inspection.csv")
 
 

@@ -23,7 +23,6 @@ import pipeline_train
 import runs
 import tasks
 import train_optimizer
-from figures import report
 from figures.inspection import steps_of
 from optim4rl import to_optax
 
@@ -126,6 +125,8 @@ def main() -> None:
         checks.positive(args, "every", "learning_rates", "inner_updates")
         pairs = [(rate, k) for k in args.inner_updates for rate in args.learning_rates]
         all_args = [meta_training_args(args, *pair) for pair in pairs]
+        if args.every > args.num_iterations:
+            raise ValueError(f"--every must be at most --num-iterations {args.num_iterations}")
         mesh = devices.choose_devices(all_args[0].num_units, args.num_devices)
         set_ups = [train_optimizer.set_up(given) for given in all_args]
         folder = runs.make_folder(args.runs_dir, args.env_name, "learned_step", args.seed, args)
@@ -134,7 +135,7 @@ def main() -> None:
         for given, set_up in zip(all_args, set_ups, strict=True):
             if not interrupted():
                 rows += watch(given, set_up, mesh, args.every, interrupted)
-                report.write_csv(folder / "learned_step.csv", COLUMNS, rows)
+                runs.write_csv(folder / "learned_step.csv", COLUMNS, rows)
     draw(folder / "learned_step.png", rows, f"{args.env_name}: the learned step")
     print(f"written: {folder}/learned_step.png, learned_step.csv, config.json")
     sys.exit(interrupted())

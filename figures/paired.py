@@ -41,7 +41,7 @@ def final_returns(folders: tuple) -> dict:
 
 
 def row(ours: dict, theirs: dict) -> tuple[str, str, str]:
-    """Two optimizers, seed -> final return -> shared seeds, mean difference, interval, p"""
+    """Two optimizers, seed -> final return. -> shared seeds, mean difference and interval, p"""
     seeds = sorted(set(ours) & set(theirs))
     differences = np.array([ours[seed] - theirs[seed] for seed in seeds])
     low, high = compare.paired_interval(differences)
@@ -52,15 +52,15 @@ def row(ours: dict, theirs: dict) -> tuple[str, str, str]:
 def table(found: dict, of: str) -> str:
     """Raises a one-line ValueError if no row is called `of`, or none shares seeds with it."""
     rows = []
-    for (env_name, label, _), ours in found.items():
+    for (env_name, label, own), ours in found.items():
         for (env, other, rate), theirs in found.items():
             if (label, env) == (of, env_name) and other != of and len(set(ours) & set(theirs)) > 1:
-                rows.append((env_name, f"{other}, {rate:g}", *row(ours, theirs)))
+                rows.append((env_name, f"{own:g}", f"{other}, {rate:g}", *row(ours, theirs)))
     if not rows:
         labels = ", ".join(dict.fromkeys(label for _, label, _ in found))
         raise ValueError(f"--of {of!r}: no seeds in common with another; there are {labels}")
-    head = (f"{of} minus", "seeds", "difference (90 % interval)", "p")
-    lines = ["| task | " + " | ".join(head) + " |", "|---" * 5 + "|"]
+    head = ("task", f"{of} at", "minus", "seeds", "difference (90 % interval)", "p")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     return "\n".join(lines + [f"| {' | '.join(cells)} |" for cells in rows])
 
 

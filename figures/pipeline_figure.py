@@ -27,7 +27,6 @@ import devices
 import pipeline_train
 import runs
 import train_optimizer
-from figures import report
 
 matplotlib.use("Agg")  # needs no screen
 import matplotlib.pyplot as plt
@@ -161,7 +160,7 @@ def main() -> None:
         )
         draw(folder / "pipeline.png", all_seen, title)
         columns = ("pipeline", "iteration", "unit", "age", "log10_mean_gradient")
-        report.write_csv(folder / "pipeline.csv", columns, csv_rows(all_seen))
+        runs.write_csv(folder / "pipeline.csv", columns, csv_rows(all_seen))
     print(f"written: {folder}/pipeline.png, pipeline.csv, config.json")
     sys.exit(interrupted())
 

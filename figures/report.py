@@ -10,7 +10,6 @@ the figure show the best one.
 """
 
 import csv
-import io
 import re
 import sys
 from dataclasses import dataclass
@@ -146,7 +145,7 @@ def table(results: list[Result]) -> str:
         note = f" ({lost} seeds ended early, not finite)" if lost else ""
         if len(result.returns) < most:  # another row has more seeds
             note += f" (seeds: {len(result.returns)})"
-        interval, reached = "one seed" if len(kept) else "none", "never"
+        interval, reached = "one seed" if len(kept) else "none", "never" if best > 0 else "-"
         if len(kept) > 1:
             interval = "{:.3f} to {:.3f}".format(*bootstrap_interval(result.scores()))
         if len(kept) and np.isfinite(
@@ -261,8 +260,9 @@ def draw_panel(axes, curves: list[Curve]) -> None:
             curve.env_steps, curve.low, curve.high, color=style["color"], alpha=0.2, linewidth=0
         )
     axes.set(xlabel="environment steps", ylabel="return", title=curves[0].env_name)
-    if curves[0].env_name == "catch":  # all curves end near 1, some early
-        axes.set(ylim=(0.6, 1.01), xscale="log")
+    if curves[0].env_name == "catch":  # most curves end near 1, some early
+        lowest = min(curve.mean[-1] for curve in curves)
+        axes.set(ylim=(min(0.6, lowest - 0.05), 1.01), xscale="log")
     else:
         axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     axes.grid(alpha=0.3)
@@ -281,7 +281,7 @@ def draw(path: Path, curves: list[Curve]) -> None:
     """Learning curves, one panel per environment: mean over seeds, 90 % interval shaded."""
     env_names = names_of(curves, "env_name")
     columns = min(3, max(1, len(env_names)))
-    rows = -(-len(env_names) // columns)
+    rows = max(1, -(-len(env_names) // columns))  # of no panel, if all seeds are lost
     size = (6, 5) if len(env_names) == 1 else (4.6 * columns, 4.4 * rows)
     figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for axes, name in zip(grid.flat, env_names, strict=False):
@@ -292,16 +292,6 @@ def draw(path: Path, curves: list[Curve]) -> None:
         path, lambda file: figure.savefig(file, format="png", dpi=90 if len(env_names) > 1 else 150)
     )
     plt.close(figure)
-
-
-def write_csv(path: Path, columns: tuple, rows: list) -> None:
-    text = io.StringIO()
-    csv.writer(text).writerows([columns, *rows])
-    runs.write_whole(path, lambda file: file.write(text.getvalue().encode()))
-
-
-def write_text(path: Path, text: str) -> None:
-    runs.write_whole(path, lambda file: file.write(f"{text}\n".encode()))
 
 
 def write_results(path: Path, results: list[Result]) -> None:
@@ -320,14 +310,14 @@ def write_results(path: Path, results: list[Result]) -> None:
                         f"{value:.5g}",
                     )
                 )
-    write_csv(path, COLUMNS, rows)
+    runs.write_csv(path, COLUMNS, rows)
 
 
 def read_results(*paths: Path) -> list[Result]:
     """One Result for each environment, optimizer and learning rate, with the seeds of all files.
 
-    Raises a one-line ValueError for a file in another format, a repeated seed, or curves of
-    different lengths.
+    Raises a one-line ValueError for a file in another format, a repeated seed, or curves at
+    different environment steps.
     """
     curves: dict = {}  # environment, optimizer, learning rate -> seed -> path, [updates, 2]
     for path in paths:
@@ -339,9 +329,10 @@ def read_results(*paths: Path) -> list[Result]:
                     "give each seed once"
                 )
             seeds[seed] = path, curve
-            if curve.shape != (first := next(iter(seeds.values())))[1].shape:
+            other, first = next(iter(seeds.values()))
+            if not np.array_equal(curve[:, 0], first[:, 0]):
                 raise ValueError(
-                    f"{path}: {key[1]} in {key[0]} has not as many updates as in {first[0]}; "
+                    f"{path}: {key[1]} in {key[0]} has other environment steps than in {other}; "
                     "they cannot be joined"
                 )
     results = []
@@ -419,10 +410,10 @@ def write(folder: Path, results: list[Result], swept: list[Result]) -> None:
         rows = [
             (*result[:2], f"{result.learning_rate:g}", f"{result.score():.5g}") for result in swept
         ]
-        write_csv(folder / "sweep.csv", (*COLUMNS[:3], "score"), rows)
+        runs.write_csv(folder / "sweep.csv", (*COLUMNS[:3], "score"), rows)
     draw(folder / "curves.png", curves_of(results))
     summary = tables(results)
-    write_text(folder / "table.md", summary)
+    runs.write_text(folder / "table.md", summary)
     print(summary)
     print(
         f"written: {folder}/table.md, results.csv (every curve), "
@@ -445,12 +436,12 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         summary = tables(results)
         draw(out / "curves.png", curves_of(results))
-        write_csv(
+        runs.write_csv(
             out / "curves.csv",
             SUMMARY_COLUMNS,
             [row for result in results for row in summary_rows(result)],
         )
-        write_text(out / "table.md", summary)
+        runs.write_text(out / "table.md", summary)
     print(summary)
     print(f"written: {out}/table.md, curves.png, curves.csv")
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import evaluate
 import optimizers
+import tasks
 from optim4rl import load_theta
 
 SMALLEST = {
@@ -141,7 +141,7 @@ def check_file(path, compiled):
         assert np.isfinite(leaf).all() and leaf.dtype in (np.float16, np.float32)
     updates = one_update(learned, theta, compiled, [header["optimizer"], header["config"]])
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
-    rate = evaluate.trained_rate(header.get("trained"), "catch")
+    rate = tasks.trained_rate(header.get("trained"), "catch")
     assert rate is None or 0 < rate < float("inf")
     return False
 

@@ -207,6 +207,10 @@ BAD = [
     ("pipeline_train", "--num-processes 2 --coordinator a..b:99", "--coordinator a..b:99: "),
     ("pipeline_train", "--num-processes 1000000007", "multiple"),
     ("pipeline_train", "--num-units 7 --num-devices 2", "multiple"),
+    ("pipeline_train", "--optimizer star --theta pretrained/adam4rl", "to adam4rl; leave it out"),
+    ("pipeline_train", "--process-id 1", "--process-id must be from 0 to 0"),
+    ("a2c", "--optimizer star", "star needs a theta"),
+    ("evaluate", "--grad-clip 0.1", "--grad-clip is PPO's"),
     ("pipeline_train", "--num-units 8 --num-devices 8", "--num-devices 8: there are 4"),
     ("pipeline_train", "--num-devices 1000000000", "--num-devices must be from 1 to 1024"),
     # more than any machine's memory

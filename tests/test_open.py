@@ -10,7 +10,7 @@ import pytest
 
 import convert_open
 import optimizers
-from baselines.open import make_open
+from baselines.open import make_open, positions
 
 H, M = 8, 16
 # First index of each array in the file: of the published layout, for H = 8.
@@ -160,3 +160,13 @@ def test_another_file_is_refused_in_one_line(content, tmp_path):
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="no such file"):
         convert_open.load_published(str(tmp_path / "absent.npy"))
+
+
+def test_positions_are_by_depth_whatever_the_alphabet_says():
+    a2c = {name: {"w": jnp.zeros((2, 2))} for name in ("conv", "dense", "actor", "critic")}
+    deep = {str(i): {"w": jnp.zeros((2, 2))} for i in range(11)}
+    ppo = {"policy": deep, "value": {"0": {"w": jnp.zeros(2)}}}
+    found = {path[0].key: x for path, x in positions(a2c).items()}
+    assert found == {"conv": 0, "dense": 0.5, "actor": 1, "critic": 1}
+    found = {(path[0].key, path[1].key): x for path, x in positions(ppo).items()}
+    assert found["policy", "2"] == 0.2 and found["policy", "10"] == 1 and found["value", "0"] == 0

@@ -1,11 +1,14 @@
 """The optimizers by name: the classical ones against numpy or optax, and their learning rates."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+import a2c
 import evaluate
 import optimizers
 import ppo
@@ -76,6 +79,8 @@ def test_adam_rel_counts_from_the_start_of_an_iteration():
     given = [{"iteration_step": jnp.int32(step)} for step in steps]
     got = [step["w"] for step in updates_of(optimizers.make_optimizer("adam_rel", 0.3), given)]
     assert_same(got, expected)
+    without = updates_of(optimizers.make_optimizer("adam_rel", 0.3), [{}] * 5)  # as with A2C
+    assert_same(without, updates_of(optax.adam(0.3), [{}] * 5))
 
 
 def test_adam_kl_changes_its_rate_by_the_divergence():
@@ -164,8 +169,8 @@ def test_the_rate_of_meta_training_is_taken_where_it_was_one():
         (brax, [1e-4, 1e-4], "ant", 1e-4),
     ):
         trained = {"env_name": names, "learning_rate": rates}
-        assert evaluate.trained_rate(trained, env_name) == expected, (names, rates, env_name)
-    assert evaluate.trained_rate({"env_name": [], "learning_rate": []}, "catch") is None
+        assert tasks.trained_rate(trained, env_name) == expected, (names, rates, env_name)
+    assert tasks.trained_rate({"env_name": [], "learning_rate": []}, "catch") is None
 
 
 def test_evaluate_clips_gradients_as_the_paper_or_as_it_is_told():
@@ -181,3 +186,19 @@ def test_agents_scripts_take_the_optimizers_rate_or_the_environments(adam4rl_fil
 
     assert rate("adam") == tasks.agent_settings("pendulum")["learning_rate"]
     assert (rate(adam4rl_file), rate("rmsprop_auto"), rate(adam4rl_file, 0.5)) == (1.0, 1.0, 0.5)
+
+
+def test_a_shipped_optimizer_has_the_rate_of_its_meta_training_in_every_script():
+    name, env_name = "pretrained/optim4rl_small_dense_short", "small_dense_short"
+    assert tasks.agent_settings(env_name)["learning_rate"] == 3e-3
+    args = train_agents.A2CArgs(env_name=env_name, optimizer=name)
+    (run,) = evaluate.plan(evaluate.Args((env_name,), (name,)))
+    assert train_agents.fill_in(a2c, args).learning_rate == run.rates[0] == 3e-2
+
+
+def test_a_flag_of_ppo_is_refused_where_no_agent_is():
+    for env_names, refused in ((("catch",), True), (("catch", "pendulum"), False)):
+        args = evaluate.Args(env_names, grad_clip=0.1)
+        learners = {name: evaluate.make_learner(args, name) for name in env_names}
+        with pytest.raises(ValueError) if refused else contextlib.nullcontext():
+            evaluate.check_used(args, learners)

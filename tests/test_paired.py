@@ -30,7 +30,7 @@ def test_the_difference_is_of_the_seeds_that_both_have(tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", ["paired.py", *flags])
     paired.main()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and "| pendulum | untrained, 0.001 | 5 |" in lines[2]
+    assert len(lines) == 3 and "| pendulum | 0.001 | untrained, 0.001 | 5 |" in lines[2]
     # 2 - 1, 3 - 2, 4 - 1, 5 - 1.5, 6 - 3.5, all above 0: of 32 signs two are as extreme
     assert "| 2.2 (" in lines[2] and lines[2].endswith("| 0.062 |")
 

@@ -108,8 +108,20 @@ def test_a_log_of_something_else_is_refused_in_one_line(line, said, tmp_path, mo
 def test_a_number_that_changes_no_score_stays(monkeypatch):
     monkeypatch.setattr(refine.search, "train", lambda thetas, *_, **__: np.ones((1, 5, 2)))
     theta, _ = refine.begin(args := refine.Args(tasks=("cartpole",)))
-    row = refine.refine(args, theta, "shape.0", None)
+    same, row = refine.refine(args, theta, "shape.0", None)
     assert row["value"] == row["from"] and row["ranks"] == [0.0] * 5
+    assert np.array_equal(refine.flat(same), refine.flat(theta))
+
+
+def test_the_best_number_is_put_into_a_copy_of_theta(monkeypatch):
+    scores = np.arange(5.0)[:, None] * np.ones(2)  # the largest candidate is best
+    monkeypatch.setattr(refine.search, "train", lambda thetas, *_, **__: scores[None])
+    theta, _ = refine.begin(args := refine.Args(tasks=("cartpole",)))
+    before = refine.flat(theta).copy()
+    better, row = refine.refine(args, theta, "shape.0", None)
+    assert np.array_equal(refine.flat(theta), before)
+    assert np.allclose(better["shape"][0], row["value"]) and row["value"] > row["from"]
+    assert np.count_nonzero(refine.flat(better) - before) == 1
 
 
 def test_a_theta_with_a_network_is_refused(tmp_path):

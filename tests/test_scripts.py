@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import chex
@@ -248,7 +249,7 @@ def test_seeds_of_several_evaluations_join(tmp_path):
         ValueError, match=r"last\.csv: seed 1002 of adam in catch is in .*all\.csv too"
     ):
         report.read_results(paths["all"], paths["last"])
-    with pytest.raises(ValueError, match="not as many updates"):
+    with pytest.raises(ValueError, match="other environment steps"):
         report.read_results(paths["first"], paths["shorter"])
 
 
@@ -391,6 +392,39 @@ def test_help_teaches(script, call):
 # --- report.py's statistics ---
 
 
+@dataclass(frozen=True)
+class Copied:
+    # --- One section ---
+    first: int = 1
+    second: str = "two"
+    """a text"""
+    last: float = 3.0
+
+
+def test_a_field_without_a_docstring_is_a_flag_without_a_text():
+    section = "One section"
+    fields = {"first": (section, ""), "second": (section, "a text"), "last": (section, "")}
+    assert runs.documented_fields(Copied) == fields
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    code = """if True:
+        import os, signal, runs
+        with runs.interruptible():
+            for word in ("first", "second", "third"):
+                print(word, flush=True)
+                os.kill(os.getpid(), signal.SIGINT)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and done.stdout == "first\nsecond\n"
+
+
+def test_the_name_of_a_run_of_many_environments_fits_a_file_system(tmp_path):
+    names = "+".join(f"environment_number_{i}" for i in range(20))
+    folder = runs.make_folder(str(tmp_path), names, "evaluate", 0, Copied())
+    assert folder.name.startswith("environment_number_0+19_others__evaluate__0__")
+
+
 def test_bootstrap_interval_is_near_the_normal_one():
     samples = np.random.default_rng(0).normal(3.0, 1.0, (400, 2))
     low, high = report.bootstrap_interval(samples)
@@ -444,6 +478,23 @@ def test_tables_show_scores_at_the_end_and_relative_to_adams():
         assert "| adam | 0.01 | 4.763 |" in report.tables(
             two
         ) and "| adam | 0.1 | 9.525 |" in report.tables(two)
+
+
+def test_seeds_that_are_all_lost_are_reported_too(tmp_path, capsys):
+    returns = np.array([[-0.5, np.nan], [np.nan, np.nan]])
+    lost = report.Result("catch", "sgd", 1e9, np.array([1, 2]), returns, np.arange(2))
+    report.write(tmp_path, [lost], [])
+    assert (
+        "| sgd (2 seeds ended early, not finite) | 1e+09 | - | none | - |"
+        in capsys.readouterr().out
+    )
+    assert (tmp_path / "table.md").exists() and (tmp_path / "curves.png").exists()
+
+
+def test_without_a_goal_no_optimizer_reaches_it_or_does_not():
+    returns = np.array([[-9.0, -5.0]])
+    negative = report.Result("catch", "adam", 0.1, np.array([1, 2]), returns, np.arange(1))
+    assert report.table([negative]).splitlines()[2].endswith("| one seed | - |")
 
 
 def test_a_quarter_is_a_step_with_an_evaluation_and_not_the_one_before_training():

@@ -103,7 +103,7 @@ SMALL |= {"policy_layers": (8,), "value_layers": (8,)}
 @pytest.fixture(scope="module")
 def lifetimes():
     """Compiled once: all tests have four candidates."""
-    small = search.Search(lambda: search.ppo_on("cartpole", **SMALL), "reward", 2, 4)
+    small = search.SearchTask(lambda: search.ppo_on("cartpole", **SMALL), "reward", 2, 4)
     return search.make_lifetimes(small)
 
 
