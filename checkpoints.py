@@ -42,6 +42,9 @@ def silence_orbax() -> None:
 
 
 OF_A_START = ("resume", "process_id", "coordinator")  # arguments of one start, not of the run
+# What a resumed run may be given anew. On other devices sums have another order, so that results
+# are not the same bit for bit.
+MAY_CHANGE = ("num_devices", "checkpoint_minutes", "save_theta_every")
 
 
 class Checkpoints:
@@ -240,8 +243,8 @@ def one_line(what: str, error: Exception) -> OSError:
 def resumed_args(run_folder: str, given: Any, script: str) -> Any:
     """The arguments of the run in this folder.
 
-    Raises a one-line ValueError if there is no such run of this script, or if a value in `given` is
-    neither the run's nor the default.
+    Values in `given` that are not the default replace those of MAY_CHANGE. Raises a one-line
+    ValueError if there is no such run of this script, or if another one is not the run's.
     """
     path, args_class = Path(run_folder) / "config.json", type(given)
     try:
@@ -266,10 +269,13 @@ def resumed_args(run_folder: str, given: Any, script: str) -> Any:
             f"--resume {run_folder}: this run has no checkpoint yet; "
             "start it again without --resume"
         )
+    now = {name: getattr(given, name) for name in OF_A_START if hasattr(given, name)}
     for field in dataclasses.fields(args_class):
         new, old = getattr(given, field.name), getattr(run, field.name)
-        if field.name not in OF_A_START and new not in (field.default, old):
+        if field.name in OF_A_START or new in (field.default, old):
+            continue
+        if field.name not in MAY_CHANGE:
             flag = field.name.replace("_", "-")
             raise ValueError(f"--{flag} is {new} here, and {old} in the run to resume")
-    of_this_start = {name: getattr(given, name) for name in OF_A_START if hasattr(given, name)}
-    return dataclasses.replace(run, **of_this_start | {"resume": run_folder})
+        now[field.name] = new
+    return dataclasses.replace(run, **now | {"resume": run_folder})

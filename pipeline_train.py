@@ -282,8 +282,9 @@ class Args:
     checkpoint_minutes: float = 5.0
     """minutes between two checkpoints of the whole state; the first comes after one at most"""
     resume: str | None = None
-    """continue the run in this folder, with its arguments, or with more --num-iterations; each of
-    several processes needs the same, --coordinator, its --process-id, and a disk that all share"""
+    """continue the run in this folder, with its arguments, or with more --num-iterations, or on
+    other --num-devices, then not bit for bit the same; each of several processes needs the same,
+    --coordinator, its --process-id, and a disk that all share"""
     runs_dir: str = "runs"
     """the run's folder is created in this folder"""
 

@@ -15,6 +15,7 @@ import optax
 import pytest
 
 import a2c
+import checkpoints
 import evaluate
 import gradient_distributions
 import pipeline_train
@@ -151,6 +152,9 @@ def test_other_arguments_and_a_run_without_a_checkpoint_are_refused(run):
     flags = ["--resume", str(folder), "--num-units", str(2 * units)]
     hint = f"--num-units is {2 * units} here, and {units} in the run to resume"
     assert hint in run("pipeline_train", flags)
+    given = pipeline_train.Args(num_devices=1, save_theta_every=7)
+    run_args = checkpoints.resumed_args(str(folder), given, "pipeline_train")
+    assert (run_args.num_devices, run_args.save_theta_every, run_args.num_units) == (1, 7, units)
     config["args"]["pipeline"] = False
     (folder / "config.json").write_text(json.dumps(config))
     longer = [*flags[:2], "--num-iterations", "1000000"]
