@@ -407,9 +407,7 @@ def test_probe_environment_is_solved():
     # away.
     assert history["eval_return"][0, -1] > -5e-4
     assert history["eval_return"][0, 0] < -0.05
-    assert history["eval_steps"].tolist()[-1] == ppo.num_updates(PROBE) * ppo.steps_per_update(
-        PROBE
-    )
+    assert history["eval_steps"][-1] == ppo.num_updates(PROBE) * ppo.steps_per_update(PROBE)
 
 
 def test_the_optimizer_is_given_the_loss_and_the_fraction_of_training_done():
