@@ -254,6 +254,8 @@ def resumed_args(run_folder: str, given: Any, script: str) -> Any:
             raise ValueError(f"a run of {brief(other, 40)}.py, not of {script}.py")
         hints = get_type_hints(args_class)
         known = {name: value for name, value in stored.items() if name in hints}
+        if known.get("grad_clip") == "inf":
+            known["grad_clip"] = float("inf")
         for name, value in known.items():
             if not checks.fits(value, hints[name]):
                 raise ValueError(f"the {name} in its config.json is {brief(repr(value), 40)}")

@@ -236,7 +236,9 @@ def make_folder(runs_dir: str, env_name: str, script: str, seed: int, args: Any)
 
 
 def write_config(folder: Path, config: dict) -> None:
-    write_text(folder / "config.json", json.dumps(config, indent=2))
+    """config["args"]: the arguments. JSON has no infinity, which grad_clip can be: it is "inf"."""
+    args = {name: "inf" if x == float("inf") else x for name, x in config["args"].items()}
+    write_text(folder / "config.json", json.dumps(config | {"args": args}, indent=2))
 
 
 def run_folder(args: Any, env_name: str, script: str) -> Path:

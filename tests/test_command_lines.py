@@ -164,6 +164,16 @@ def test_other_arguments_and_a_run_without_a_checkpoint_are_refused(run):
     assert "no checkpoint yet" in run("pipeline_train", flags[:2])
 
 
+def test_an_infinite_bound_is_strict_json_and_comes_back(tmp_path):
+    args = train_agents.PPOArgs(env_name="pendulum", grad_clip=float("inf"))
+    folder = make_folder(str(tmp_path), "pendulum", "ppo", 0, args)
+    text = (folder / "config.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["args"]["grad_clip"] == "inf"
+    (folder / "checkpoint" / "1").mkdir(parents=True)
+    given = train_agents.PPOArgs(env_name="pendulum")
+    assert checkpoints.resumed_args(str(folder), given, "ppo").grad_clip == float("inf")
+
+
 # script, what changed in the arguments of its run, what the line must hold
 CHANGED = [
     ("a2c", {"num_envs": "64"}, "the num_envs in its config.json is '64'"),
