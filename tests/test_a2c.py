@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 
 import a2c
 import gridworld
@@ -82,6 +83,28 @@ def test_conv2x2_is_a_same_convolution():
     )
 
 
+@pytest.mark.parametrize("filters", [0, 3])
+def test_the_network_is_convolution_relu_dense_relu_heads(filters):
+    """By numpy loops, with biases that are not zero."""
+    shape, rng = (4, 3, 2), np.random.default_rng(0)
+    params = a2c.init_network(jax.random.key(0), shape, 5, filters, 6)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape), params)
+    x = obs = rng.integers(0, 2, shape).astype(np.uint8)
+    if filters:
+        w, b = params["conv"]["w"].reshape(2, 2, 2, 3), params["conv"]["b"]
+        x = np.tile(b, (4, 3, 1))
+        for row, col, i, j in np.ndindex(4, 3, 2, 2):
+            if row + i < 4 and col + j < 3:
+                x[row, col] += obs[row + i, col + j] @ w[i, j]
+        x = np.maximum(x, 0)
+    x = np.maximum(x.ravel() @ params["dense"]["w"] + params["dense"]["b"], 0)
+    logits, value = a2c.network(jax.tree.map(jnp.float32, params), jnp.asarray(obs))
+    np.testing.assert_allclose(logits, x @ params["actor"]["w"] + params["actor"]["b"], rtol=1e-4)
+    np.testing.assert_allclose(
+        value, x @ params["critic"]["w"][:, 0] + params["critic"]["b"][0], rtol=1e-4
+    )
+
+
 def test_initial_weights_have_the_scale_of_their_fan_in_and_biases_are_zero():
     """Within four standard errors of a standard deviation, sd / sqrt(2 n)."""
     for filters, fan_ins in ((32, {"conv": 4 * 8, "dense": 5 * 4 * 32}), (0, {"dense": 5 * 4 * 8})):
@@ -127,6 +150,35 @@ def test_rollout_lines_up_and_keeps_returns():
     actions = np.concatenate([first.action, second.action])
     np.testing.assert_array_equal(np.concatenate([first.reward, second.reward]), actions)
     assert stream.last_return == actions[3:6].sum() and stream.episode_return == actions[6:].sum()
+
+
+def test_actions_follow_the_policy_and_are_independent_of_the_environment():
+    """Rewards are the environment's chance: no two are the same, and every action's mean is 1/2."""
+
+    def step(key, state, action):
+        return state, jnp.zeros((1, 1, 1), jnp.uint8), jax.random.uniform(key), jnp.array(False)
+
+    reset = lambda key: (jnp.int32(0), jnp.zeros((1, 1, 1), jnp.uint8))
+    env = gridworld.Env(reset, step, (1, 1, 1), 3)
+    params = a2c.init_network(jax.random.key(0), env.obs_shape, 3, filters=0, hidden=2)
+    logits = jnp.array([0.5, -0.5, 0.0])
+    params["actor"]["b"] = logits  # of an observation of 0 the rest is 0
+    streams = jax.vmap(lambda key: a2c.start_stream(key, env))(
+        jax.random.split(jax.random.key(1), 300)
+    )
+    act = jax.vmap(lambda key, stream: a2c.rollout(key, params, stream, env, 10)[0])
+    batch = act(jax.random.split(jax.random.key(2), 300), streams)
+    rewards, actions = np.asarray(batch.reward).ravel(), np.asarray(batch.action).ravel()
+    assert np.unique(rewards).size > 2990  # of 3,000 in float32
+    counts = np.bincount(actions, minlength=3)
+    assert (
+        scipy.stats.chisquare(
+            counts, 3000 * np.exp(logits, dtype=float) / np.exp(logits, dtype=float).sum()
+        ).pvalue
+        > 1e-3
+    )
+    means = [rewards[actions == a].mean() for a in range(3)]
+    np.testing.assert_allclose(means, 0.5, atol=4 * 12**-0.5 / counts.min() ** 0.5)
 
 
 def test_grads_seen_are_those_of_the_mean_loss_over_environments():

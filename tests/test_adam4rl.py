@@ -113,6 +113,45 @@ def test_the_update_is_the_equation(shape, network_size):
         np.testing.assert_allclose(updates["x"], expected, rtol=2e-3, atol=1e-6)
 
 
+def test_matrices_of_one_shape_are_whitened_each_by_its_own(shapes=((12, 5), (12, 5), (4, 9))):
+    """Two tall ones, as of PPO's layers, and a wide one."""
+    rng = np.random.default_rng(0)
+    theta = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape), zero())
+    theta["whitening"] = np.ones(1)
+    optimizer = adam4rl(jax.tree.map(jnp.float32, theta), num_steps=40)
+    params = {f"layer {i}": jnp.zeros(shape) for i, shape in enumerate(shapes)}
+    grads = {name: rng.normal(size=(4, *p.shape)) for name, p in params.items()}
+    expected = {n: numpy_updates(theta, g, 40, params[n].shape) for n, g in grads.items()}
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for t in range(4):
+        given = {name: jnp.float32(g[t]) for name, g in grads.items()}
+        updates, state = update(given, state, params)
+        for name, u in updates.items():
+            np.testing.assert_allclose(u, expected[name][t], rtol=2e-3, atol=1e-6)
+
+
+def test_the_schedule_is_linear_between_six_points_of_training():
+    """Of a gradient that is always 1, Adam's step is the learning rate."""
+    logs = np.array([-1.0, 0.5, 1.0, 0.0, -0.5, -2.0])
+    optimizer = adam4rl(zero() | {"schedule": jnp.float32(logs)}, num_steps=20)
+    params = {"b": jnp.zeros(3)}
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for t in range(20):
+        updates, state = update({"b": jnp.ones(3)}, state, params)
+        rate = 9 / 20 * np.exp(np.interp(t / 20, [0, 0.1, 0.25, 0.5, 0.75, 1], logs))
+        np.testing.assert_allclose(updates["b"], -rate, rtol=1e-4)
+
+
+def test_a_coordinate_moves_by_at_most_150_root_mean_squares():
+    for weight, expected in ((99.0, 100.0), (999.0, 150.0)):
+        theta = zero() | {"momenta": jnp.array([weight, 0.0, 0.0, 0.0])}  # u = m_.9 + weight g
+        optimizer = adam4rl(theta, num_steps=1000)
+        params = {"b": jnp.zeros(2)}
+        updates, _ = optimizer.update({"b": jnp.array([2.0, -2.0])}, optimizer.init(params), params)
+        step = expected * 9 / 1000
+        np.testing.assert_allclose(updates["b"], [-step, step], rtol=1e-4)
+
+
 @pytest.mark.parametrize("size", [8, 256])
 def test_the_root_of_a_gram_matrix_without_full_rank_is_positive_and_bounded(size):
     """As of the first updates, which have seen few directions."""

@@ -30,6 +30,10 @@ def test_the_probability_of_improvement_is_the_mean_over_tasks():
     same = [(rng.normal(size=10), rng.normal(size=10)) for _ in range(5)]
     middle, low, high = compare.probability_of_improvement(same)
     assert low < middle < high and high - low > 0.1
+    # Mann-Whitney's U has the standard deviation sqrt(m n (m + n + 1) / 12).
+    x, y = rng.normal(size=(2, 100))
+    _, low, high = compare.probability_of_improvement([(x, y)])
+    assert (high - low) / 2 == pytest.approx(1.645 * (201 / 120_000) ** 0.5, rel=0.12)
 
 
 def write_evaluation(folder, finals):
@@ -81,11 +85,25 @@ def test_the_script_says_where_it_is_above_level_and_below(evaluation, monkeypat
 
 
 def test_an_optimizer_of_few_tasks_is_not_in_the_figure(evaluation):
-    """Here each task has another one: what is left is empty, and not an error."""
+    """Adam is better on none of two and level on one: 1 on ant, 1/2 on hopper, 0 on humanoid. Then
+    each task has another one: what is left is empty, and not an error."""
     by_env = compare.read((str(evaluation / "run"),))
+
+    def drawn():
+        figure, axis = compare.plt.subplots()
+        compare.draw_probabilities(axis, by_env, OURS)
+        compare.plt.close(figure)
+        names = [text.get_text() for text in axis.get_yticklabels()] if axis.lines else []
+        return names, [line.get_xdata() for line in axis.lines]
+
+    names, (final, mean, _) = drawn()  # the last line is at 1/2
+    assert names == ["adam (3)"] and final[0] == mean[0] == pytest.approx(0.5)
+    by_env["humanoid"] = [*by_env["ant"]]
+    assert drawn()[1][0][0] == pytest.approx(2.5 / 3)
     for name, other in (("hopper", "rmsprop"), ("humanoid", "sgd")):
         ours, adam = sorted(by_env[name], key=lambda s: s.label != OURS)
         by_env[name] = [ours, adam._replace(label=other)]
+    assert drawn() == ([], [])
     compare.draw(evaluation / "compare.png", by_env, OURS)
     assert (evaluation / "compare.png").read_bytes()[1:4] == b"PNG"
 
@@ -94,6 +112,22 @@ def test_normalised_returns_are_0_at_the_first_and_1_at_the_best_classical(evalu
     scores = compare.read((str(evaluation / "run"),))["ant"]
     found = compare.normalised(scores, "final")
     np.testing.assert_allclose([found["adam"].mean(), found[OURS].mean()], [1, 2], rtol=1e-3)
+    lower = [
+        s._replace(first=s.first - 10, final=np.array([-10.0, 0.0, s.final.mean(), 0.0]))
+        for s in scores
+    ]
+    found = compare.normalised(lower, "final")  # 0 at -10; Adam's mean is (8.75 - 10) / 4
+    assert found[OURS][0] == 0 and found["adam"][1] == pytest.approx(10 / (10 - 0.3125), rel=1e-2)
+
+
+def test_seeds_are_paired_by_their_number_whatever_their_order():
+    finals, seeds = np.array([1.0, 2.0, 3.0, 4.0]), np.arange(4.0)
+    adam = compare.Scores("ant", "adam", 1.0, seeds, finals, finals, finals)
+    others = (seeds[::-1], finals[::-1] + 0.1)
+    ours = compare.Scores("ant", OURS, 1.0, others[0], finals, others[1], others[1])
+    assert compare.verdict([ours, adam], OURS, "final") == "above"
+    shuffled = ours._replace(seeds=seeds)  # as if they were in Adam's order
+    assert compare.verdict([shuffled, adam], OURS, "final") == "level"
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import pytest
 
 import a2c
 import ablations
-import authors  # noqa: F401  it can be imported
+import authors
 import evaluate
+import gridworld
 import lanes
 import ppo
 import sweep
@@ -167,6 +168,56 @@ def test_lanes_of_several_optimizers_learn_as_each_does_alone(monkeypatch, env_n
             np.testing.assert_allclose(result.returns, alone.returns, rtol=1e-3, atol=1e-3)
             np.testing.assert_array_equal(result.env_steps, alone.env_steps)
             assert result.learning_rate in run.rates
+
+
+def test_a_sweep_has_seeds_of_its_own_and_takes_the_best_rate(monkeypatch):
+    """In evaluate.py, and in lanes.py."""
+    seen = []
+    run = evaluate.Run("catch", "adam", "adam", (0.1, 0.2, 0.3))
+    args = evaluate.Args(("catch",), seed=7, num_seeds=3, sweep_seeds=2)
+    monkeypatch.setattr(
+        evaluate,
+        "train",
+        lambda learner, *_: seen.append((learner.args.seed, learner.args.num_seeds)),
+    )
+    learner = evaluate.make_learner(args, "catch")
+    evaluate.sweep(learner, run, args, "", lambda: 0)
+    assert seen == [(10, 2)] * 3
+
+    def train(learner, some, title, interrupted):
+        by_rate = {}
+        for lane in some:
+            by_rate.setdefault(lane.learning_rate, []).append(lane.seed)
+        seen.append(by_rate)
+        returns = {0.1: 1.0, 0.2: 3.0, 0.3: 2.0}
+        steps = np.array([1, 2])
+        return [
+            report.Result("catch", "adam", rate, steps, np.full((len(x), 2), returns[rate]), x)
+            for rate, x in by_rate.items()
+        ]
+
+    seen.clear()
+    monkeypatch.setattr(lanes, "train", train)
+    lanes.evaluate_all(learner, [run], args, lambda: 0)
+    assert seen == [dict.fromkeys((0.1, 0.2, 0.3), [10, 11]), {0.2: [7, 8, 9]}]
+
+
+def test_returns_are_counted_as_the_authors_code_does():
+    """Episodes of three steps whose rewards are the actions; the agent's plane comes last."""
+
+    def step(key, state, action):
+        state = (state + 1) % 3
+        return state, jax.numpy.arange(4).reshape(1, 2, 2), jax.numpy.float32(action), state == 0
+
+    reset = lambda key: (jax.numpy.int32(0), jax.numpy.arange(4).reshape(1, 2, 2))
+    env = authors.counted(gridworld.Env(reset, step, (1, 2, 2), 9), True)
+    state, obs = env.reset(jax.random.key(0))
+    for action in (1, 2, 3, 4, 5, 6, 7):
+        state, obs, _, _ = env.step(jax.random.key(0), state, action)
+    assert (state.total, state.episodes, state.episode_return) == (21, 2, 7)
+    # planes (agent, object) of the cells: (0, 1), (2, 3)
+    np.testing.assert_array_equal(obs, [[[1, 3]], [[0, 2]]])
+    assert env.obs_shape == obs.shape == (2, 1, 2)
 
 
 def test_lanes_without_vmap_are_not_a_number():

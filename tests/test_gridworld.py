@@ -150,6 +150,18 @@ def test_horizon_ends_the_episode_and_resets_it(name):
     np.testing.assert_array_equal(obs, grid_observe(state, grid))
 
 
+@pytest.mark.parametrize("bad, time", [(6, 0), (0, 49)])
+def test_the_episode_after_one_that_ended_starts_anywhere(bad, time):
+    """It ended by a bad object at the agent's next cell, or by the horizon."""
+    grid = Grid(3, 4, 1, 0.0, 50)
+    state, _, _, done = steps(grid, make_state(5, [11, bad], time=time), 4, 20_000)
+    assert np.all(done) == (time == 49) and done.sum() > 9_000
+    cells = np.column_stack([state.agent, state.objects])[np.asarray(done)]
+    assert all(len(set(row)) == 3 for row in cells.tolist())
+    for column in cells.T:
+        assert scipy.stats.chisquare(np.bincount(column, minlength=12)).pvalue > 1e-3
+
+
 # --- Whole episodes under a fixed policy, against the paper's rules written as plain Python ---
 
 # reward, probability that the episode ends when it is collected; interior size, respawn, horizon:
@@ -334,6 +346,20 @@ def test_catch_every_action_sequence_to_the_end(column):
     assert not np.any(reward[:, :-1]) and not np.any(done[:, :-1]) and np.all(done[:, -1])
     assert np.all(lit == 2)
     assert np.all(state.ball_row == 0) and np.all(state.paddle == 2)
+
+
+def test_catch_shows_the_ball_and_the_paddle_where_they_are():
+    obs = np.asarray(gridworld.catch_observe(gridworld.CatchState(3, 1, 4)))
+    np.testing.assert_array_equal(np.argwhere(obs), [[3, 1, 0], [9, 4, 0]])
+
+
+def test_the_ball_after_a_catch_starts_in_any_column():
+    env = gridworld.make("catch")
+    last = gridworld.CatchState(*map(jnp.int32, (8, 0, 2)))
+    keys = jax.random.split(jax.random.key(0), 5_000)
+    state, _, _, done = jax.vmap(lambda key: env.step(key, last, 1))(keys)
+    assert np.all(done)
+    assert scipy.stats.chisquare(np.bincount(state.ball_col, minlength=5)).pvalue > 1e-3
 
 
 def test_catch_starts_are_uniform_over_the_columns():

@@ -16,6 +16,7 @@ import optimizers
 from baselines import one_network, star, velo
 from meta_gradient import replay_gradient
 from optim4rl import to_optax
+from units import scalar_cell
 
 COORDINATEWISE = ("optim4rl", "linear_optim", "l2lgd2")
 KINDS = {
@@ -230,6 +231,30 @@ def test_linear_optim_by_hand():
     np.testing.assert_allclose(
         updates, -0.1 * (np.exp(0.7) * np.array([0.3, -2.0]) + np.exp(-0.2) * 3.0), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("kind", ["linear_optim", "l2lgd2"])
+def test_one_networks_updates_are_the_equation_of_what_it_reads(kind):
+    """A coordinate at a time, with no weight at zero."""
+    learned, theta = make(kind)
+    keys = iter(jax.random.split(jax.random.key(3), 20))
+    theta = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), theta)
+    optimizer, grads = to_optax(learned, theta, 0.1), np.array([[0.3, -1e-6], [-0.8, 1e-3]])
+    state, hidden = optimizer.init(jnp.zeros(2)), len(theta["rnn"]["w_h"][0])
+    states = [[[0.0] * hidden, [0.0] * hidden] for _ in range(2)]
+    w, b = (np.asarray(theta["readout"]["0"][name], float) for name in ("w", "b"))
+    for g in grads:
+        updates, state = optimizer.update(jnp.float32(g), state)
+        for i, x in enumerate(g):
+            log = (
+                [np.log(abs(x)) / 10, np.sign(x)] if abs(x) > np.exp(-10) else [-1, np.exp(10) * x]
+            )
+            states[i] = scalar_cell(
+                theta["rnn"], states[i], [x] if kind == "linear_optim" else log, "lstm"
+            )
+            o = w @ np.array(states[i][0]) + b
+            step = np.exp(o[0]) * x + (np.exp(o[1]) * o[2] if kind == "linear_optim" else 0)
+            np.testing.assert_allclose(updates[i], -0.1 * step, rtol=1e-4)
 
 
 def test_l2lgd2_inputs_meet_where_they_change():

@@ -15,6 +15,7 @@ import optim4rl
 import optimizers
 from meta_gradient import streamed_replay_gradient
 from optim4rl import BLOCK, load_theta, make_optim4rl, to_optax
+from units import scalar_cell
 
 KINDS = [
     (cell, inputs, layers)
@@ -40,29 +41,6 @@ def pick(tree, i):
 
 
 # --- The equations, a scalar at a time ---
-
-
-def sigmoid(x):
-    return 1 / (1 + math.exp(-x))
-
-
-def scalar_cell(weights, state, x, cell):
-    w_x, w_h, b = (np.asarray(weights[name], float) for name in ("w_x", "w_h", "b"))
-    h, size = state[0], len(state[0])
-    from_x = [sum(w_x[r, d] * x[d] for d in range(len(x))) + b[r] for r in range(len(b))]
-    from_h = [sum(w_h[r, k] * h[k] for k in range(size)) for r in range(len(b))]
-    new_h, new_c = [], []
-    for k in range(size):
-        a = [(from_x[gate * size + k], from_h[gate * size + k]) for gate in range(len(b) // size)]
-        if cell == "lstm":
-            i, f, u, o = (p + q for p, q in a)
-            new_c.append(sigmoid(f) * state[1][k] + sigmoid(i) * math.tanh(u))
-            new_h.append(sigmoid(o) * math.tanh(new_c[k]))
-        else:
-            r, z = sigmoid(sum(a[0])), sigmoid(sum(a[1]))
-            n = math.tanh(a[2][0] + r * (a[2][1] + float(weights["b_n"][k])))
-            new_h.append((1 - z) * n + z * h[k])
-    return [new_h, new_c]
 
 
 def scalar_readout(layers, h):
@@ -102,6 +80,17 @@ def test_update_is_the_equations_coordinate_by_coordinate(cell, inputs, layers):
             for p in range(4)
         ]
         np.testing.assert_allclose(updates, expected, rtol=2e-5)
+
+
+def test_initial_theta_has_the_scale_of_its_fan_in_and_orthogonal_recurrent_weights():
+    theta = optim4rl.init_theta(jax.random.key(0), hidden_size=200, readout_layers=(300,))
+    for rnn in (theta["rnn1"], theta["rnn2"]):
+        np.testing.assert_allclose(np.std(rnn["w_x"]), 1, rtol=0.1)  # one input
+        for w in np.split(np.asarray(rnn["w_h"]), 4):
+            np.testing.assert_allclose(w @ w.T, np.eye(200), atol=1e-5)
+    for name, fan_in in (("0", 200), ("1", 300)):  # weights are [outputs, inputs]
+        w = np.asarray(theta["readout1"][name]["w"])
+        np.testing.assert_allclose(w.std(), fan_in**-0.5, rtol=4 / (2 * w.size) ** 0.5)
 
 
 def test_untrained_with_raw_inputs_is_nearly_sign_descent_on_small_gradients():

@@ -176,8 +176,9 @@ def test_clipping():
         assert relative(clip("rescale", tree), expected) < 1e-2
 
 
-def test_several_tasks_mean_of_clipped_gradients():
-    args = small_args(env_name=("small_dense_short", "catch"))
+@pytest.mark.parametrize("meta_clip", ["global_norm", "none"])
+def test_several_tasks_mean_of_clipped_gradients(meta_clip):
+    args = small_args(env_name=("small_dense_short", "catch"), meta_clip=meta_clip)
     tasks, learned = (make_regression_task(1e4), *REGRESSION), set_up(args)[1]
     states = iterate(args, iterations=1, tasks=tasks)
     gradients = []
@@ -190,12 +191,19 @@ def test_several_tasks_mean_of_clipped_gradients():
         )
     norms = [float(optax.tree.norm(g)) for g in gradients]
     assert min(norms) < 0.5 < max(norms)
+    most = 0.5 if meta_clip == "global_norm" else float("inf")
     clipped = [
-        jax.tree.map(lambda x, n=n: x * min(1, 0.5 / n), g)
+        jax.tree.map(lambda x, n=n: x * min(1, most / n), g)
         for g, n in zip(gradients, norms, strict=True)
     ]
     adam = states[1].meta_opt_state[0]
-    assert relative(adam.mu, jax.tree.map(lambda a, b: 0.1 * (a + b) / 2, *clipped)) < 1e-4
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *clipped)
+    assert relative(adam.mu, jax.tree.map(lambda g: 0.1 * g, mean)) < 1e-4
+    # Adam's first step descends, by the meta-learning rate.
+    moved = jax.tree.map(jnp.subtract, states[1].theta, states[0].theta)
+    rate = args.meta_learning_rate
+    expected = jax.tree.map(lambda g: -rate * g / (jnp.abs(g) + 1e-8), mean)
+    assert relative(moved, expected) < 1e-2
 
 
 def test_inner_loop_records_what_it_applied():
@@ -258,13 +266,15 @@ def test_a_unit_that_went_wrong_is_as_young_as_any_new_one(monkeypatch):
     seen = []
 
     def spy(theta, keys, ages, *rest):
-        seen.append(ages)
+        seen.append((ages, rest[-1]))
         return meta_gradient(theta, keys, ages, *rest)
 
     monkeypatch.setattr(pipeline_train, "meta_gradient", spy)
-    args = small_args(reset_interval=9)
-    pipeline_train.train_group(theta, planned(3, age=5), bad, task, learned, args)
-    np.testing.assert_array_equal(seen[0], [5, 0, 5])
+    for pipeline, lifetime in ((True, 9), (False, 70)):  # without resets, the whole training
+        args = small_args(reset_interval=9, num_iterations=70, pipeline=pipeline)
+        pipeline_train.train_group(theta, planned(3, age=5), bad, task, learned, args)
+        np.testing.assert_array_equal(seen[-1][0], [5, 0, 5])
+        assert seen[-1][1] == lifetime
 
 
 def test_an_update_is_skipped_only_if_all_units_are_lost_in_it():

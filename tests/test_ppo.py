@@ -187,9 +187,13 @@ def test_entropy_is_that_of_the_squashed_action():
 
 
 def test_normaliser_is_numpys_mean_and_std():
-    """Batches of unlike size, far from zero, where the naive E[x^2] - E[x]^2 has no digit left."""
+    """Batches of unlike size, far from zero, where the naive E[x^2] - E[x]^2 has no digit left, and
+    of unlike means, as observations that drift."""
     rng = np.random.default_rng(0)
-    batches = [1e4 + rng.normal(size=(n, 3)) * [1.0, 2.0, 0.1] for n in (2, 100, 7, 1000)]
+    batches = [
+        1e4 + rng.normal(size=(n, 3)) * [1.0, 2.0, 0.1] + shift * np.array([1.0, 2.0, 0.1])
+        for n, shift in ((2, 0), (100, 3), (70, -4), (1000, 1))
+    ]
     normaliser = networks.Normaliser(jnp.zeros(()), jnp.zeros(3), jnp.zeros(3))
     for batch in batches:
         normaliser = networks.update_normaliser(normaliser, jnp.asarray(batch, jnp.float32))
@@ -206,6 +210,15 @@ def numpy_mlp(layers, x):
         x = x / (1 + np.exp(-x)) if i else x
         x = x @ np.asarray(layers[str(i)]["w"], float) + np.asarray(layers[str(i)]["b"], float)
     return x
+
+
+def test_initial_weights_of_the_networks_are_uniform_with_the_variance_of_their_fan_in():
+    layers = networks.init_mlp(jax.random.key(0), (50, 400, 300))
+    for name, fan_in in (("0", 50), ("1", 400)):
+        w = np.asarray(layers[name]["w"]).ravel()
+        assert not layers[name]["b"].any()
+        bound = (3 / fan_in) ** 0.5
+        assert scipy.stats.kstest(w, scipy.stats.uniform(-bound, 2 * bound).cdf).pvalue > 1e-3
 
 
 def test_loss_is_its_definition():
@@ -286,6 +299,23 @@ def test_end_at_the_last_step_is_an_end_not_a_cut():
     batch, stream = acted(count_env(ends_after=4), args)
     assert batch.terminated.tolist() == [False, False, False, True, False, False]
     assert not batch.truncated.any()
+
+
+def test_an_environment_that_resets_itself_is_reset_at_a_cut_off_only():
+    """Its observation counts all steps; every second ends an episode."""
+
+    def step(key, state, action):
+        state = state + 1
+        return state, jnp.float32(state)[None], jnp.float32(1), state % 2 == 0
+
+    env = ppo.Env(lambda key: (jnp.int32(0), jnp.zeros(1)), step, 1, 1, resets_itself=True)
+    args = dataclasses.replace(PROBE, rollout_steps=5, episode_length=4)
+    batch, stream = acted(env, args)
+    assert batch.obs[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert batch.terminated.tolist() == [False, True, False, True, False]
+    assert not batch.truncated.any() and stream.last_return == 2 and stream.episode_return == 1
+    batch, _ = acted(env, dataclasses.replace(args, episode_length=1))
+    assert batch.obs[:, 0].tolist() == [0, 0, 0, 0, 0, 0] and batch.truncated.all()
 
 
 def chance_env(ends=True):
@@ -429,6 +459,44 @@ def test_the_optimizer_is_given_the_loss_and_the_fraction_of_training_done():
     np.testing.assert_allclose(extra_args["num_steps"], 8)
     np.testing.assert_allclose(np.mean(extra_args["value"]), metrics["loss"], rtol=1e-6)
     assert len(set(extra_args["value"].tolist())) == 4
+
+
+def test_the_loss_that_the_optimizer_is_given_is_that_of_the_rollouts():
+    """All of them in one minibatch, with the statistics that they were made with."""
+    args = dataclasses.replace(PROBE, num_epochs=1, num_minibatches=1, reward_scale=3.0)
+    env, optimizer = chance_env(), optax.sgd(0.1)
+    agent = ppo.make_agent(env, args)
+    state, key = agent.init(jax.random.key(0), optimizer), jax.random.key(1)
+    _, (_, extra_args), _ = agent.learn(key, state, optimizer)
+    batch, _, _ = ppo.collect(jax.random.split(key)[0], state, env, args)
+    inputs = (state.params, state.normaliser, batch, key, env.distribution, args)
+    np.testing.assert_allclose(extra_args["value"][0], ppo.ppo_loss(*inputs)[0], rtol=1e-4)
+
+
+def test_fractions_of_a_whole_training_start_at_0_and_do_not_reach_1():
+    recorded = []
+
+    def update(grads, state, params=None, *, fraction, **_):
+        jax.debug.callback(lambda fraction: recorded.append(float(fraction)), fraction)
+        return jax.tree.map(jnp.zeros_like, grads), state
+
+    optimizer = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    args = dataclasses.replace(PROBE, total_steps=3 * 512, num_epochs=2)
+    ppo.train(args, count_env(), optimizer, lambda *_: None)
+    jax.effects_barrier()
+    np.testing.assert_allclose(sorted(recorded), np.arange(24) / 24, atol=1e-6)
+
+
+def test_an_epoch_takes_every_rollout_once_and_each_in_another_order():
+    """Gradients of minibatches of one size, without an update and without clipping: their mean is
+    that of all rollouts."""
+    args = dataclasses.replace(PROBE, num_epochs=2, grad_clip=float("inf"))
+    agent = ppo.make_agent(chance_env(), args)
+    state = agent.init(jax.random.key(0), optax.sgd(0.0))
+    _, (grads, _), _ = agent.learn(jax.random.key(1), state, optax.sgd(0.0))
+    first, second = np.asarray(grads["value"]["1"]["b"]).reshape(2, 4)  # the critic's: linear
+    np.testing.assert_allclose(first.mean(), second.mean(), rtol=1e-4)
+    assert not np.isclose(first[:, None], second, rtol=1e-4).any()
 
 
 def test_every_gradient_is_clipped_elementwise():

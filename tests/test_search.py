@@ -34,6 +34,11 @@ def test_ranks_are_symmetric_and_equal_scores_share_one():
     assert (search.ranks(np.full(4, 2.0)) == 0).all()
 
 
+def test_fitness_is_the_mean_rank_of_both_scores():
+    scores = np.array([[[3.0, 1.0], [1.0, 2.0], [2.0, 3.0]]])  # ranks 1/3 -1/3 0 and -1/3 0 1/3
+    np.testing.assert_allclose(search.fitness(scores), [0, -1 / 6, 1 / 6], atol=1e-12)
+
+
 def test_points_of_the_search_are_multiples_of_the_scales_from_the_start(tmp_path):
     space = search.search_space(search.Args())
     assert (space.adam == 0).all() and (space.start == 0).all() and (space.scale > 0).all()

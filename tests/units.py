@@ -1,10 +1,13 @@
-"""Tasks and units for the tests of pipeline training and of the meta-gradient."""
+"""Tasks and units for the tests of pipeline training and of the meta-gradient; recurrent cells, a
+number at a time."""
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import a2c
@@ -128,3 +131,27 @@ def small_args(**changes):
         "num_iterations": 4,
     }
     return fill_in(Args(**{**defaults, "inner_updates": 2, **changes}))
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def scalar_cell(weights, state, x, cell):
+    """A step of an LSTM or GRU, a number at a time. -> state"""
+    w_x, w_h, b = (np.asarray(weights[name], float) for name in ("w_x", "w_h", "b"))
+    h, size = state[0], len(state[0])
+    from_x = [sum(w_x[r, d] * x[d] for d in range(len(x))) + b[r] for r in range(len(b))]
+    from_h = [sum(w_h[r, k] * h[k] for k in range(size)) for r in range(len(b))]
+    new_h, new_c = [], []
+    for k in range(size):
+        a = [(from_x[gate * size + k], from_h[gate * size + k]) for gate in range(len(b) // size)]
+        if cell == "lstm":
+            i, f, u, o = (p + q for p, q in a)
+            new_c.append(sigmoid(f) * state[1][k] + sigmoid(i) * math.tanh(u))
+            new_h.append(sigmoid(o) * math.tanh(new_c[k]))
+        else:
+            r, z = sigmoid(sum(a[0])), sigmoid(sum(a[1]))
+            n = math.tanh(a[2][0] + r * (a[2][1] + float(weights["b_n"][k])))
+            new_h.append((1 - z) * n + z * h[k])
+    return [new_h, new_c]
