@@ -28,8 +28,9 @@ class RunArgs:
     .npz"""
     learning_rate: float | None = None
     """learning rate (default: 1 for adam4rl, OPEN and rmsprop_auto, whose own it multiplies; of a
-    theta file the one it was meta-trained with, if that was on this environment; otherwise the
-    paper's for the environment; on gridworlds try 3e-2 to 1e-4 in half decades)"""
+    theta file the one it was meta-trained with, if it was on this environment or, with one rate
+    for several, on any gridworld; otherwise the paper's for the environment; on gridworlds try
+    3e-2 to 1e-4 in half decades)"""
     # --- Run ---
     checkpoint_minutes: float = 5.0
     """minutes between two checkpoints of the whole state; the first comes after one at most"""

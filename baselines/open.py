@@ -122,7 +122,7 @@ def positions(params: Any) -> dict:
     found = {}
     for leaves in networks_of(params):
         layers = list(dict.fromkeys(path[:-1] for path, _ in leaves))
-        depths = {layer: depth(layer, layers.index(layer)) for layer in layers}
+        depths = {layer: depth(layer, place) for place, layer in enumerate(layers)}
         ranks = sorted({*depths.values()})
         for path, _ in leaves:
             found[path] = ranks.index(depths[path[:-1]]) / max(1, len(ranks) - 1)
