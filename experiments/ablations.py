@@ -8,6 +8,7 @@ A table that is not named stays as it is. Rows that are in runs/ablations are no
 """
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def run(script: str, flags: str, folder: Path) -> Path:
     command = [
         sys.executable,
         str(ROOT / f"{script}.py"),
-        *flags.split(),
+        *shlex.split(flags),
         "--runs-dir",
         str(folder),
     ]
@@ -115,8 +116,8 @@ def variant(title: str, name: str) -> list[list[str]]:
     if not (folder / "tested").exists():
         shutil.rmtree(folder, ignore_errors=True)
         theta = run("pipeline_train", train, folder) / "theta.npz"
-        untrained = f" untrained:{theta}" if with_untrained else ""
-        flags = f"{test_flags(table.env_name)} --optimizers {theta}{untrained}"
+        tested = [str(theta), f"untrained:{theta}"] if with_untrained else [str(theta)]
+        flags = f"{test_flags(table.env_name)} --optimizers {shlex.join(tested)}"
         run("evaluate", flags, folder).rename(folder / "tested")
     rows = table_rows(folder / "tested")
     names = (name, f"{name}, untrained")

@@ -9,6 +9,7 @@ seeds that no result shows. Writes runs/sweep/ENV.csv, the best first; with
 same command continues a sweep.
 """
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def meta_train(flags: str, folder: Path) -> Path:
     if not theta.exists():
         for begun in sorted(folder.glob("*__pipeline_train__*"))[-1:]:
             if any(path.name.isdigit() for path in (begun / "checkpoint").glob("*")):
-                flags = f"--resume {begun}"
+                flags = f"--resume {shlex.quote(str(begun))}"
         (run("pipeline_train", flags, folder) / "theta.npz").rename(theta)
     return theta
 
@@ -56,7 +57,7 @@ def meta_train(flags: str, folder: Path) -> Path:
 def test(theta: Path, args: Args, learning_rate: float, folder: Path) -> list[float]:
     """-> the return over all of training, and at the end: the means of SEEDS"""
     if not (found := sorted(folder.glob("*__evaluate__*/table.md"))):
-        flags = f"{test_flags(args.env_name, SEEDS)} --optimizers {theta}"
+        flags = f"{test_flags(args.env_name, SEEDS)} --optimizers {shlex.quote(str(theta))}"
         found = [run("evaluate", f"{flags} --learning-rate {learning_rate:g}", folder) / "table.md"]
     (result,) = read_results(found[-1].parent / "results.csv")
     return [float(np.nanmean(result.returns)), result.score()]

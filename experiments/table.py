@@ -12,6 +12,7 @@ An accelerator trains all optimizers of a task in one program (lanes.py).
 
 import math
 import os
+import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def flags_of(given: evaluate.Args) -> str:
             values = value if isinstance(value, tuple) else (value,)
             words = (f"{v:.10g}" if isinstance(v, float) else str(v) for v in values)
             flags += [f"--{name.replace('_', '-')}", *words]
-    return " ".join(flags)
+    return shlex.join(flags)
 
 
 def in_one_program(todo: dict, add) -> None:

@@ -3,6 +3,7 @@ table lacks; agents side by side."""
 
 import csv
 import itertools
+import shlex
 
 import jax
 import numpy as np
@@ -39,7 +40,7 @@ def test_the_sweep_runs_each_setting_once_and_continues_an_interrupted_one(tmp_p
 
     monkeypatch.setattr(sweep, "run", run)
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
-    monkeypatch.setattr(sweep, "OUT", tmp_path / "sweep")
+    monkeypatch.setattr(sweep, "OUT", tmp_path / "a sweep")
     rates = "--meta-learning-rates 1e-4 1e-3 --learning-rates 1e-4"
     monkeypatch.setattr("sys.argv", ["sweep.py", "--env-name", "catch", *rates.split()])
     sweep.main()
@@ -57,7 +58,7 @@ def test_the_sweep_runs_each_setting_once_and_continues_an_interrupted_one(tmp_p
         ]
         and len(commands) == 6
     )
-    with open(tmp_path / "sweep" / "catch.csv", newline="") as file:
+    with open(tmp_path / "a sweep" / "catch.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     found = [(row["meta_learning_rate"], row["learning_rate"]) for row in rows]
     assert found == [("0.001", "0.0001"), ("0.001", "0.001"), ("0.0001", "0.001")]
@@ -67,12 +68,26 @@ def test_the_sweep_runs_each_setting_once_and_continues_an_interrupted_one(tmp_p
     sweep.main()
     assert not commands
     # One that was interrupted after its first checkpoint.
-    setting = tmp_path / "sweep" / "catch" / "0.001_0.0001"
+    setting = tmp_path / "a sweep" / "catch" / "0.001_0.0001"
     (folder,) = setting.glob("*__pipeline_train__*")
     (setting / "theta.npz").rename(folder / "theta.npz")
     (folder / "checkpoint" / "12").mkdir(parents=True)
     sweep.main()
-    assert commands == [("pipeline_train", f"--resume {folder}")]
+    ((script, flags),) = commands
+    assert (script, shlex.split(flags)) == ("pipeline_train", ["--resume", str(folder)])
+
+
+def test_a_script_runs_in_a_folder_with_a_space(tmp_path, monkeypatch):
+    root = tmp_path / "a b"
+    folder = root / "runs"
+    made = folder / "task__show__0"
+    made.mkdir(parents=True)
+    (root / "show.py").write_text("import sys; open('argv', 'w').write('|'.join(sys.argv[1:]))")
+    monkeypatch.setattr(ablations, "ROOT", root)
+    flags = table.flags_of(evaluate.Args(env_name=("catch",), optimizers=(f"{root}/theta.npz",)))
+    assert ablations.run("show", flags, folder) == made
+    words = ["--env-name", "catch", "--optimizers", f"{root}/theta.npz", "--runs-dir", str(folder)]
+    assert (root / "argv").read_text().split("|") == words
 
 
 def test_a_table_of_ablations_leaves_the_others_and_the_text(tmp_path, monkeypatch, capsys):
