@@ -26,9 +26,8 @@ from environments import brax_env, control, minatar, swimmer
 from networks import CATEGORICAL
 
 
-def flat_gridworld(name: str) -> ppo.Env:
+def flat_gridworld(env: gridworld.Env) -> ppo.Env:
     """A gridworld or Catch as PPO takes it, with flat observations."""
-    env = gridworld.make(name)
 
     def flat(obs):
         return obs.reshape(-1).astype(jnp.float32)
@@ -57,7 +56,7 @@ KINDS = (
         lambda: gridworld.NAMES,
         {
             a2c: lambda name, backend: gridworld.make(name),
-            ppo: lambda name, backend: flat_gridworld(name),
+            ppo: lambda name, backend: flat_gridworld(gridworld.make(name)),
         },
     ),
     Kind(lambda: control.NAMES, {ppo: lambda name, backend: ppo.Env(*control.make(name))}),

@@ -49,6 +49,7 @@ import gridworld
 import optimizers
 import ppo
 import runs
+import settings
 import tasks
 from adam4rl import make_adam4rl, network_size
 from environments import swimmer
@@ -100,8 +101,30 @@ SCALES = {
 CHUNKS = 3  # jobs of a task on a CPU, so that all cores are busy to the end of a generation
 
 
-def a2c_on(grid: gridworld.Grid, num_envs: int, **sizes) -> a2c.Agent:
-    return a2c.make_agent(gridworld.make_grid(grid), a2c.Args(num_envs=num_envs, **sizes))
+def a2c_on(grid: gridworld.Grid, num_envs: int, make=gridworld.make_grid, **sizes) -> a2c.Agent:
+    return a2c.make_agent(make(grid), a2c.Args(num_envs=num_envs, **sizes))
+
+
+def moving(grid: gridworld.Grid) -> gridworld.Env:
+    """The gridworld with objects that move: one column a step, the first, third, ... to the left,
+    the others to the right, and from one side to the other. As in a game, where to go depends on
+    where things will be."""
+    env = gridworld.make_grid(grid)
+    direction = jnp.where(jnp.arange(2 * grid.num_each) % 2, 1, -1)
+
+    def step(key, state, action):
+        state, _, reward, done = env.step(key, state, action)
+        row, col = state.objects // grid.cols, state.objects % grid.cols
+        state = state._replace(objects=row * grid.cols + (col + direction) % grid.cols)
+        return state, gridworld.grid_observe(state, grid), reward, done
+
+    return env._replace(step=step)
+
+
+def ppo_on_moving(grid: gridworld.Grid) -> ppo.Agent:
+    """PPO where objects move, in the setting of MinAtar's games."""
+    args = tasks.agent_args("small_dense_short", ppo, **settings.MINATAR)
+    return ppo.make_agent(tasks.flat_gridworld(moving(grid)), args)
 
 
 def ppo_on(name: str, copies: int = 1, obs_size: int = 0, links: int = 0, **changes) -> ppo.Agent:
@@ -156,6 +179,7 @@ FEW = DEEP | {"batch_size": 128, "num_minibatches": 32}
 LARGE_REWARDS = {"reward_scale": 100.0}  # more of the critic's gradients are clipped
 UNCLIPPED = {"grad_clip": math.inf}  # on some tasks, as it may be where theta is used
 SQUARE, OBLONG = gridworld.Grid(5, 5, 2, 0.2, 100), gridworld.Grid(5, 6, 2, 0.3, 200)
+MOVING = gridworld.Grid(6, 8, 2, 0.05, 200)
 TASKS = {
     "small_dense_short": SearchTask(partial(a2c_on, SMALL[0], 512), "return", 120, 400),
     "small_sparse_long": SearchTask(partial(a2c_on, SMALL[1], 512), "return", 120, 400),
@@ -185,6 +209,10 @@ TASKS = {
     ),
     "small_dense_short by ppo": SearchTask(
         partial(ppo_on, "small_dense_short", **UNCLIPPED), "return", 30, 100
+    ),
+    "6 x 8, moving": SearchTask(partial(ppo_on_moving, MOVING), "return", 30, 120),
+    "6 x 8, moving, by a2c": SearchTask(
+        partial(a2c_on, MOVING, 128, moving, hidden_size=64), "return", 200, 800
     ),
 }
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
+import gridworld
 import optimizers
 import search
 import tasks
@@ -99,6 +100,26 @@ def test_mixed_observations_are_of_the_same_environment():
     mixing = jax.random.normal(jax.random.key(0), (3, 50)) / np.sqrt(3)
     found = np.linalg.lstsq(np.asarray(mixing).T, np.arctanh(obs), rcond=None)[0]
     np.testing.assert_allclose(found, plain_obs, rtol=1e-3, atol=1e-3)
+
+
+def test_moving_objects_move_one_column_a_step_around_the_grid():
+    grid = gridworld.Grid(6, 8, 2, 0.5, 1000)
+    env, stay = search.moving(grid), jnp.int32(gridworld.MOVES.index((0, 0)))
+    state, obs = env.reset(jax.random.key(2))
+
+    def places(obs):  # row and column of agent and objects, without the wall
+        return [
+            tuple(int(x) - 1 for x in np.argwhere(plane)[0]) for plane in np.moveaxis(obs, 2, 0)
+        ]
+
+    (agent, *start) = places(np.asarray(obs))
+    assert all(row != agent[0] for row, _ in start)  # none is collected
+    for t in range(1, 20):
+        state, obs, reward, done = env.step(jax.random.key(t), state, stay)
+        left = [(row, (col - t) % 8) for row, col in start[::2]]
+        right = [(row, (col + t) % 8) for row, col in start[1::2]]
+        assert places(np.asarray(obs)) == [agent, left[0], right[0], left[1], right[1]]
+        assert reward == 0 and not done
 
 
 SMALL = {"num_envs": 4, "batch_size": 2, "num_minibatches": 2, "num_epochs": 1, "rollout_steps": 4}
