@@ -2,7 +2,7 @@ r"""Search theta of adam4rl.py by CMA-ES (Hansen 2016, arXiv 1604.00772), on who
 
     pip install cma
     python experiments/search.py                                            # on two cores: hours
-    python experiments/search.py --population 64 --tasks-per-generation 15  # on an accelerator
+    python experiments/search.py --population 64 --tasks-per-generation 17  # on an accelerator
 
 A generation trains agents with every candidate on a few tasks, drawn in turn from TASKS: A2C and
 PPO on random gridworlds, PPO on control tasks, each with a random number of updates. On a task all
@@ -49,7 +49,6 @@ import gridworld
 import optimizers
 import ppo
 import runs
-import settings
 import tasks
 from adam4rl import make_adam4rl, network_size
 from environments import swimmer
@@ -123,7 +122,7 @@ def moving(grid: gridworld.Grid) -> gridworld.Env:
 
 def ppo_on_moving(grid: gridworld.Grid) -> ppo.Agent:
     """PPO where objects move, in the setting of MinAtar's games."""
-    args = tasks.agent_args("small_dense_short", ppo, **settings.MINATAR)
+    args = tasks.agent_args("minatar_breakout")
     return ppo.make_agent(tasks.flat_gridworld(moving(grid)), args)
 
 
