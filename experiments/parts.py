@@ -1,4 +1,4 @@
-r"""What each part of adam4rl's theta is worth, on the tasks of search.py:
+r"""What each part of adam4rl's theta is worth, on the tasks of search_tasks.py:
 
     python experiments/parts.py --theta runs/adam4rl.npz
     python experiments/parts.py --without whitening squares+momenta --others runs/another.npz
@@ -25,6 +25,8 @@ import checks
 import runs
 import search
 from adam4rl import SIZES, make_adam4rl
+from lifetimes import ranks, start_workers, train
+from search_tasks import TASKS, draw
 
 COLUMNS = ("task", "seed", "updates", "candidate", "mean", "last_tenth")
 
@@ -37,8 +39,8 @@ class Args:
     """parts, by their names in theta; squares+momenta: without both"""
     others: tuple[str, ...] = ()
     """theta files to compare with, of the same network size"""
-    tasks: tuple[str, ...] = tuple(search.TASKS)
-    """tasks of search.py"""
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """tasks of search_tasks.py"""
     repeats: int = 2
     """lifetimes of each task"""
     seed: int = 1
@@ -69,14 +71,14 @@ def candidates(args: Args) -> tuple[dict, int]:
 def compare(scores: np.ndarray) -> list[tuple]:
     """scores: [lifetimes, candidates, 2] -> of every candidate its mean rank, the shares of
     lifetimes in which the first does better than it by either score, p"""
-    ranks = np.array([[search.ranks(found[:, i]) for i in (0, 1)] for found in scores])
+    places = np.array([[ranks(found[:, i]) for i in (0, 1)] for found in scores])
     rows = []
     for i in range(scores.shape[1]):
         better, worse = (s(scores[:, 0], scores[:, i]) for s in (np.greater, np.less))
         shares = np.mean(better + (~better & ~worse) / 2, axis=0)
-        differences = np.mean(ranks[..., 0] - ranks[..., i], axis=1)
+        differences = np.mean(places[..., 0] - places[..., i], axis=1)
         p = scipy.stats.wilcoxon(differences).pvalue if differences.any() else 1.0
-        rows.append((np.mean(ranks[..., i]), *shares, p))
+        rows.append((np.mean(places[..., i]), *shares, p))
     return rows
 
 
@@ -87,14 +89,14 @@ def main() -> None:
         checks.seed(args)
         checks.not_empty(args, "tasks")
         for name in args.tasks:
-            if name not in search.TASKS:
-                raise ValueError(f"{name!r} is none of {', '.join(search.TASKS)}")
+            if name not in TASKS:
+                raise ValueError(f"{name!r} is none of {', '.join(TASKS)}")
         found, size = candidates(args)
     rng = np.random.default_rng(args.seed)
-    drawn = [search.draw(rng, task) for _ in range(args.repeats) for task in args.tasks]
+    drawn = [draw(rng, task) for _ in range(args.repeats) for task in args.tasks]
     flat = [ravel_pytree(jax.tree.map(jnp.float32, theta))[0] for theta in found.values()]
-    with search.start_workers(size) as submit:
-        scores = search.train(np.array(flat), drawn, submit)
+    with start_workers(size) as submit:
+        scores = train(np.array(flat), drawn, submit)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     rows = [
         (*lifetime, name, *score)

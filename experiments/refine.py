@@ -1,4 +1,4 @@
-r"""Refine theta of adam4rl.py one number after the other, on the tasks of search.py:
+r"""Refine theta of adam4rl.py one number after the other, on the tasks of search_tasks.py:
 
     python experiments/refine.py --theta runs/adam4rl.npz --out runs/refined
     python experiments/refine.py --theta runs/adam4rl.npz --numbers rate.0 rate.0+shape.0
@@ -33,6 +33,8 @@ import optimizers
 import runs
 import search
 from adam4rl import SIZES
+from lifetimes import fitness, start_workers, train
+from search_tasks import TASKS, draw
 
 OFFSETS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 NUMBERS = tuple(f"{name}.{i}" for name, size in SIZES.items() for i in range(size))
@@ -45,8 +47,8 @@ class Args:
     numbers: tuple[str, ...] = NUMBERS
     """which, in this order: a name of theta and a place, from 0; rate.1+shape.1: both at
     once"""
-    tasks: tuple[str, ...] = tuple(search.TASKS)
-    """tasks of search.py"""
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """tasks of search_tasks.py"""
     repeats: int = 1
     """lifetimes of each task"""
     step: float = 1.5
@@ -82,7 +84,7 @@ def begin(args: Args) -> tuple[dict, dict]:
     numbers = [number for group in args.numbers for number in group.split("+")]
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"--numbers must name each once, got {' '.join(args.numbers)}")
-    for what, known in ((numbers, NUMBERS), (args.tasks, search.TASKS)):
+    for what, known in ((numbers, NUMBERS), (args.tasks, TASKS)):
         for name in what:
             if name not in known:
                 raise ValueError(f"{name!r} is none of {', '.join(known)}")
@@ -125,7 +127,7 @@ def refine(args: Args, theta: dict, group: str, submit) -> tuple[dict, dict]:
     """Try numbers of a group. -> theta with the best ones, the row to log"""
     began = time.monotonic()
     rng = np.random.default_rng([args.seed, *group.encode()])
-    drawn = [search.draw(rng, task) for task in args.tasks for _ in range(args.repeats)]
+    drawn = [draw(rng, task) for task in args.tasks for _ in range(args.repeats)]
     middle, scale = (
         np.array([x[i] for x, i in places(tree, group)]) for tree in (theta, search.SCALES)
     )
@@ -133,9 +135,9 @@ def refine(args: Args, theta: dict, group: str, submit) -> tuple[dict, dict]:
     values = middle + args.step * scale * offsets
     thetas = np.array([flat(put(theta, group, candidate)) for candidate in values])
     # One job of a task: the same program, so that scores without a difference are equal.
-    scores = search.train(thetas, drawn, submit)
+    scores = train(thetas, drawn, submit)
     differs = np.any(np.ptp(scores, axis=1) > 0, axis=-1)  # not so if the task has no such tensor
-    ranks = search.fitness(scores[differs]) if differs.any() else np.zeros(len(values))
+    ranks = fitness(scores[differs]) if differs.any() else np.zeros(len(values))
     best = middle + args.step * scale * best_offsets(offsets, ranks, args.least)
     row = {"start": args.theta, "numbers": group, "from": middle.tolist(), "value": best.tolist()}
     row |= {"ranks": ranks.tolist(), "seconds": time.monotonic() - began, "step": args.step}
@@ -156,7 +158,7 @@ def main() -> None:
     for row in rows:
         theta = put(theta, row["numbers"], row["value"])
     done = [row["numbers"] for row in rows]
-    with search.start_workers(0) as submit:
+    with start_workers(0) as submit:
         for group in (group for group in args.numbers if group not in done):
             theta, row = refine(args, theta, group, submit)
             with open(log, "a") as file:

@@ -51,8 +51,8 @@ def test_it_writes_every_score_and_a_table(tmp_path, monkeypatch, capsys):
     def train(thetas, drawn, submit):
         return np.tile(np.sum(np.abs(thetas), axis=1)[:, None], (len(drawn), 1, 2))
 
-    monkeypatch.setattr(parts.search, "start_workers", contextlib.nullcontext)
-    monkeypatch.setattr(parts.search, "train", train)
+    monkeypatch.setattr(parts, "start_workers", contextlib.nullcontext)
+    monkeypatch.setattr(parts, "train", train)
     out = str(tmp_path / "out")
     flags = ["--without", "rate", "--tasks", "cartpole", "pendulum", "--out", out]
     monkeypatch.setattr("sys.argv", ["parts.py", *flags])

@@ -42,8 +42,8 @@ def test_each_number_goes_where_its_scores_are_highest_and_is_not_tried_again(
         distance = np.sum((thetas - refine.flat(target)) ** 2, axis=1)
         return np.broadcast_to(-distance[:, None], (len(drawn), len(thetas), 2))
 
-    monkeypatch.setattr(refine.search, "start_workers", contextlib.nullcontext)
-    monkeypatch.setattr(refine.search, "train", train)
+    monkeypatch.setattr(refine, "start_workers", contextlib.nullcontext)
+    monkeypatch.setattr(refine, "train", train)
 
     def main(*numbers):
         names = ["--theta", str(tmp_path / "start.npz"), "--out", str(tmp_path / "out")]
@@ -60,7 +60,7 @@ def test_each_number_goes_where_its_scores_are_highest_and_is_not_tried_again(
         if name not in ("rate", "shape"):
             np.testing.assert_array_equal(x, start[name])
     assert len(tried) == 2 and tried[0] != tried[1]  # other seeds for each number
-    assert sorted({name for name, *_ in tried[0]}) == sorted(refine.search.TASKS)
+    assert sorted({name for name, *_ in tried[0]}) == sorted(refine.TASKS)
     again = main("rate.0", "shape.0", "squares.0")
     assert len(tried) == 3 and again["rate"][0] == found["rate"][0] and again["squares"][0] == 0
     trained = load_theta(tmp_path / "out.npz")[1]["trained"]
@@ -106,7 +106,7 @@ def test_a_log_of_something_else_is_refused_in_one_line(line, said, tmp_path, mo
 
 
 def test_a_number_that_changes_no_score_stays(monkeypatch):
-    monkeypatch.setattr(refine.search, "train", lambda thetas, *_, **__: np.ones((1, 5, 2)))
+    monkeypatch.setattr(refine, "train", lambda thetas, *_, **__: np.ones((1, 5, 2)))
     theta, _ = refine.begin(args := refine.Args(tasks=("cartpole",)))
     same, row = refine.refine(args, theta, "shape.0", None)
     assert row["value"] == row["from"] and row["ranks"] == [0.0] * 5
@@ -115,7 +115,7 @@ def test_a_number_that_changes_no_score_stays(monkeypatch):
 
 def test_the_best_number_is_put_into_a_copy_of_theta(monkeypatch):
     scores = np.arange(5.0)[:, None] * np.ones(2)  # the largest candidate is best
-    monkeypatch.setattr(refine.search, "train", lambda thetas, *_, **__: scores[None])
+    monkeypatch.setattr(refine, "train", lambda thetas, *_, **__: scores[None])
     theta, _ = refine.begin(args := refine.Args(tasks=("cartpole",)))
     before = refine.flat(theta).copy()
     better, row = refine.refine(args, theta, "shape.0", None)

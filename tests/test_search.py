@@ -12,8 +12,10 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import gridworld
+import lifetimes
 import optimizers
 import search
+import search_tasks
 import tasks
 from adam4rl import NUM_INPUTS, SIZES, make_adam4rl
 from optim4rl import to_optax
@@ -30,14 +32,16 @@ def with_rate(rate):
 
 
 def test_ranks_are_symmetric_and_equal_scores_share_one():
-    np.testing.assert_allclose(search.ranks(np.array([3.0, 1.0, 2.0])), [1 / 3, -1 / 3, 0])
-    np.testing.assert_allclose(search.ranks(np.array([1.0, 1.0, 5.0, 0.0])), [0, 0, 3 / 8, -3 / 8])
-    assert (search.ranks(np.full(4, 2.0)) == 0).all()
+    np.testing.assert_allclose(lifetimes.ranks(np.array([3.0, 1.0, 2.0])), [1 / 3, -1 / 3, 0])
+    np.testing.assert_allclose(
+        lifetimes.ranks(np.array([1.0, 1.0, 5.0, 0.0])), [0, 0, 3 / 8, -3 / 8]
+    )
+    assert (lifetimes.ranks(np.full(4, 2.0)) == 0).all()
 
 
 def test_fitness_is_the_mean_rank_of_both_scores():
     scores = np.array([[[3.0, 1.0], [1.0, 2.0], [2.0, 3.0]]])  # ranks 1/3 -1/3 0 and -1/3 0 1/3
-    np.testing.assert_allclose(search.fitness(scores), [0, -1 / 6, 1 / 6], atol=1e-12)
+    np.testing.assert_allclose(lifetimes.fitness(scores), [0, -1 / 6, 1 / 6], atol=1e-12)
 
 
 def test_points_of_the_search_are_multiples_of_the_scales_from_the_start(tmp_path):
@@ -70,7 +74,7 @@ def test_theta_is_the_average_over_the_last_third_of_generations():
 
 def test_several_environments_are_independent_copies():
     one = tasks.make_learner("cartpole").env
-    three = search.several(one, 3)
+    three = search_tasks.several(one, 3)
     state, obs = three.reset(jax.random.key(0))
     assert obs.shape == (three.obs_size,) and three.action_size == 3 * one.action_size
     action = jnp.array([0.5, -1.0, 1.0])
@@ -91,7 +95,7 @@ def test_several_environments_are_independent_copies():
 
 def test_mixed_observations_are_of_the_same_environment():
     plain = tasks.make_learner("pendulum").env
-    mixed = search.mixed(plain, 50)
+    mixed = search_tasks.mixed(plain, 50)
     state, obs = mixed.reset(jax.random.key(0))
     same, plain_obs = plain.reset(jax.random.key(0))
     step = mixed.step(KEY, state, jnp.ones(1)), plain.step(KEY, same, jnp.ones(1))
@@ -104,7 +108,7 @@ def test_mixed_observations_are_of_the_same_environment():
 
 def test_moving_objects_move_one_column_a_step_around_the_grid():
     grid = gridworld.Grid(6, 8, 2, 0.5, 1000)
-    env, stay = search.moving(grid), jnp.int32(gridworld.MOVES.index((0, 0)))
+    env, stay = search_tasks.moving(grid), jnp.int32(gridworld.MOVES.index((0, 0)))
     state, obs = env.reset(jax.random.key(2))
 
     def places(obs):  # row and column of agent and objects, without the wall
@@ -127,22 +131,24 @@ SMALL |= {"policy_layers": (8,), "value_layers": (8,)}
 
 
 @pytest.fixture(scope="module")
-def lifetimes():
+def score():
     """Compiled once: all tests have four candidates."""
-    small = search.SearchTask(lambda: search.ppo_on("cartpole", **SMALL), "reward", 2, 4)
-    return search.make_lifetimes(small)
+    small = search_tasks.SearchTask(
+        lambda: search_tasks.ppo_on("cartpole", **SMALL), "reward", 2, 4
+    )
+    return lifetimes.make_lifetimes(small)
 
 
-def test_candidates_share_seeds_and_one_that_diverges_scores_lowest(lifetimes):
+def test_candidates_share_seeds_and_one_that_diverges_scores_lowest(score):
     thetas = jnp.stack([with_rate(rate) for rate in (0.0, 0.0, 1.0, 200.0)])
-    scores = lifetimes(thetas, jax.random.key(1), 12)
+    scores = score(thetas, jax.random.key(1), 12)
     assert (scores[0] == scores[1]).all() and (scores[0] != scores[2]).any()
     assert (scores[3] == -1e9).all() and np.isfinite(scores[:3]).all()
 
 
-def test_a_lifetimes_scores_are_the_means_of_all_and_of_the_last_tenth(lifetimes):
+def test_a_lifetimes_scores_are_the_means_of_all_and_of_the_last_tenth(score):
     num_updates = 8  # the last tenth is one update at least
-    agent = search.ppo_on("cartpole", **SMALL)
+    agent = search_tasks.ppo_on("cartpole", **SMALL)
     theta = with_rate(-4.0)  # small steps, so that rounding does not grow
     optimizer = to_optax(make_adam4rl(), SPACE.unflatten(theta), 1.0)
     learn = jax.jit(agent.learn, static_argnums=2)
@@ -152,21 +158,21 @@ def test_a_lifetimes_scores_are_the_means_of_all_and_of_the_last_tenth(lifetimes
         key = jax.random.fold_in(key_learn, n)
         state, _, metrics = learn(key, state, optimizer, n, num_updates)
         rewards.append(metrics["reward"])
-    scores = lifetimes(jnp.tile(theta, (4, 1)), jax.random.key(1), num_updates)
+    scores = score(jnp.tile(theta, (4, 1)), jax.random.key(1), num_updates)
     np.testing.assert_allclose(scores[0], [np.mean(rewards), rewards[-1]], rtol=1e-3)
 
 
-def test_on_an_accelerator_threads_answer_and_a_failure_is_raised(lifetimes, monkeypatch):
-    monkeypatch.setattr(search, "compiled", lambda name, size: {"one": lifetimes}[name])
-    monkeypatch.setattr(search.jax, "default_backend", lambda: "gpu")
+def test_on_an_accelerator_threads_answer_and_a_failure_is_raised(score, monkeypatch):
+    monkeypatch.setattr(lifetimes, "compiled", lambda name, size: {"one": score}[name])
+    monkeypatch.setattr(lifetimes.jax, "default_backend", lambda: "gpu")
     thetas = np.array([with_rate(rate) for rate in (0.0, 1.0, -1.0, 0.5)])
     drawn = [("one", 1, 6), ("one", 2, 4)]
-    with search.start_workers(0) as submit:
-        scores = search.train(thetas, drawn, submit)
+    with lifetimes.start_workers(0) as submit:
+        scores = lifetimes.train(thetas, drawn, submit)
         with pytest.raises(KeyError, match="other"):
-            search.train(thetas, [("other", 1, 6)], submit)
+            lifetimes.train(thetas, [("other", 1, 6)], submit)
     for (_, seed, num_updates), found in zip(drawn, scores, strict=True):
-        expected = lifetimes(jnp.float32(thetas), jax.random.key(seed), num_updates)
+        expected = score(jnp.float32(thetas), jax.random.key(seed), num_updates)
         np.testing.assert_array_equal(found, expected)
 
 
