@@ -72,8 +72,8 @@ def preprocess(g: jax.Array) -> jax.Array:
 def make_l2lgd2(
     cell="lstm", hidden_size=8, readout_layers=(), grad_clip: float | None = 1.0
 ) -> LearnedOptimizer:
-    """L2LGD2, learning to learn by gradient descent by gradient descent (Andrychowicz et al. 2016),
-    in the paper's form: update = -learning_rate exp(o) g."""
+    """L2LGD2 (Andrychowicz et al. 2016, arXiv 1606.04474), in the paper's form:
+    update = -learning_rate exp(o) g."""
 
     def rule(theta, g, state):
         g = clip_and_stop_gradient(g, grad_clip)
