@@ -2,7 +2,7 @@
 
 checkpoint/<number>/state is orbax's, run.json describes the state and the run's arguments, and
 digest is that of both. All are written in <number>.tmp, which is then renamed: a kill at any moment
-leaves no <number> without a digest. What is not of its digest is damaged.
+leaves no <number> without a digest. A checkpoint whose files do not match its digest is damaged.
 """
 
 import dataclasses
@@ -133,6 +133,15 @@ class Checkpoints:
             return state
         runs.fail(f"{self.folder} has no intact checkpoint")
 
+    def restore_if_resumed(self, state: Any) -> Any:
+        """The state to begin with: `state`, or the newest checkpoint of the run to resume, whose
+        config.json then gets the arguments that are new."""
+        if not self.args.resume:
+            return state
+        state = self.restore(state)
+        self.store_args()
+        return state
+
     def store_args(self) -> None:
         """Put arguments that a resumed run was given, as a new length, into its config.json."""
         if jax.process_index() > 0:
@@ -241,10 +250,11 @@ def one_line(what: str, error: Exception) -> OSError:
 
 
 def resumed_args(run_folder: str, given: Any, script: str) -> Any:
-    """The arguments of the run in this folder.
+    """The arguments of the run in this folder. A flag of MAY_CHANGE in `given` that is not at its
+    default replaces the run's.
 
-    Values in `given` that are not the default replace those of MAY_CHANGE. Raises a one-line
-    ValueError if there is no such run of this script, or if another one is not the run's.
+    Raises a one-line ValueError if there is no such run of this script, or if any other flag
+    differs from the run's.
     """
     path, args_class = Path(run_folder) / "config.json", type(given)
     try:

@@ -3,7 +3,7 @@ shows in `with runs.bad_input()`."""
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args, get_origin
 
 import jax
@@ -29,6 +29,12 @@ def not_empty(args: Any, *names: str) -> None:
     for name in names:
         if not getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} must name at least one")
+
+
+def known(flag: str, names: Iterable[str], there: Iterable[str]) -> None:
+    """Raises ValueError if one of these names, given to a flag, is not there."""
+    if unknown := [name for name in names if name not in there]:
+        raise ValueError(f"--{flag}: {unknown[0]!r} is none of {', '.join(there)}")
 
 
 def between(args: Any, low: float, high: float, *names: str) -> None:

@@ -84,7 +84,7 @@ def choose_devices(
             f"--num-units {num_units} must be a multiple of the number of devices ({asked.strip()})"
         )
     connect(num_processes, process_id, coordinator)
-    here = start_devices(num_devices or num_cores())
+    here = start_devices(num_devices or len(cores()))
     if num_devices and num_devices > here:
         raise ValueError(f"--num-devices {num_devices}: there are {here}")
     num_devices = num_devices or max(
@@ -111,11 +111,11 @@ def connect(num_processes: int, process_id: int, coordinator: str) -> None:
             raise ValueError(f"--coordinator {coordinator}: {error}") from None
 
 
-def num_cores() -> int:
-    """The cores of a CPU that this process may use."""
+def cores() -> list[int]:
+    """The numbers of the cores of a CPU that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def start_devices(of_a_cpu: int) -> int:

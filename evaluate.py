@@ -124,7 +124,7 @@ def suite_optimizers(suite: str, env_name: str) -> list[str]:
     shipped = []
     for name in optimizers.pretrained_names():
         header = load_theta(optimizers.theta_path(name))[1]
-        trained_on = header["trained"]["env_name"]
+        trained_on = header["trained"].get("env_name", ())  # others' weights have none
         if len(trained_on) > 1 or (suite == "paper" and env_name in trained_on):
             shipped += [name] if header["optimizer"] == "optim4rl" else [name, f"untrained:{name}"]
     return [*shipped, *Args.optimizers]
@@ -166,6 +166,10 @@ def rates_of(name: str, header: dict | None, env_name: str, args: Args) -> tuple
     return (own or args.learning_rate or tasks.default_rate(env_name, agent, header),)
 
 
+POSITIVE = (
+    "num_seeds sweep_seeds learning_rate learning_rates total_steps num_envs batch_size "
+    "value_layers num_evals"
+).split()
 AGENT_ARGS = (
     "num_seeds seed total_steps num_envs batch_size value_layers grad_clip num_evals"
 ).split()
@@ -190,10 +194,10 @@ def make_learner(args: Args, env_name: str) -> tasks.Learner:
     return learner
 
 
-def train(learner: tasks.Learner, run: Run, rate: float, title: str, interrupted) -> report.Result:
-    """All seeds at one learning rate."""
-    agent, agent_args, env = learner
-    with runs.progress(agent.num_updates(agent_args), title) as bar:
+def train_agents(learner: tasks.Learner, optimizer, title: str, interrupted, *restore) -> dict:
+    """agent.train with a progress bar. -> its history"""
+    agent, args, env = learner
+    with runs.progress(agent.num_updates(args), title) as bar:
 
         def on_update(number, metrics, state):
             # The bar and Ctrl-C follow finished updates, not queued ones.
@@ -201,8 +205,13 @@ def train(learner: tasks.Learner, run: Run, rate: float, title: str, interrupted
             bar.update()
             return interrupted()
 
-        optimizer = optimizers.make_optimizer(run.optimizer, rate)
-        history = agent.train(agent_args, env, optimizer, on_update)
+        return agent.train(args, env, optimizer, on_update, *restore)
+
+
+def train(learner: tasks.Learner, run: Run, rate: float, title: str, interrupted) -> report.Result:
+    """All seeds at one learning rate."""
+    optimizer = optimizers.make_optimizer(run.optimizer, rate)
+    history = train_agents(learner, optimizer, title, interrupted)
     seeds = learner.args.seed + np.arange(learner.args.num_seeds)
     return result(learner, run, rate, *curves(learner, history), seeds)
 
@@ -230,33 +239,23 @@ def sweep(learner: tasks.Learner, run: Run, args: Args, title: str, interrupted)
     learner = learner._replace(args=dataclasses.replace(learner.args, **seeds))
     results = []
     for rate in run.rates:
-        result = train(learner, run, rate, f"{title}, learning rate {rate:g}", interrupted)
+        trained = train(learner, run, rate, f"{title}, learning rate {rate:g}", interrupted)
         if interrupted():
             break
-        results.append(result)
+        results.append(trained)
     return results
 
 
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
-        checks.positive(
-            args,
-            "num_seeds",
-            "sweep_seeds",
-            "learning_rate",
-            "learning_rates",
-            "total_steps",
-            "num_envs",
-        )
-        checks.positive(args, "batch_size", "value_layers", "num_evals")
+        checks.positive(args, *POSITIVE)
         if args.grad_clip is not None:
             checks.grad_clip(args.grad_clip)
         checks.seed(args)
-        if not args.optimizers or not args.env_name or len(set(args.env_name)) < len(args.env_name):
-            raise ValueError(
-                "--optimizers and --env-name must name at least one, and each environment once"
-            )
+        checks.not_empty(args, "optimizers", "env_name")
+        if len(set(args.env_name)) < len(args.env_name):
+            raise ValueError("--env-name must name each environment once")
         args = fill_in(args)
         learners = {name: make_learner(args, name) for name in args.env_name}
         check_used(args, learners)
@@ -287,8 +286,8 @@ def main() -> None:
             report.write_results(folder / "results.csv", results)
             if len(results) == 1:
                 runs.warn_if_long((time.perf_counter() - began) * len(to_run), SHORTER)
-    if results:
-        report.write(folder, results, swept)
+        if results:
+            report.write(folder, results, swept)
     sys.exit(interrupted())
 
 

@@ -82,10 +82,11 @@ def parse(args_class: type, description: str, settings: Callable | None = None) 
     for name, value in vars(args).items():
         if value == "" or isinstance(value, tuple) and "" in value:
             fail(f"--{name.replace('_', '-')} must not be empty")
-    runs_dir = Path(getattr(args, "runs_dir", "."))
-    there = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
-    if not there.is_dir():
-        fail(f"--runs-dir {runs_dir}: {there} is not a folder")
+    with bad_input():  # OSError: a name that is too long, a folder that may not be entered
+        runs_dir = Path(getattr(args, "runs_dir", "."))
+        there = next(path for path in (runs_dir, *runs_dir.parents) if path.exists())
+        if not there.is_dir():
+            raise ValueError(f"--runs-dir {runs_dir}: {there} is not a folder")
     return args
 
 
@@ -311,7 +312,8 @@ class Log:
         before = rows_before(path, number)
         write_whole(path, lambda file: file.write(before.encode()))
         self.file = self.opened.enter_context(open(path, "a", newline=""))  # noqa: SIM115
-        self.events = SummaryWriter(str(self.folder))
+        # Events from this number on, of before a kill, are made again and no longer shown.
+        self.events = SummaryWriter(str(self.folder), purge_step=number if before else None)
         self.opened.callback(self.events.close)
         # The remaining time follows from what is done from here on: not before a resumption.
         self.bar = self.opened.enter_context(progress(self.total, initial=number))

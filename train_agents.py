@@ -1,6 +1,7 @@
 """The command line of a2c.py and ppo.py: train agents with one optimizer, log, keep checkpoints."""
 
 import dataclasses
+import shlex
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -101,6 +102,24 @@ def ended_seeds(state) -> set[int]:
     return set(np.flatnonzero(~np.asarray(state.alive)).tolist())
 
 
+def last_returns(agent: ModuleType, args, history: dict) -> str:
+    """The line that a run ends with: the mean of each seed's last returns, as in evaluate.py; NaN
+    for a seed whose last one is not finite. history: of agent.train"""
+    metric, last = agent.SCORE
+    unit, done = "update", history["return"].shape[1]
+    made = range(done)
+    if agent is ppo:  # one evaluation is before training, and after an interrupt some were not made
+        unit, steps = "evaluation", history["eval_steps"]
+        made = [i for i, at in enumerate(steps) if 0 < at <= done * agent.steps_per_update(args)]
+    if not made:
+        return f"no {unit} yet"
+    returns = np.asarray(history[metric])[:, made[-last:]]
+    final = np.array([np.nanmean(x) if np.isfinite(x[-1]) else np.nan for x in returns])
+    what = f"last {len(made[-last:])} {unit}s" if len(made) > 1 else f"last {unit}"
+    by_seed = ", ".join(f"{x:.5g}" for x in final)
+    return f"mean return of the {what}: {jnp.nanmean(final):.5g} (by seed: {by_seed})"
+
+
 def main(agent: ModuleType) -> None:
     """Train args.num_seeds agents. agent: the module a2c or ppo."""
     args = runs.parse(ARGS[agent], agent.__doc__, partial(flag_defaults, agent=agent))
@@ -114,7 +133,7 @@ def main(agent: ModuleType) -> None:
         folder = runs.run_folder(args, args.env_name, agent.__name__)
         checkpoints = Checkpoints(folder, args)
     print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
-    metric, last = agent.SCORE
+    metric, _ = agent.SCORE
     mean = jnp.nanmean if agent is ppo else jnp.mean  # a seed of PPO's that ended is NaN
     lost: set[int] = set()
 
@@ -131,23 +150,16 @@ def main(agent: ModuleType) -> None:
                     f"seed {args.seed + i}: numbers that are not finite by step {env_steps:,}; "
                     "this seed ends"
                 )
-            checkpoints.save_if_due(number, state, log, interrupted())
-            return interrupted()
+            stop = interrupted()
+            checkpoints.save_if_due(number, state, log, stop)
+            return stop
 
-        restore = checkpoints.restore if args.resume else lambda state: state
-        history = agent.train(args, env, optimizer, on_update, restore)
-    returns = history[metric]
-    made = ~np.isnan(returns).all(axis=0)  # before an interrupt
-    if metric == "eval_return" and made.sum() > 1:
-        made[0] = False  # before training
-    final = returns[:, made][:, -last:].mean(axis=1)
-    what = f"{last} {'evaluations' if metric == 'eval_return' else 'updates'}"
-    print(f"mean return of the last {what}: {mean(final):.5g}", end=" ")
-    print(f"(by seed: {', '.join(f'{x:.5g}' for x in final)})")
+        history = agent.train(args, env, optimizer, on_update, checkpoints.restore_if_resumed)
+    print(last_returns(agent, args, history))
     print(
         f"written: {folder}/config.json, metrics.csv, TensorBoard events "
         f"(tensorboard --logdir {args.runs_dir})"
     )
     if interrupted():
-        print(f"to go on: python {agent.__name__}.py --resume {folder}")
+        print(f"to go on: python {agent.__name__}.py --resume {shlex.quote(str(folder))}")
     sys.exit(interrupted())

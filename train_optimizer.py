@@ -3,8 +3,8 @@ and checkpoints of a run."""
 
 import dataclasses
 import re
+import shlex
 import sys
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -173,27 +173,20 @@ def make_learned(args: Args) -> tuple[LearnedOptimizer, dict]:
     return learned, config
 
 
-def restored(checkpoints: Checkpoints, state: MetaState) -> MetaState:
-    """The newest checkpoint; the run's config.json gets the arguments, of which the number of
-    iterations may be new."""
-    state = checkpoints.restore(state)
-    checkpoints.store_args()
-    return state
-
-
-def summarise(args: Args, folder: Path, state: MetaState, interrupted: int) -> None:
-    """Print the files written and the next command; exit with code 1 after too many bad updates."""
+def summarise(args: Args, folder: Path, state: MetaState, can_resume: bool) -> None:
+    """Print the files written and the next commands; exit with code 1 after too many bad
+    updates."""
     theta_path = folder / "theta.npz"
     if state.bad_updates >= MOST_BAD_UPDATES:
         message = f"{MOST_BAD_UPDATES} meta-gradients in a row were not finite"
         runs.fail(f"{message}; the last good theta is in {theta_path}", code=1)
     print(f"written: {theta_path}, and metrics.csv, config.json and TensorBoard events beside it")
-    if interrupted:
+    if can_resume:
         each = " in each process, with its --process-id" if args.num_processes > 1 else ""
-        print(f"to go on: python pipeline_train.py --resume {folder}{each}")
-    others = f"untrained:{theta_path} sign_sgd adam rmsprop"
-    env_name = args.env_name[0]
-    print(f"next: python evaluate.py --env-name {env_name} --optimizers {theta_path} {others}")
+        print(f"to go on: python pipeline_train.py --resume {shlex.quote(str(folder))}{each}")
+    names = (str(theta_path), f"untrained:{theta_path}", "sign_sgd", "adam", "rmsprop")
+    flags = f"--env-name {args.env_name[0]} --optimizers {shlex.join(names)}"
+    print(f"next: python evaluate.py {flags}")
 
 
 def main() -> None:
@@ -208,7 +201,6 @@ def main() -> None:
         name = "+".join(args.env_name)
         folder = devices.folder_of_all(lambda: runs.run_folder(args, name, "pipeline_train"))
         checkpoints = Checkpoints(folder, args)
-        restore = partial(restored, checkpoints) if args.resume else lambda state: state
     if args.process_id == 0:
         print("\n".join(f"{name:18} {value}" for name, value in dataclasses.asdict(args).items()))
 
@@ -245,9 +237,11 @@ def main() -> None:
                 )
             return stop or row["bad_updates"] >= MOST_BAD_UPDATES
 
-        state = meta_train(args, all_tasks, learned, mesh, on_iteration, restore)
+        state = meta_train(
+            args, all_tasks, learned, mesh, on_iteration, checkpoints.restore_if_resumed
+        )
         save(state)
     stopped = devices.largest_of_processes(interrupted())
     if args.process_id == 0:
-        summarise(args, folder, state, stopped)
+        summarise(args, folder, state, can_resume=stopped and checkpoints.shared)
     sys.exit(stopped)

@@ -7,6 +7,7 @@ write results/ablations.md:
 A table that is not named stays as it is. Rows that are in runs/ablations are not run again.
 """
 
+import contextlib
 import re
 import shlex
 import shutil
@@ -18,8 +19,10 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import checks
 import runs
 import settings
+from figures import report
 
 RUNS = ROOT / "runs" / "ablations"
 MARK = "<!-- experiments/ablations.py writes the tables below this line, and nothing above it. -->"
@@ -76,22 +79,20 @@ def run(script: str, flags: str, folder: Path) -> Path:
 
     Exits as the script does if that fails or is interrupted; it has said why.
     """
-    command = [
-        sys.executable,
-        str(ROOT / f"{script}.py"),
-        *shlex.split(flags),
-        "--runs-dir",
-        str(folder),
-    ]
-    if code := subprocess.run(command, cwd=ROOT).returncode:
-        sys.exit(code)
+    command = [sys.executable, str(ROOT / f"{script}.py"), *shlex.split(flags)]
+    process, code = subprocess.Popen([*command, "--runs-dir", str(folder)]), None
+    while code is None:
+        with contextlib.suppress(KeyboardInterrupt):  # the script stops when its files are whole
+            code = process.wait()
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
     return max(folder.glob(f"*__{script}__*"), key=lambda path: path.stat().st_mtime)
 
 
-def table_rows(folder: Path) -> list[list[str]]:
-    """The rows of an evaluation's table: optimizer, learning rate, return, interval, steps."""
-    lines = (folder / "table.md").read_text().splitlines()[2:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+def cells(result: report.Result) -> list[str]:
+    """learning rate, return, interval"""
+    score, interval = report.score_cells(result)
+    return [f"{result.learning_rate:g}", score + report.lost_note(result), interval]
 
 
 def test_flags(env_name: str, seeds: str = "--num-seeds 10") -> str:
@@ -119,30 +120,30 @@ def variant(title: str, name: str) -> list[list[str]]:
         tested = [str(theta), f"untrained:{theta}"] if with_untrained else [str(theta)]
         flags = f"{test_flags(table.env_name)} --optimizers {shlex.join(tested)}"
         run("evaluate", flags, folder).rename(folder / "tested")
-    rows = table_rows(folder / "tested")
+    results = report.read_results(folder / "tested" / "results.csv")
     names = (name, f"{name}, untrained")
     return [
-        [row, f"`{train}`" if row == name else "", *cells[1:4]]
-        for row, cells in zip(names, rows, strict=False)
+        [row, f"`{train}`" if row == name else "", *cells(result)]
+        for row, result in zip(names, results, strict=False)
     ]
 
 
 def classical(env_name: str) -> list[list[str]]:
     """The classical optimizers, each at its best learning rate."""
-    rows = []
+    results = []
     for name, flags in CLASSICAL.items():
         folder = RUNS / env_name / name
         if not (folder / "tested").exists():
             shutil.rmtree(folder, ignore_errors=True)
             run("evaluate", f"{test_flags(env_name)} {flags}", folder).rename(folder / "tested")
-        rows += table_rows(folder / "tested")
+        results += report.read_results(folder / "tested" / "results.csv")
     names = {
         "sign_sgd": "sign descent, swept",
         "adam": "Adam, swept",
         "rmsprop": "RMSProp, swept",
         "sgd": "SGD, swept",
     }
-    return [[names[cells[0]], "", *cells[1:4]] for cells in rows]
+    return [[names[result.label], "", *cells(result)] for result in results]
 
 
 def write(title: str, rows: list[list[str]]) -> None:
@@ -151,14 +152,12 @@ def write(title: str, rows: list[list[str]]) -> None:
     path = ROOT / "results" / "ablations.md"
     said, _, written = path.read_text().partition(MARK)
     tables = {text.split("\n")[0]: text.strip() for text in written.split("\n## ")[1:]}
-    lines = [
-        "| variant | learning rate | return | 90 % interval | `python pipeline_train.py` with |",
-        "|---|---|---|---|---|",
-    ] + [
-        f"| {name} | {rate} | {score} | {interval} | {train} |"
-        for name, train, rate, score, interval in rows
-    ]
-    tables[title] = f"{title}\n\n" + "\n".join(lines)
+    head = ("variant", "learning rate", "return", "90 % interval")
+    table = report.markdown(
+        (*head, "`python pipeline_train.py` with"),
+        [(name, *row, train) for name, train, *row in rows],
+    )
+    tables[title] = f"{title}\n\n{table}"
     runs.write_text(path, said + MARK + "\n" + "".join(f"\n## {t}\n" for t in tables.values()))
 
 
@@ -171,8 +170,7 @@ class Args:
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
-        if missing := [title for title in args.tables if title not in TABLES]:
-            raise ValueError(f"--tables are {'; '.join(TABLES)}, got {'; '.join(missing)}")
+        checks.known("tables", args.tables, TABLES)
     for title in args.tables:
         table = TABLES[title]
         rows = classical(table.env_name) if table.with_classical else []

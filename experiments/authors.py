@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import a2c
+import checks
 import gridworld
 import optimizers
 import runs
@@ -107,9 +108,11 @@ def counted(env: gridworld.Env, authors_layout: bool) -> gridworld.Env:
 
 def returns_at(env_name: str, optimizer: str, learning_rate: float, steps: list[float]) -> dict:
     """-> {environment steps: returns [seeds], each the mean of the last 20 updates}"""
-    size = {"num_seeds": NUM_SEEDS[env_name]}
     args = tasks.agent_args(
-        env_name.removesuffix("_authors"), total_steps=max(steps), seed=FIRST_SEED, **size
+        env_name.removesuffix("_authors"),
+        total_steps=max(steps),
+        seed=FIRST_SEED,
+        num_seeds=NUM_SEEDS[env_name],
     )
     env = counted(gridworld.make(env_name.removesuffix("_authors")), env_name.endswith("_authors"))
     totals = [np.zeros((2, args.num_seeds))]  # sum and number of returns, after each update
@@ -133,11 +136,9 @@ def returns_at(env_name: str, optimizer: str, learning_rate: float, steps: list[
 def table(ours: dict) -> str:
     """A markdown table. ours: {"environment optimizer learning rate":
     {environment steps: returns [seeds]}}"""
-    rows = [
-        "| environment | optimizer | learning rate | steps | authors' code (seeds) | here (seeds) "
-        "| 90 % interval | lowest, highest seed | here / authors' |",
-        "|---" * 9 + "|",
-    ]
+    head = ("environment", "optimizer", "learning rate", "steps", "authors' code (seeds)")
+    head += ("here (seeds)", "90 % interval", "lowest, highest seed", "here / authors'")
+    rows = []
     for (env_name, optimizer, rate), authors in AUTHORS.items():
         for steps, theirs in authors.items():
             here = np.array(ours.get(f"{env_name} {optimizer} {rate:g}", {}).get(f"{steps:g}", []))
@@ -149,24 +150,19 @@ def table(ours: dict) -> str:
                 f"{rate:g}",
                 f"{steps:.0e}".replace("+0", ""),
                 f"{np.mean(theirs):.3g} ({len(theirs)})",
-            ]
-            cells += [f"{here.mean():.3g} ({len(here)})"]
-            cells += [
+                f"{here.mean():.3g} ({len(here)})",
                 "{:.3g} to {:.3g}".format(*report.bootstrap_interval(here)),
                 f"{here.min():.3g}, {here.max():.3g}",
+                f"{here.mean() / np.mean(theirs):.2f}",
             ]
-            cells += [f"{here.mean() / np.mean(theirs):.2f}"]
-            rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+            rows.append(cells)
+    return report.markdown(head, rows)
 
 
 def main() -> None:
     args = runs.parse(Args, __doc__)
-    if unknown := {*args.env_name} - {*NUM_SEEDS}:
-        known = ", ".join(NUM_SEEDS)
-        runs.fail(
-            f"--env-name {min(unknown)}: not measured with the authors' code; choose from {known}"
-        )
+    with runs.bad_input():
+        checks.known("env-name", args.env_name, NUM_SEEDS)
     ours = json.loads(DATA.read_text()) if DATA.exists() else {}
     for (env_name, optimizer, rate), authors in AUTHORS.items():
         if env_name in args.env_name:

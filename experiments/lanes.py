@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate
 import optimizers
-import runs
 from figures import report
 
 MOST_ENVS = 2**15  # environments of all lanes at once: 20 GB with A2C on a big gridworld
@@ -115,10 +114,9 @@ def train(learner, lanes: list[Lane], title: str, interrupted) -> list[report.Re
 
 def train_some(learner, lanes: list[Lane], title: str, interrupted) -> dict:
     """Train sorted lanes in one program. -> the history of agent.train"""
-    agent, args, env = learner
     # agent.train adds 0, 1, 2, ... to args.seed.
     seeds = np.array([lane.seed for lane in lanes]) - np.arange(len(lanes))
-    args = dataclasses.replace(args, seed=seeds, num_seeds=len(lanes))
+    args = dataclasses.replace(learner.args, seed=seeds, num_seeds=len(lanes))
     optimizer = optimizer_of_lanes(lanes)
     rates = jnp.array([lane.learning_rate for lane in lanes], jnp.float32)
 
@@ -127,14 +125,8 @@ def train_some(learner, lanes: list[Lane], title: str, interrupted) -> dict:
         opt_state = jax.tree.map(jnp.copy, opt_state)  # no buffer twice: they will be donated
         return state._replace(agents=state.agents._replace(opt_state=opt_state))
 
-    with runs.progress(agent.num_updates(args), title) as bar:
-
-        def on_update(number, metrics, state):
-            jax.block_until_ready(metrics)
-            bar.update()
-            return interrupted()
-
-        return agent.train(args, env, optimizer, on_update, set_rates)
+    learner = learner._replace(args=args)
+    return evaluate.train_agents(learner, optimizer, title, interrupted, set_rates)
 
 
 def lanes_of(run: evaluate.Run, rate: float, args: Any, swept: bool = False) -> list[Lane]:

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import devices
 import runs
 from adam4rl import make_adam4rl
 from networks import all_finite
@@ -77,7 +78,9 @@ def score(network_size: int, name: str, thetas, seed: int, num_updates: int) -> 
 
 def prepare(cores) -> None:
     """A worker on a CPU: it has a core of its own, and ends with its parent."""
-    os.sched_setaffinity(0, {cores.get()})
+    core = cores.get()
+    if hasattr(os, "sched_setaffinity"):  # not on macOS
+        os.sched_setaffinity(0, {core})
     runs.cache_programs()
 
     def end_with_parent():
@@ -93,7 +96,7 @@ def start_workers(network_size: int):
     score. On a CPU a process on each core; on an accelerator a thread for each task, so that one
     compiles while another trains."""
     if jax.default_backend() == "cpu":
-        context, cores = multiprocessing.get_context("spawn"), os.sched_getaffinity(0)
+        context, cores = multiprocessing.get_context("spawn"), devices.cores()
         own = context.SimpleQueue()
         for core in cores:
             own.put(core)
@@ -106,16 +109,22 @@ def start_workers(network_size: int):
         pool.shutdown(cancel_futures=True)
 
 
+def flat(theta: dict) -> np.ndarray:
+    """-> [D]"""
+    return np.asarray(ravel_pytree(jax.tree.map(jnp.float32, theta))[0])
+
+
 def train(thetas: np.ndarray, drawn: list[tuple], submit, chunks: int = 1) -> np.ndarray:
-    """thetas: [P, D], trained with in every lifetime drawn; chunks: jobs of each
-    -> scores [drawn, P, 2]"""
+    """Train with every theta in every lifetime drawn, each lifetime split into `chunks` jobs.
+    thetas: [P, D] -> scores [drawn, P, 2]"""
     parts = np.array_split(np.arange(len(thetas)), chunks)
     jobs = [[submit(name, thetas[part], *rest) for part in parts] for name, *rest in drawn]
     return np.array([np.concatenate([job.result() for job in some]) for some in jobs])
 
 
 def ranks(scores: np.ndarray) -> np.ndarray:
-    """-0.5 for the lowest to 0.5 for the highest; equal scores have equal ranks. scores: [P]"""
+    """Half of the share of candidates below minus the share above: from -0.5 to 0.5. Equal scores
+    have equal ranks. scores: [P]"""
     below = np.mean(scores[:, None] > scores, axis=1)
     above = np.mean(scores[:, None] < scores, axis=1)
     return (below - above) / 2

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.stats
-from jax.flatten_util import ravel_pytree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -25,7 +23,8 @@ import checks
 import runs
 import search
 from adam4rl import SIZES, make_adam4rl
-from lifetimes import ranks, start_workers, train
+from figures import report
+from lifetimes import flat, ranks, start_workers, train
 from search_tasks import TASKS, draw
 
 COLUMNS = ("task", "seed", "updates", "candidate", "mean", "last_tenth")
@@ -58,8 +57,7 @@ def candidates(args: Args) -> tuple[dict, int]:
     found = {"theta": theta}
     for group in args.without:
         parts = group.split("+")
-        if unknown := [part for part in parts if part not in theta]:
-            raise ValueError(f"{unknown[0]!r} is none of {', '.join(theta)}")
+        checks.known("without", parts, theta)
         found[f"without {group}"] = theta | {part: adam[part] for part in parts}
     for path in args.others:
         found[path], other_size, _ = search.load(path)
@@ -88,26 +86,25 @@ def main() -> None:
         checks.positive(args, "repeats")
         checks.seed(args)
         checks.not_empty(args, "tasks")
-        for name in args.tasks:
-            if name not in TASKS:
-                raise ValueError(f"{name!r} is none of {', '.join(TASKS)}")
+        checks.known("tasks", args.tasks, TASKS)
         found, size = candidates(args)
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(args.seed)
     drawn = [draw(rng, task) for _ in range(args.repeats) for task in args.tasks]
-    flat = [ravel_pytree(jax.tree.map(jnp.float32, theta))[0] for theta in found.values()]
     with start_workers(size) as submit:
-        scores = train(np.array(flat), drawn, submit)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        scores = train(np.array([flat(theta) for theta in found.values()]), drawn, submit)
     rows = [
         (*lifetime, name, *score)
         for lifetime, some in zip(drawn, scores, strict=True)
         for name, score in zip(found, some, strict=True)
     ]
     runs.write_csv(Path(f"{args.out}.csv"), COLUMNS, rows)
-    lines = ["| | mean rank | theta is better: mean | last tenth | p |", "|---|---|---|---|---|"]
-    for name, row in zip(found, compare(scores), strict=True):
-        lines.append("| {} | {:.3f} | {:.0%} | {:.0%} | {:.2g} |".format(name, *row))
-    table = "\n".join(lines)
+    head = ("", "mean rank", "theta is better: mean", "last tenth", "p")
+    formats = ("{}", "{:.3f}", "{:.0%}", "{:.0%}", "{:.2g}")
+    rows = [(name, *row) for name, row in zip(found, compare(scores), strict=True)]
+    table = report.markdown(
+        head, [[f.format(x) for f, x in zip(formats, row, strict=True)] for row in rows]
+    )
     runs.write_text(Path(f"{args.out}.md"), table)
     print(table)
     print(f"written: {args.out}.csv, {args.out}.md")

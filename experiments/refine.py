@@ -24,7 +24,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -33,7 +32,7 @@ import optimizers
 import runs
 import search
 from adam4rl import SIZES
-from lifetimes import fitness, start_workers, train
+from lifetimes import fitness, flat, start_workers, train
 from search_tasks import TASKS, draw
 
 OFFSETS = (-1.0, -0.5, 0.0, 0.5, 1.0)
@@ -84,35 +83,41 @@ def begin(args: Args) -> tuple[dict, dict]:
     numbers = [number for group in args.numbers for number in group.split("+")]
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"--numbers must name each once, got {' '.join(args.numbers)}")
-    for what, known in ((numbers, NUMBERS), (args.tasks, TASKS)):
-        for name in what:
-            if name not in known:
-                raise ValueError(f"{name!r} is none of {', '.join(known)}")
+    checks.known("numbers", numbers, NUMBERS)
+    checks.known("tasks", args.tasks, TASKS)
     theta, size, trained = search.load(args.theta)
     if size:
         raise ValueError(f"{args.theta} has a network; refine.py is for a theta without")
     return {name: np.array(x, float) for name, x in theta.items()}, trained
 
 
-def read_rows(log: Path, start: str) -> list[dict]:
-    """What was logged before. Raises a one-line ValueError for a file of another start, or that is
-    not this script's."""
+def read_rows(log: Path, args: Args) -> list[dict]:
+    """What was logged before, without a line that a kill cut off. Raises a one-line ValueError for
+    a file that was begun with other arguments, or that is not this script's."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
     try:
-        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        if all(row["start"] == start and places(search.SCALES, row["numbers"]) for row in rows):
-            return rows
-    except (ValueError, KeyError, TypeError) as error:
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        changed = {key for row in rows for key, x in given(args).items() if row["given"][key] != x}
+        for row in rows:
+            places(search.SCALES, row["numbers"])
+    except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{log}: not a log of refine.py ({error}); another --out") from None
-    raise ValueError(f"{log} starts at another theta than {start}; another --out")
+    if changed:
+        raise ValueError(
+            f"{log} was begun with another --{min(changed)}; give that or another --out"
+        )
+    return rows
+
+
+def given(args: Args) -> dict:
+    """The arguments that a log belongs to, as JSON has them."""
+    names = ("theta", "tasks", "repeats", "step", "least", "seed")
+    return json.loads(json.dumps({name: getattr(args, name) for name in names}))
 
 
 def places(theta: dict, group: str) -> list[tuple[np.ndarray, int]]:
     """-> for each number of the group the array of theta that holds it, and where"""
     return [(theta[name], int(i)) for name, i in (number.split(".") for number in group.split("+"))]
-
-
-def flat(theta: dict) -> np.ndarray:
-    return np.asarray(ravel_pytree(jax.tree.map(jnp.float32, theta))[0])
 
 
 def put(theta: dict, group: str, values) -> dict:
@@ -139,8 +144,8 @@ def refine(args: Args, theta: dict, group: str, submit) -> tuple[dict, dict]:
     differs = np.any(np.ptp(scores, axis=1) > 0, axis=-1)  # not so if the task has no such tensor
     ranks = fitness(scores[differs]) if differs.any() else np.zeros(len(values))
     best = middle + args.step * scale * best_offsets(offsets, ranks, args.least)
-    row = {"start": args.theta, "numbers": group, "from": middle.tolist(), "value": best.tolist()}
-    row |= {"ranks": ranks.tolist(), "seconds": time.monotonic() - began, "step": args.step}
+    row = {"given": given(args), "numbers": group, "from": middle.tolist(), "value": best.tolist()}
+    row |= {"ranks": ranks.tolist(), "seconds": time.monotonic() - began}
     lifetimes = zip(drawn, scores.tolist(), strict=True)
     row["tasks"] = [(task, num_updates, score) for (task, _, num_updates), score in lifetimes]
     return put(theta, group, best), row
@@ -153,16 +158,16 @@ def main() -> None:
         checks.seed(args)
         theta, trained = begin(args)
         out, log = Path(f"{args.out}.npz"), Path(f"{args.out}.jsonl")
-        rows = read_rows(log, args.theta)
-    log.parent.mkdir(parents=True, exist_ok=True)
+        rows = read_rows(log, args)
+        log.parent.mkdir(parents=True, exist_ok=True)
     for row in rows:
         theta = put(theta, row["numbers"], row["value"])
     done = [row["numbers"] for row in rows]
     with start_workers(0) as submit:
         for group in (group for group in args.numbers if group not in done):
             theta, row = refine(args, theta, group, submit)
-            with open(log, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            rows.append(row)
+            runs.write_text(log, "\n".join(map(json.dumps, rows)))
             shown = [" ".join(f"{x:.2f}" for x in row[key]) for key in ("from", "value", "ranks")]
             print("{}: {} -> {}; ranks {}".format(group, *shown), flush=True)
             done.append(group)

@@ -13,8 +13,8 @@ The network on top is searched from what was found without it:
     python experiments/search.py --theta runs/adam4rl.npz --network-size 8 --out runs/network
 
 Writes OUT.npz (theta: the mean of the distribution, averaged over the last third of all
-generations, as one generation is mostly chance) and OUT.jsonl (a line a generation), and continues
-from OUT.pkl if it is there.
+generations, as one generation is mostly chance), OUT.jsonl (a line a generation) and OUT.pkl, from
+which the same command continues.
 """
 
 import json
@@ -32,7 +32,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from tqdm import tqdm
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checks
 import optimizers
@@ -138,55 +138,73 @@ def generation(strategy, drawn: list[tuple], written, space: Space, submit) -> d
     ranked = fitness(scores)
     strategy.tell(candidates, list(-ranked[: len(candidates)]))
     row = {"rank of theta": ranked[-2], "rank of adam": ranked[-1]}
-    for (name, *_), found in zip(drawn, scores, strict=True):
-        row[name] = {"theta": found[-2].tolist(), "adam": found[-1].tolist()}
-        row[name]["median"] = np.median(found[:-2], axis=0).tolist()
+    for (name, _, num_updates), found in zip(drawn, scores, strict=True):
+        median = np.median(found[:-2], axis=0)
+        row[f"{name}, {num_updates} updates"] = {
+            "theta": found[-2].tolist(),
+            "adam": found[-1].tolist(),
+            "median": median.tolist(),
+        }
     return row
 
 
-def begin(args: Args, space: Space, state: Path) -> tuple:
-    """-> the strategy, the generator and the deck of tasks, the means so far; those in the file
-    `state`, which this script wrote on this machine, if it is there. Raises a one-line ValueError
-    if cma is missing, or the file is of a search with other arguments."""
+def begin(args: Args, space: Space) -> tuple:
+    """-> the strategy, the generator and the deck of tasks, the means and the rows so far. Raises a
+    one-line ValueError if cma is missing, or as `resume` does."""
     try:
         import cma
     except ImportError:
         raise ValueError("the search needs the package cma: pip install cma") from None
+    if Path(f"{args.out}.pkl").exists():
+        return resume(args, space)
     numbers = np.count_nonzero(space.scale)
-    if state.exists():
-        begun_with, *found = pickle.loads(state.read_bytes())
-        for name, value in begun_with.items():
-            if name not in ("out", "generations") and value != getattr(args, name):
-                flag = name.replace("_", "-")
-                raise ValueError(
-                    f"{state} was begun with --{flag} {value}; give that, or another --out"
-                )
-        return tuple(found)
     options = {"popsize": args.population, "seed": args.seed, "verbose": -9}
     options["CMA_diagonal"] = args.network_size > 0
     strategy = cma.CMAEvolutionStrategy(np.zeros(numbers), args.spread, options)
-    return strategy, np.random.default_rng(args.seed), [], [np.zeros(numbers)]
+    return strategy, np.random.default_rng(args.seed), [], [np.zeros(numbers)], []
 
 
-def save(args: Args, space: Space, generations: int, mean: np.ndarray) -> None:
-    """Write the theta of a point of the search."""
-    theta = space.unflatten(jnp.float32(space.thetas(mean[None])[0]))
-    trained = {"env_name": list(TASKS), "seed": args.seed, "generations": generations}
+def resume(args: Args, space: Space) -> tuple:
+    """What `save` wrote into OUT.pkl. Raises a one-line ValueError for a file that is not this
+    script's, or of a search with other arguments or from another theta."""
+    path = f"{args.out}.pkl"
+    try:
+        begun_with, start, *found = pickle.loads(Path(path).read_bytes())
+    except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not of search.py ({error}); give another --out") from None
+    for name, value in begun_with.items():
+        if name not in ("out", "generations") and value != getattr(args, name):
+            flag = name.replace("_", "-")
+            raise ValueError(f"{path} was begun with --{flag} {value}; give that, or another --out")
+    if not np.array_equal(start, space.start):
+        raise ValueError(f"{args.theta} has changed since {path} was begun; give another --out")
+    return tuple(found)
+
+
+def save(args: Args, space: Space, strategy, rng, deck: list, means: list, rows: list) -> None:
+    """Write OUT.npz, OUT.pkl and OUT.jsonl."""
+    theta = space.unflatten(jnp.float32(space.thetas(late_mean(means)[None])[0]))
+    trained = {"env_name": list(TASKS), "seed": args.seed, "generations": len(rows)}
     trained |= {"population": args.population, "start": args.theta}
-    config, path = {"network_size": args.network_size}, f"{args.out}.npz"
-    optimizers.save_theta(path, theta, "adam4rl", config, trained)
+    config = {"network_size": args.network_size}
+    optimizers.save_theta(f"{args.out}.npz", theta, "adam4rl", config, trained)
+    found = pickle.dumps((vars(args), space.start, strategy, rng, deck, means, rows))
+    runs.write_whole(f"{args.out}.pkl", lambda file: file.write(found))
+    runs.write_text(f"{args.out}.jsonl", "\n".join(map(json.dumps, rows)))
 
 
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
-        checks.positive(args, "generations", "population", "tasks_per_generation", "spread")
+        checks.positive(args, "generations", "population", "tasks_per_generation", "spread", "seed")
         checks.seed(args)
         if args.only_network and not args.network_size:
             raise ValueError("--only-network needs a --network-size")
-        space, state = search_space(args), Path(f"{args.out}.pkl")
-        strategy, rng, deck, means = begin(args, space, state)
-    state.parent.mkdir(parents=True, exist_ok=True)
+        if args.theta and Path(args.theta) == Path(f"{args.out}.npz"):
+            raise ValueError(f"--theta {args.theta} would be overwritten: give another --out")
+        space = search_space(args)
+        strategy, rng, deck, means, rows = begin(args, space)
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=args.generations, initial=strategy.countiter, unit="generation")
     with start_workers(args.network_size) as submit:
         while strategy.countiter < args.generations:
@@ -196,14 +214,10 @@ def main() -> None:
             drawn = [draw(rng, name) for name in names]
             row = generation(strategy, drawn, late_mean(means), space, submit)
             means.append(np.array(strategy.mean))
-            row = {"generation": strategy.countiter, "sigma": strategy.sigma, **row}
+            rows.append({"generation": strategy.countiter, "sigma": strategy.sigma, **row})
             bar.set_postfix({name: round(row[name], 2) for name in row if name.startswith("rank")})
             bar.update()
-            with open(f"{args.out}.jsonl", "a") as log:
-                log.write(json.dumps(row) + "\n")
-            save(args, space, strategy.countiter, late_mean(means))
-            found = pickle.dumps((vars(args), strategy, rng, deck, means))
-            runs.write_whole(state, lambda file, found=found: file.write(found))
+            save(args, space, strategy, rng, deck, means, rows)
     bar.close()
     print(f"written: {args.out}.npz, {args.out}.jsonl; more --generations continue it")
     print(f"next: python experiments/parts.py --theta {args.out}.npz")

@@ -102,7 +102,6 @@ def mixed(env: ppo.Env, obs_size: int) -> ppo.Env:
     return env._replace(reset=reset, step=step, obs_size=obs_size)
 
 
-SMALL = [gridworld.GRIDS[f"small_{name}"] for name in ("dense_short", "sparse_long", "dense_long")]
 # As on Brax: short rollouts, a deep critic, rewards scaled by 10. Some of these lifetimes are long:
 # else a large number of updates and a deep network would mean the same.
 DEEP = {"policy_layers": (32,) * 4, "value_layers": (64,) * 5, "num_envs": 128}
@@ -114,9 +113,10 @@ UNCLIPPED = {"grad_clip": math.inf}  # on some tasks, as it may be where theta i
 SQUARE, OBLONG = gridworld.Grid(5, 5, 2, 0.2, 100), gridworld.Grid(5, 6, 2, 0.3, 200)
 MOVING = gridworld.Grid(6, 8, 2, 0.05, 200)
 TASKS = {
-    "small_dense_short": SearchTask(partial(a2c_on, SMALL[0], 512), "return", 120, 400),
-    "small_sparse_long": SearchTask(partial(a2c_on, SMALL[1], 512), "return", 120, 400),
-    "small_dense_long": SearchTask(partial(a2c_on, SMALL[2], 512), "return", 120, 400),
+    **{
+        name: SearchTask(partial(a2c_on, gridworld.GRIDS[name], 512), "return", 120, 400)
+        for name in ("small_dense_short", "small_sparse_long", "small_dense_long")
+    },
     "5 x 5": SearchTask(partial(a2c_on, SQUARE, 128, hidden_size=64), "return", 200, 800),
     "5 x 6, convolution": SearchTask(
         partial(a2c_on, OBLONG, 512, conv_filters=16), "return", 120, 240

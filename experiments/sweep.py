@@ -4,11 +4,12 @@
 
 Meta-trains Optim4RL at every meta-learning rate, with the task's learning rate of agents; then at
 the best meta-learning rate with every other learning rate of agents. Each theta is tested with
-seeds that no result shows. Writes runs/sweep/ENV.csv, the best first; with
---num-units ENV_UNITS.csv. What was run is not run again and what was interrupted continues, so the
-same command continues a sweep.
+seeds that no result shows. Writes runs/sweep/ENV.csv, the best first (with --num-units:
+ENV_UNITS.csv); a setting whose meta-training or agents diverge has -inf. What was run is not run
+again and what was interrupted continues, so the same command continues a sweep.
 """
 
+import csv
 import shlex
 import sys
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ sys.path.insert(0, str(ROOT))
 import checks
 import runs
 import tasks
+import train_optimizer
+from figures.compare import scores_of
 from figures.report import read_results
 
 OUT = ROOT / "runs" / "sweep"
@@ -43,24 +46,46 @@ class Args:
     """devices, as in pipeline_train.py; 1 leaves a core free for another sweep"""
 
 
-def meta_train(flags: str, folder: Path) -> Path:
-    """Meta-train in this folder, or continue there. -> theta.npz"""
+def meta_train(flags: str, folder: Path) -> Path | None:
+    """Meta-train in this folder, or continue there. -> theta.npz; None if it diverges"""
     theta = folder / "theta.npz"  # a run that is interrupted writes its own theta, too
-    if not theta.exists():
-        for begun in sorted(folder.glob("*__pipeline_train__*"))[-1:]:
-            if any(path.name.isdigit() for path in (begun / "checkpoint").glob("*")):
-                flags = f"--resume {shlex.quote(str(begun))}"
+    if theta.exists():
+        return theta
+    if diverged(folder):
+        return None
+    for begun in sorted(folder.glob("*__pipeline_train__*"))[-1:]:
+        if any(path.name.isdigit() for path in (begun / "checkpoint").glob("*")):
+            flags = f"--resume {shlex.quote(str(begun))}"
+    try:
         (run("pipeline_train", flags, folder) / "theta.npz").rename(theta)
+    except SystemExit:
+        if not diverged(folder):
+            raise
+        return None
     return theta
 
 
-def test(theta: Path, args: Args, learning_rate: float, folder: Path) -> list[float]:
-    """-> the return over all of training, and at the end: the means of SEEDS"""
+def diverged(folder: Path) -> bool:
+    """Whether the meta-training there ended because its meta-gradients were not finite."""
+    for log in folder.glob("*__pipeline_train__*/metrics.csv"):
+        with open(log, newline="") as file:
+            bad_updates = [row["bad_updates"] for row in csv.DictReader(file)]
+        if bad_updates and float(bad_updates[-1]) >= train_optimizer.MOST_BAD_UPDATES:
+            return True
+    return False
+
+
+def test(theta: Path | None, args: Args, learning_rate: float, folder: Path) -> list[float]:
+    """-> the return over all of training, and at the end: the means of SEEDS, -inf if one is
+    lost"""
+    if theta is None:
+        return [-np.inf, -np.inf]
     if not (found := sorted(folder.glob("*__evaluate__*/table.md"))):
         flags = f"{test_flags(args.env_name, SEEDS)} --optimizers {shlex.quote(str(theta))}"
         found = [run("evaluate", f"{flags} --learning-rate {learning_rate:g}", folder) / "table.md"]
     (result,) = read_results(found[-1].parent / "results.csv")
-    return [float(np.nanmean(result.returns)), result.score()]
+    scores = scores_of(result)
+    return [scores.mean.mean(), scores.final.mean()]
 
 
 def suffix(args: Args) -> str:
@@ -78,7 +103,7 @@ def row(args: Args, meta_learning_rate: float, learning_rate: float) -> tuple:
             flags += f" --{name.replace('_', '-')} {getattr(args, name)}"
     theta = meta_train(flags, folder)
     scores = test(theta, args, learning_rate, folder)
-    return meta_learning_rate, learning_rate, *scores, theta.relative_to(ROOT)
+    return meta_learning_rate, learning_rate, *scores, theta.relative_to(ROOT) if theta else "-"
 
 
 def write(path: Path, rows: list) -> None:

@@ -10,6 +10,8 @@ what is there is replaced (new weights). Then draws all of scores.csv, as figure
 An accelerator trains all optimizers of a task in one program (lanes.py).
 """
 
+import contextlib
+import fcntl
 import math
 import os
 import shlex
@@ -86,7 +88,7 @@ class Args:
     num_seeds: int = 10
     """agents of each pair"""
     total_steps: float | None = None
-    """environment steps of each agent, for an --out of their own; by default as many as two cores
+    """environment steps of each agent; needs an --out of its own. Default: as many as two cores
     can run (TASKS)"""
     learning_rates: tuple[float, ...] = ()
     """of the sweep; by default the task's. Muon has ten times these"""
@@ -103,8 +105,7 @@ def pairs(args: Args) -> dict:
     task without a size here or an optimizer that cannot be made."""
     found = {}
     for env_name in args.env_name:
-        if env_name not in TASKS:
-            raise ValueError(f"{env_name}: not a task of the table; it has {', '.join(TASKS)}")
+        checks.known("env-name", [env_name], TASKS)
         sizes, rates = TASKS[env_name]
         sizes = sizes | ({"total_steps": args.total_steps} if args.total_steps else {})
         names = [
@@ -117,6 +118,8 @@ def pairs(args: Args) -> dict:
                 given["learning_rates"] = tuple(swept)
             given = evaluate.Args(**given, **sizes)
             (row,) = evaluate.plan(given)
+            if (env_name, row.label) in found:
+                raise ValueError(f"{name}: two of the --optimizers are called {row.label!r}")
             found[env_name, row.label] = given
     return found
 
@@ -178,6 +181,17 @@ def stored(path: Path) -> dict:
     return {(s.env_name, s.label): s for s in scores}
 
 
+@contextlib.contextmanager
+def alone(folder: Path):
+    """Other processes wait here until this one leaves."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
@@ -187,13 +201,13 @@ def main() -> None:
         path = Path(args.out) / "scores.csv"
         there = stored(path)
         todo = {key: given for key, given in pairs(args).items() if args.again or key not in there}
-    path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
 
     def add(folder):
         (found,) = compare.read((str(folder),)).values()
-        # What is there now: another table.py may have added to it.
-        scores = stored(path) | {(s.env_name, s.label): s for s in found}
-        compare.write_scores(path, [*scores.values()])
+        with alone(path.parent):  # another table.py may add to it
+            scores = stored(path) | {(s.env_name, s.label): s for s in found}
+            compare.write_scores(path, [*scores.values()])
 
     evaluate_pairs = one_by_one if jax.default_backend() == "cpu" else in_one_program
     evaluate_pairs(todo, add)

@@ -10,8 +10,10 @@ Legend: B images of a minibatch.
 
 import gzip
 import hashlib
+import http.client
 import struct
 import urllib.request
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,7 +49,7 @@ def read_idx(path: Path) -> np.ndarray:
             raise ValueError("it does not begin as a file of bytes does")
         shape = struct.unpack(f">{dimensions}I", data[4 : 4 + 4 * dimensions])
         return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-    except (OSError, EOFError, ValueError, struct.error) as error:
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise ValueError(f"{path}: not an IDX file ({error})") from None
 
 
@@ -60,7 +62,7 @@ def download(name: str, folder: Path) -> Path:
         try:
             with urllib.request.urlopen(f"{mirror}{name}.gz", timeout=10) as response:
                 data = response.read()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:  # also one cut off
             reasons.append(f"{mirror}: {error}")
             continue
         if hashlib.md5(data, usedforsecurity=False).hexdigest() == FILES[name]:

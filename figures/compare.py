@@ -131,14 +131,18 @@ def cell(values: np.ndarray, digits: int = 4, with_interval: bool = True) -> str
 
 
 def verdict(scores: list[Scores], of: str, kind: str) -> str:
-    """Whether `of` is above, level with, or below the best classical optimizer: level if the 90 %
-    interval of their difference, seed by seed, has 0 in it."""
+    """Whether `of` is above, level with, or below the best classical optimizer. Above is the one
+    that loses fewer seeds; else level if the 90 % interval of their difference, seed by seed, has 0
+    in it, or fewer than two seeds are left."""
     ours, theirs = next(s for s in scores if s.label == of), best_classical(scores, kind)
     _, i, j = np.intersect1d(ours.seeds, theirs.seeds, return_indices=True)
-    differences = getattr(ours, kind)[i] - getattr(theirs, kind)[j]
-    if not np.isfinite(differences).all():  # seeds are lost
-        return "above" if differences.mean() == np.inf else "below"
-    low, high = paired_interval(differences)
+    x, y = getattr(ours, kind)[i], getattr(theirs, kind)[j]
+    if more := np.sum(np.isinf(x)) - np.sum(np.isinf(y)):
+        return "below" if more > 0 else "above"
+    both = np.isfinite(x) & np.isfinite(y)
+    if both.sum() < 2:
+        return "level"
+    low, high = paired_interval(x[both] - y[both])
     return "above" if low > 0 else "below" if high < 0 else "level"
 
 
@@ -164,11 +168,7 @@ def verdicts(by_env: dict, of: str, held_out: tuple = ()) -> list[str]:
 def summary(by_env: dict, of: str, held_out: tuple = ()) -> str:
     """A row for each environment, marked * if held out: the final returns of `of`, of its untrained
     form, of Adam and of the best classical optimizer, where they are there."""
-    short = report.short(of)
-    rows = [
-        f"| task | `{short}` | `{short}` untrained | Adam | best classical | `{short}` is |",
-        "|---" * 6 + "|",
-    ]
+    short, rows = report.short(of), []
     for name, scores in by_env.items():
         best, by_label = best_classical(scores, "final"), {s.label: s for s in scores}
         untrained = of.replace("(trained)", "(untrained)")
@@ -176,20 +176,26 @@ def summary(by_env: dict, of: str, held_out: tuple = ()) -> str:
         for label in (untrained, "adam"):
             cells.append(cell(by_label[label].final, 3, False) if label in by_label else "-")
         cells += [f"{cell(best.final, 3)} `{best.label}`", verdict(scores, of, "final")]
-        mark = "*" if name in held_out else ""
-        rows.append(f"| {name}{mark} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+        rows.append((f"{name}*" if name in held_out else name, *cells))
+    head = ("task", f"`{short}`", f"`{short}` untrained", "Adam", "best classical")
+    return report.markdown((*head, f"`{short}` is"), rows)
 
 
 def table(by_env: dict, of: str, held_out: tuple = ()) -> str:
     parts = ["\n".join(verdicts(by_env, of, held_out)), summary(by_env, of, held_out)]
     for name, scores in by_env.items():
-        rows = [f"### {name}, {max(len(s.final) for s in scores)} seeds", ""]
-        rows += ["| optimizer | learning rate | final return | mean return |", "|---" * 4 + "|"]
-        for s in sorted(scores, key=lambda s: -s.final.mean()):
-            label = f"**{s.label}**" if s.label == of else s.label
-            rows.append(f"| {label} | {s.learning_rate:g} | {cell(s.final)} | {cell(s.mean)} |")
-        parts.append("\n".join(rows))
+        rows = [
+            (
+                f"**{s.label}**" if s.label == of else s.label,
+                f"{s.learning_rate:g}",
+                cell(s.final),
+                cell(s.mean),
+            )
+            for s in sorted(scores, key=lambda s: -s.final.mean())
+        ]
+        head = ("optimizer", "learning rate", "final return", "mean return")
+        title = f"### {name}, {max(len(s.final) for s in scores)} seeds"
+        parts += [title, report.markdown(head, rows)]
     return "\n\n".join(parts)
 
 
@@ -197,8 +203,7 @@ def draw(path: Path, by_env: dict, of: str) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(12, 5.5), layout="constrained")
     draw_probabilities(axes[0], by_env, of)
     draw_profiles(axes[1], by_env, of)
-    runs.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
-    plt.close(figure)
+    report.save_figure(figure, path, dpi=100)
 
 
 def draw_probabilities(axis, by_env: dict, of: str) -> None:
@@ -345,8 +350,8 @@ def main() -> None:
         for name, scores in by_env.items():
             if needs := missing(scores, args.of):
                 raise ValueError(f"{name}: needs {needs}; has {', '.join(s.label for s in scores)}")
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
     write_scores(out / "scores.csv", [s for scores in by_env.values() for s in scores])
     write(out, by_env, args.of, args.held_out)
 

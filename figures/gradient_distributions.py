@@ -34,7 +34,7 @@ import gridworld
 import optimizers
 import runs
 import tasks
-from figures import classifier
+from figures import classifier, report
 
 matplotlib.use("Agg")  # needs no screen
 import matplotlib.pyplot as plt
@@ -210,8 +210,7 @@ def draw(path: Path, layers: list[str], counts: np.ndarray, title: str) -> None:
     figure.suptitle(title, fontsize="medium")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(STAGES))
-    runs.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    plt.close(figure)
+    report.save_figure(figure, path, dpi=120)
 
 
 def checked_updates(args: Args, optimizer: optax.GradientTransformation) -> int:
@@ -266,12 +265,9 @@ def main() -> None:
             f"{name}, {args.optimizer} {args.learning_rate:g}: "
             f"first, middle and last tenth of {total} updates"
         )
+        columns = ("stage", "of", "layer", "log10_from", "count")
+        runs.write_csv(folder / "distributions.csv", columns, csv_rows(*count))
         draw(folder / "distributions.png", *count, title)
-        runs.write_csv(
-            folder / "distributions.csv",
-            ("stage", "of", "layer", "log10_from", "count"),
-            csv_rows(*count),
-        )
     print(f"written: {folder}/distributions.png, distributions.csv (counts by bin), config.json")
     sys.exit(interrupted())
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import optimizers
 import runs
+from figures import report
 
 matplotlib.use("Agg")  # needs no screen
 import matplotlib.pyplot as plt
@@ -110,10 +111,7 @@ def inspect(path: str, out: Path) -> list[tuple]:
     figure.legend(
         *grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(looks)
     )
-    runs.write_whole(
-        out / "inspection.png", lambda file: figure.savefig(file, format="png", dpi=120)
-    )
-    plt.close(figure)
+    report.save_figure(figure, out / "inspection.png", dpi=120)
     return rows
 
 
@@ -123,8 +121,10 @@ def main() -> None:
         optimizers.load_learned(args.optimizer)
         folder = runs.make_folder(args.runs_dir, Path(args.optimizer).stem, "inspection", 0, args)
     columns = ("optimizer", "gradients", "magnitude", "update_over_learning_rate")
-    runs.write_csv(folder / "inspection.csv", columns, inspect(args.optimizer, folder))
+    with runs.interruptible() as interrupted:
+        runs.write_csv(folder / "inspection.csv", columns, inspect(args.optimizer, folder))
     print(f"written: {folder}/inspection.png, inspection.csv")
+    sys.exit(interrupted())
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import pipeline_train
 import runs
 import tasks
 import train_optimizer
+from figures import report
 from figures.inspection import steps_of
 from optim4rl import to_optax
 
@@ -114,8 +115,7 @@ def draw(path: Path, rows: list[tuple], title: str) -> None:
     axis.set(yscale="log", xlabel="meta-iteration", ylabel="step", title=title)
     axis.grid(alpha=0.3, which="both")
     axis.legend(frameon=False, fontsize="small")
-    runs.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
-    plt.close(figure)
+    report.save_figure(figure, path, dpi=100)
 
 
 def main() -> None:
@@ -136,7 +136,7 @@ def main() -> None:
             if not interrupted():
                 rows += watch(given, set_up, mesh, args.every, interrupted)
                 runs.write_csv(folder / "learned_step.csv", COLUMNS, rows)
-    draw(folder / "learned_step.png", rows, f"{args.env_name}: the learned step")
+        draw(folder / "learned_step.png", rows, f"{args.env_name}: the learned step")
     print(f"written: {folder}/learned_step.png, learned_step.csv, config.json")
     sys.exit(interrupted())
 

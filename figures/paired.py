@@ -19,7 +19,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import runs
-from figures import compare
+from figures import compare, report
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ def table(found: dict, of: str) -> str:
         labels = ", ".join(dict.fromkeys(label for _, label, _ in found))
         raise ValueError(f"--of {of!r}: no seeds in common with another; there are {labels}")
     head = ("task", f"{of} at", "minus", "seeds", "difference (90 % interval)", "p")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    return "\n".join(lines + [f"| {' | '.join(cells)} |" for cells in rows])
+    return report.markdown(head, rows)
 
 
 def main() -> None:

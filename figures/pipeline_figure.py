@@ -27,6 +27,7 @@ import devices
 import pipeline_train
 import runs
 import train_optimizer
+from figures import report
 
 matplotlib.use("Agg")  # needs no screen
 import matplotlib.pyplot as plt
@@ -88,9 +89,10 @@ def draw(path: Path, all_seen: dict, title: str) -> None:
     )
     sizes = {pipeline: np.array(seen.sizes) for pipeline, seen in all_seen.items()}  # [T, N]
     oldest = max(np.max(seen.ages) for seen in all_seen.values())
+    # NaN: a unit that is not finite, until its reset in the next iteration.
     limits = (
-        min(np.min(x) for x in sizes.values()) - 0.1,
-        max(np.max(x) for x in sizes.values()) + 0.1,
+        min(np.nanmin(x) for x in sizes.values()) - 0.1,
+        max(np.nanmax(x) for x in sizes.values()) + 0.1,
     )
     for (left, right), (pipeline, seen) in zip(grid, all_seen.items(), strict=True):
         ages = np.array(seen.ages).T
@@ -103,12 +105,12 @@ def draw(path: Path, all_seen: dict, title: str) -> None:
         figure.colorbar(image, ax=left, label="iterations since its start")
         numbers = np.arange(len(sizes[pipeline]))
         for inner, shade in ((90, "0.85"), (50, "0.6")):
-            edges = np.percentile(sizes[pipeline], (50 - inner / 2, 50 + inner / 2), axis=1)
+            edges = np.nanpercentile(sizes[pipeline], (50 - inner / 2, 50 + inner / 2), axis=1)
             right.fill_between(
                 numbers, *edges, color=shade, linewidth=0, label=f"{inner} % of the units"
             )
         right.plot(
-            numbers, np.median(sizes[pipeline], axis=1), color="0.0", linewidth=1, label="median"
+            numbers, np.nanmedian(sizes[pipeline], axis=1), color="0.0", linewidth=1, label="median"
         )
         right.set(
             title=f"{TITLES[pipeline]}: size of gradients",
@@ -120,8 +122,7 @@ def draw(path: Path, all_seen: dict, title: str) -> None:
     figure.suptitle(title, fontsize="medium")
     handles, labels = grid[0, 1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower right", ncols=3, fontsize="small")
-    runs.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
-    plt.close(figure)
+    report.save_figure(figure, path, dpi=110)
 
 
 def csv_rows(all_seen: dict) -> list[tuple]:
@@ -158,9 +159,9 @@ def main() -> None:
             f"{args.env_name[0]}: {args.num_units} units, "
             f"a lifetime is {args.reset_interval} meta-iterations"
         )
-        draw(folder / "pipeline.png", all_seen, title)
         columns = ("pipeline", "iteration", "unit", "age", "log10_mean_gradient")
         runs.write_csv(folder / "pipeline.csv", columns, csv_rows(all_seen))
+        draw(folder / "pipeline.png", all_seen, title)
     print(f"written: {folder}/pipeline.png, pipeline.csv, config.json")
     sys.exit(interrupted())
 

@@ -75,7 +75,8 @@ class Result(NamedTuple):
 
     @property
     def lost(self) -> np.ndarray:
-        """The seeds that ended early, because something was not finite. -> [seeds] bool"""
+        """The seeds whose last return is not finite: they ended early, or no episode of A2C ended.
+        -> [seeds] bool"""
         return ~np.isfinite(self.returns[:, -1])
 
     @property
@@ -130,34 +131,46 @@ def names_of(results: list, field: str) -> list[str]:
 # --- Tables ---
 
 
+def markdown(head: tuple, rows: list) -> str:
+    """A markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
+def score_cells(result: Result) -> tuple[str, str]:
+    """The score of the seeds that are not lost, and its interval."""
+    if not len(result.kept):
+        return "-", "none"
+    if len(result.kept) == 1:
+        return f"{result.score():.3f}", "one seed"
+    return f"{result.score():.3f}", "{:.3f} to {:.3f}".format(*bootstrap_interval(result.scores()))
+
+
+def lost_note(result: Result) -> str:
+    """After a row's name, if seeds are lost."""
+    lost = np.sum(result.lost)
+    return f" ({lost} seeds ended early, not finite)" if lost else ""
+
+
 def table(results: list[Result]) -> str:
     """A markdown table of the optimizers in one environment."""
     best = max(result.score() for result in results)
     goal = 0.9 * best if best > 0 else np.nan  # a share of a negative return says nothing
     most = max(len(result.returns) for result in results)
-    rows = [
-        f"| optimizer | learning rate | return (mean of last {results[0].last}) | 90 % interval "
-        f"| steps to reach {f'{goal:.3g}' if best > 0 else '-'} |",
-        "|---" * 5 + "|",
-    ]
+    head = ("optimizer", "learning rate", f"return (mean of last {results[0].last})")
+    head += ("90 % interval", f"steps to reach {f'{goal:.3g}' if best > 0 else '-'}")
+    rows = []
     for result in results:
-        kept, lost = result.kept, np.sum(result.lost)
-        note = f" ({lost} seeds ended early, not finite)" if lost else ""
+        kept, name = result.kept, result.label + lost_note(result)
         if len(result.returns) < most:  # another row has more seeds
-            note += f" (seeds: {len(result.returns)})"
-        interval, reached = "one seed" if len(kept) else "none", "never" if best > 0 else "-"
-        if len(kept) > 1:
-            interval = "{:.3f} to {:.3f}".format(*bootstrap_interval(result.scores()))
+            name += f" (seeds: {len(result.returns)})"
+        reached = "never" if best > 0 else "-"
         if len(kept) and np.isfinite(
             steps := steps_to_reach(goal, kept.mean(axis=0), result.env_steps)
         ):
             reached = f"{steps:.3g}"
-        rows.append(
-            f"| {result.label}{note} | {result.learning_rate:g} "
-            f"| {f'{result.score():.3f}' if len(kept) else '-'} "
-            f"| {interval} | {reached} |"
-        )
-    return "\n".join(rows)
+        rows.append((name, f"{result.learning_rate:g}", *score_cells(result), reached))
+    return markdown(head, rows)
 
 
 def at_best_rate(results: list[Result]) -> list[Result]:
@@ -182,15 +195,8 @@ def relative_table(results: list[Result]) -> str:
         pairs = [(result.score(until), adam.score(until)) for until in (0.25, 1.0)]
         return ", ".join(f"{ours / theirs:.2f}" if theirs > 0 else "-" for ours, theirs in pairs)
 
-    rows = [
-        f"| relative to {REFERENCE}: at a quarter, at the end | {' | '.join(env_names)} |",
-        "|---" * (len(env_names) + 1) + "|",
-    ]
-    rows += [
-        f"| {label} | {' | '.join(cell(env_name, label) for env_name in env_names)} |"
-        for label in labels
-    ]
-    return "\n".join(rows)
+    head = (f"relative to {REFERENCE}: at a quarter, at the end", *env_names)
+    return markdown(head, [(x, *(cell(name, x) for name in env_names)) for x in labels])
 
 
 def tables(results: list[Result]) -> str:
@@ -288,9 +294,12 @@ def draw(path: Path, curves: list[Curve]) -> None:
         draw_panel(axes, [curve for curve in curves if curve.env_name == name])
     for axes in list(grid.flat)[len(env_names) :]:
         axes.remove()
-    runs.write_whole(
-        path, lambda file: figure.savefig(file, format="png", dpi=90 if len(env_names) > 1 else 150)
-    )
+    save_figure(figure, path, dpi=90 if len(env_names) > 1 else 150)
+
+
+def save_figure(figure, path: Path, dpi: int) -> None:
+    """Write the .png, and close the figure."""
+    runs.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
     plt.close(figure)
 
 

@@ -41,6 +41,7 @@ BAD = [
     ("a2c", "--num-envs many", "num-envs"),
     ("a2c", "--runs-dir a_file", "a_file"),
     ("a2c", "--runs-dir a_file/below", "a_file is not a folder"),
+    ("a2c", f"--runs-dir {'x' * 300}", "File name too long"),
     ("ppo", "--env-name inverted_pendulm", "did you mean inverted_pendulum?"),
     ("ppo", "--env-name nosuch", "humanoid"),
     ("ppo", "--env-name swimmer --backend spring", "swimmer cannot be made with backend spring"),
@@ -170,7 +171,11 @@ BAD = [
     ("learned_step", "--learning-rates", "--learning-rates must name at least one"),
     ("sweep", "--meta-learning-rates", "--meta-learning-rates must name at least one"),
     ("sweep", "--num-units 0", "--num-units must be above 0"),
-    ("authors", "--env-name big_dense_short", "choose from catch, small_dense_long"),
+    (
+        "authors",
+        "--env-name big_dense_short",
+        "'big_dense_short' is none of catch, small_dense_long",
+    ),
     ("gradient_distributions", "--env-name nope", "choose from small_sparse_short"),
     ("gradient_distributions", "--env-name ant", "ppo.py learns there"),
     # empty values

@@ -178,6 +178,23 @@ def test_a_lost_seed_is_below_all_and_its_optimizer_is_not_the_best_classical(tm
     assert compare.verdicts(by_env, "rmsprop")[0].endswith("below on 1: ant")
 
 
+def test_of_two_that_lose_seeds_the_one_that_loses_fewer_is_above():
+    def verdict(ours, theirs):
+        nothing = np.zeros(4)
+        pair = [
+            compare.Scores("ant", label, 1.0, np.arange(4), nothing, np.array(x), nothing)
+            for label, x in ((OURS, ours), ("adam", theirs))
+        ]
+        return compare.verdict(pair, OURS, "final")
+
+    lost = -np.inf
+    assert verdict([100, 101, 102, lost], [1, 2, 3, lost]) == "above"  # of three pairs
+    assert verdict([1, 2, 3, lost], [1, 2.5, 2.5, lost]) == "level"
+    assert verdict([1, 2, 3, lost], [100, 101, lost, lost]) == "above"
+    assert verdict([100, 101, lost, lost], [lost, 1, 2, 3]) == "below"
+    assert verdict([100, 101, lost, lost], [lost, lost, 2, 3]) == "level"  # no pair is left
+
+
 def test_of_two_learning_rates_one_that_loses_no_seed_is_taken():
     steps, seeds = np.array([1.0, 2.0]), np.arange(2)
     good = report.Result("ant", "adam", 0.1, steps, np.array([[0.0, 1.0], [0.0, 1.0]]), seeds)

@@ -3,7 +3,12 @@ table lacks; agents side by side."""
 
 import csv
 import itertools
+import os
 import shlex
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -85,9 +90,77 @@ def test_a_script_runs_in_a_folder_with_a_space(tmp_path, monkeypatch):
     (root / "show.py").write_text("import sys; open('argv', 'w').write('|'.join(sys.argv[1:]))")
     monkeypatch.setattr(ablations, "ROOT", root)
     flags = table.flags_of(evaluate.Args(env_name=("catch",), optimizers=(f"{root}/theta.npz",)))
+    monkeypatch.chdir(root)
     assert ablations.run("show", flags, folder) == made
     words = ["--env-name", "catch", "--optimizers", f"{root}/theta.npz", "--runs-dir", str(folder)]
     assert (root / "argv").read_text().split("|") == words
+
+
+STOPS_LATE = """
+import pathlib, signal, sys, time
+
+def stop(*_):
+    time.sleep(1)
+    pathlib.Path("saved").touch()
+    sys.exit(130)
+
+signal.signal(signal.SIGINT, stop)
+pathlib.Path("begun").touch()
+time.sleep(60)
+"""
+
+
+def test_an_interrupt_waits_until_the_script_has_saved(tmp_path):
+    (tmp_path / "slow.py").write_text(STOPS_LATE)
+    (tmp_path / "call.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ablations.ROOT / 'experiments')!r})\n"
+        "import ablations, pathlib\n"
+        "ablations.ROOT = pathlib.Path.cwd()\n"
+        "ablations.run('slow', '', pathlib.Path('runs'))\n"
+    )
+    command = [sys.executable, "call.py"]
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
+    for _ in range(300):
+        if (tmp_path / "begun").exists():
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(30) == 130 and (tmp_path / "saved").exists()
+
+
+def test_a_setting_that_diverges_is_last_and_not_run_again(tmp_path, monkeypatch):
+    commands = []
+
+    def run(script, flags, folder):
+        commands.append(script)
+        made = folder / f"task__{script}__0__20260101-000000"
+        made.mkdir(parents=True)
+        if script == "pipeline_train":
+            (made / "theta.npz").touch()
+            bad = 10 if folder.name.startswith("0.01") else 0
+            (made / "metrics.csv").write_text(f"number,bad_updates\n9,0\n10,{bad}\n")
+            if bad:
+                sys.exit(1)
+        else:
+            lost = "nan" if folder.name.startswith("0.003") else 1
+            header = "env_name,optimizer,learning_rate,seed,env_steps,return\n"
+            rows = f"catch,theta,1,0,1,5\ncatch,theta,1,0,2,{lost}\n"
+            (made / "results.csv").write_text(header + rows)
+            (made / "table.md").touch()
+        return made
+
+    monkeypatch.setattr(sweep, "run", run)
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    monkeypatch.setattr(sweep, "OUT", tmp_path / "sweep")
+    rates = ["--meta-learning-rates", "1e-2", "3e-3", "1e-3", "--learning-rates", "1e-3"]
+    monkeypatch.setattr("sys.argv", ["sweep.py", "--env-name", "catch", *rates])
+    sweep.main()
+    with open(tmp_path / "sweep" / "catch.csv", newline="") as file:
+        found = [(row["meta_learning_rate"], row["mean_return"]) for row in csv.DictReader(file)]
+    assert found == [("0.001", "3"), ("0.01", "-inf"), ("0.003", "-inf")]
+    commands.clear()
+    sweep.main()
+    assert not commands
 
 
 def test_a_table_of_ablations_leaves_the_others_and_the_text(tmp_path, monkeypatch, capsys):
@@ -107,7 +180,7 @@ def test_a_table_of_ablations_leaves_the_others_and_the_text(tmp_path, monkeypat
     with pytest.raises(SystemExit) as end:
         ablations.main()
     err = capsys.readouterr().err
-    assert end.value.code == 2 and err.startswith("error: --tables are catch;") and "got ant" in err
+    assert end.value.code == 2 and "--tables: 'ant' is none of catch, small" in err
 
 
 def test_the_table_runs_what_it_lacks_and_replaces_it_only_if_told(tmp_path, monkeypatch, capsys):
@@ -156,6 +229,10 @@ def test_the_table_runs_what_it_lacks_and_replaces_it_only_if_told(tmp_path, mon
         monkeypatch.setattr("sys.argv", ["table.py", "--total-steps", "5e5"])
         table.main()
     assert "--total-steps needs an --out" in capsys.readouterr().err
+    pair = ["pretrained/adam4rl", "pretrained/adam4rl.npz"]
+    with pytest.raises(SystemExit):
+        main("--env-name", "catch", "--optimizers", *pair)
+    assert "two of the --optimizers are called" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,15 @@ def test_what_is_no_idx_file_is_one_line(tmp_path, data):
     assert "\n" not in str(error.value)
 
 
+def test_a_gzip_file_with_a_flipped_bit_is_one_line(tmp_path):
+    data = bytearray(gzip.compress(bytes(range(256)) * 40))
+    for place in range(20, 60):
+        data[place] ^= 255
+    (tmp_path / "x.gz").write_bytes(data)
+    with pytest.raises(ValueError, match="not an IDX file"):
+        classifier.read_idx(tmp_path / "x.gz")
+
+
 def test_a_download_must_have_its_checksum(tmp_path, monkeypatch):
     (tmp_path / "mirror").mkdir()
     (tmp_path / "mirror" / "train-labels-idx1-ubyte.gz").write_bytes(b"something else")

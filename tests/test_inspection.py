@@ -28,7 +28,8 @@ def test_untrained_adam4rl_is_shown_as_adam():
 def test_inspect_to_its_files(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["inspection.py", "pretrained/adam4rl"])
-    inspection.main()
+    with pytest.raises(SystemExit, match="^0$"):
+        inspection.main()
     (folder,) = (tmp_path / "runs").iterdir()
     assert (folder / "inspection.png").read_bytes()[1:4] == b"PNG" and str(
         folder.name

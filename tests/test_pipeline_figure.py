@@ -32,6 +32,13 @@ def test_sizes_are_those_of_each_agents_own_gradient():
         np.testing.assert_allclose(size, np.log10(np.abs(flat).mean() + 1e-8), rtol=1e-4)
 
 
+def test_a_unit_that_is_not_finite_once_does_not_lose_the_figure(tmp_path):
+    sizes = [np.array([-3.0, -2.0]), np.array([np.nan, -2.5]), np.array([-3.0, -2.0])]
+    seen = pipeline_figure.Seen([np.array([0, 1])] * 3, sizes)
+    pipeline_figure.draw(tmp_path / "x.png", {True: seen}, "")
+    assert (tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
+
+
 def test_the_figure_to_its_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # conftest.py has made four devices

@@ -63,6 +63,11 @@ def test_each_number_goes_where_its_scores_are_highest_and_is_not_tried_again(
     assert sorted({name for name, *_ in tried[0]}) == sorted(refine.TASKS)
     again = main("rate.0", "shape.0", "squares.0")
     assert len(tried) == 3 and again["rate"][0] == found["rate"][0] and again["squares"][0] == 0
+    # A line that a kill cut off is made again.
+    log, whole = tmp_path / "out.jsonl", (tmp_path / "out.jsonl").read_text()
+    log.write_text(whole[:-9])
+    assert main("rate.0", "shape.0", "squares.0")["rate"][0] == found["rate"][0]
+    assert len(tried) == 4 and len(log.read_text().splitlines()) == 3
     trained = load_theta(tmp_path / "out.npz")[1]["trained"]
     assert trained["generations"] == 3
     assert trained["refined"] == ["rate.0", "shape.0", "squares.0"]
@@ -76,7 +81,7 @@ def test_each_number_goes_where_its_scores_are_highest_and_is_not_tried_again(
         (["--numbers", "rate.2"], "'rate.2' is none of rate.0, rate.1, schedule.0"),
         (["--numbers"], "at least one"),
         (["--numbers", "rate.0", "squares.0+rate.0"], "each once, got rate.0 squares.0+rate.0"),
-        (["--tasks", "ant"], "'ant' is none of small_dense_short"),
+        (["--tasks", "ant"], "--tasks: 'ant' is none of small_dense_short"),
         (["--theta", "pretrained/optim4rl_catch.npz"], "of optim4rl, not of adam4rl"),
     ],
 )
@@ -88,12 +93,17 @@ def test_bad_input_is_one_line(flags, said, monkeypatch, capsys):
     assert end.value.code == 2 and said in err and err.count("\n") == 1
 
 
+GIVEN = refine.given(refine.Args())
+
+
 @pytest.mark.parametrize(
     "line, said",
     [
-        ('{"start": "other.npz", "numbers": "rate.0"}', "another theta"),
+        (json.dumps({"given": GIVEN | {"theta": "x.npz"}, "numbers": "rate.0"}), "another --theta"),
+        (json.dumps({"given": GIVEN | {"seed": 3}, "numbers": "rate.0"}), "another --seed"),
         ('{"numbers": "rate.0"', "not a log of refine.py"),
-        ('{"start": "pretrained/adam4rl.npz", "numbers": "old.0"}', "not a log of refine.py"),
+        (json.dumps({"given": GIVEN, "numbers": "old.0"}), "not a log of refine.py"),
+        ("[]", "not a log of refine.py"),
     ],
 )
 def test_a_log_of_something_else_is_refused_in_one_line(line, said, tmp_path, monkeypatch, capsys):

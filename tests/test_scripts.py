@@ -343,8 +343,16 @@ def test_ppo(tmp_path):
     rows = read_rows(folder / "metrics.csv")
     assert [row["env_steps"] for row in rows] == ["40", "80", "120"]
     # The evaluation before training does not count.
-    (said,) = re.findall(r"mean return of the last 2 evaluations: (\S+) ", done.stdout)
+    (said,) = re.findall(r"mean return of the last evaluation: (\S+) ", done.stdout)
     assert float(said) == pytest.approx(float(rows[-1]["eval_return"]), rel=1e-3)
+
+
+def test_a_run_that_diverges_has_no_mean_return(call):
+    flags = "--env-name catch --num-envs 8 --total-steps 16000 --num-seeds 2"
+    flags += " --optimizer adam_linear --learning-rate 1e18"
+    code, out, err = call(a2c.main, *flags.split())
+    assert code == 0, err
+    assert "mean return of the last 20 updates: nan (by seed: nan, nan)" in out
 
 
 def test_a_seed_that_breaks_is_reported_with_its_step(call):

@@ -218,3 +218,30 @@ def test_a_search_is_continued_by_more_generations(tmp_path, monkeypatch, capsys
         with pytest.raises(SystemExit):
             search.main()
         assert f"continued.pkl was begun with --{flag} {begun};" in capsys.readouterr().err
+
+
+def refused(monkeypatch, capsys, *flags):
+    """-> the line that search.py ends with"""
+    monkeypatch.setattr("sys.argv", ["search.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as end:
+        search.main()
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1
+    return err
+
+
+def test_a_search_is_not_continued_from_another_theta_or_file(tmp_path, monkeypatch, capsys):
+    cma = types.SimpleNamespace(CMAEvolutionStrategy=Halving)
+    monkeypatch.setitem(sys.modules, "cma", cma)
+    theta = make_adam4rl().init_theta(jax.random.key(0))
+    start, out = tmp_path / "start.npz", tmp_path / "out"
+    optimizers.save_theta(start, theta, "adam4rl", {}, {})
+    args = search.Args(theta=str(start), out=str(out), population=3, seed=7)
+    space = search.search_space(args)
+    search.save(args, space, *search.begin(args, space))
+    flags = ["--theta", start, "--population", 3, "--seed", 7, "--out"]
+    optimizers.save_theta(start, theta | {"whitening": jnp.ones(1)}, "adam4rl", {}, {})
+    assert "start.npz has changed since" in refused(monkeypatch, capsys, *flags, out)
+    assert "would be overwritten" in refused(monkeypatch, capsys, *flags, tmp_path / "start")
+    out.with_suffix(".pkl").write_bytes(b"something else")
+    assert "out.pkl: not of search.py" in refused(monkeypatch, capsys, *flags, out)
