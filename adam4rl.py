@@ -19,9 +19,10 @@ weights 1 - whitening and whitening, and that scaled again; else it is d. G is a
 d d^T, over the smaller side of the matrix: one side of Shampoo (Gupta et al. 2018) for Adam's step.
 Without memory G^-1/2 d is the orthogonal step of Muon (Jordan et al. 2024).
 
-o is the output of a small network that reads, for each coordinate, what is above (`inputs`);
-without one it is 0. theta holds the network and what has a name; where these and the network's last
-layer are zero, this is Adam with the learning rate 9 / N.
+o = (o_0, o_1) is the output, for each coordinate, of a small network that reads the quantities
+above (`inputs`); without a network it is 0. theta is {rate, schedule, momenta, squares, whitening,
+shape} and, if there is one, the network. With these six and the network's last layer zero, as
+before training, this is Adam with the learning rate 9 / N.
 
 It is not in the paper. Copy this file and optim4rl.py into your project, and use it with optax:
 
@@ -165,7 +166,8 @@ def init_grams(params) -> tuple:
 
 @partial(jax.jit, inline=True)  # outside of jit, too, it is compiled once
 def whiten(weight: jax.Array, d, grams: tuple) -> tuple:
-    """-> D(d) for all tensors of the tree d, grams. grams: as of init_grams"""
+    """-> D(d) for all tensors of the tree d, grams. weight: theta's whitening; grams: as of
+    init_grams"""
     leaves, treedef = jax.tree.flatten(d)
     new = []
     for (shape, numbers), gram in zip(by_shape(leaves).items(), grams, strict=True):
@@ -234,7 +236,7 @@ def make_adam4rl(network_size: int = 0) -> LearnedOptimizer:
         d, grams = whiten(theta["whitening"][0], d, grams)
         return jax.tree.map(lambda d, g: (factor * d).astype(g.dtype), d, grads), (state, grams)
 
-    return LearnedOptimizer(init_theta, init_state, update, rule=None, own_rate=1.0)
+    return LearnedOptimizer(init_theta, init_state, update, own_rate=1.0)
 
 
 def network_size(theta: dict) -> int:
@@ -262,7 +264,8 @@ def adam4rl(theta: dict, num_steps: int, learning_rate: float | Callable = 1.0):
     def update(grads, state, params=None, **extra_args):
         del extra_args
         state, count = state
-        given = {"fraction": jnp.minimum(count / num_steps, 1.0), "num_steps": float(num_steps)}
+        total = float(num_steps)
+        given = {"fraction": jnp.minimum(count / total, 1.0), "num_steps": total}
         updates, state = learned.update(grads, state, params, **given)
         return updates, (state, count + 1)
 

@@ -1,14 +1,16 @@
 """The meta-gradient of pipeline training, d meta-loss / d theta, by record and replay.
 
 The meta-loss is the agent loss on one more rollout after K updates. Agent-gradients are constants
-to the meta-gradient (optim4rl.py stops the derivative there), so with g_1 .. g_K recorded,
+to the meta-gradient (optim4rl.py stops the derivative there), so with the gradients g_1 .. g_KS of
+all gradient steps recorded, theta acts through the optimizer only:
 
-    params_K(theta) = params_0 + sum_k update_k(theta; g_1 .. g_k)
-    cotangent = d meta-loss / d params_K
-    d meta-loss / d theta = cotangent * d params_K / d theta
+    params_s = params_(s-1) + update(theta; g_s, opt_state_(s-1), params_(s-1)),  s = 1 .. K S
+    cotangent = d meta-loss / d params_KS
+    d meta-loss / d theta = cotangent * d params_KS / d theta
 
 This needs no derivative of rollouts, losses or agent-gradients, and equals jax.grad through
-everything.
+everything. The updates of a coordinate-wise optimizer do not depend on params, so its blocks of
+coordinates are replayed one by one.
 
 Legend: N units, K inner updates, S gradient steps of an update, M blocks of C coordinates
 (optim4rl.py).
@@ -23,7 +25,7 @@ import jax.numpy as jnp
 import optax
 
 from networks import all_finite
-from optim4rl import LearnedOptimizer, to_blocks, to_optax
+from optim4rl import LearnedOptimizer, on_cpu, to_blocks, to_optax
 
 
 def inner_loop(key, state, age, theta, task, learned, inner_updates, lifetime):
@@ -48,7 +50,8 @@ def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifeti
     """Train units for K updates. -> the sum of their meta-gradients, units, metrics [N]
 
     keys, ages: [N]; units: states of task.agent, [N, ...]; task: a pipeline_train.Task. Units
-    whose loss or gradients are not finite add nothing, and are marked in metrics["lost"].
+    whose loss or gradients are not finite add nothing, and are marked in metrics["lost"]. A
+    coordinate-wise optimizer whose replay overflows for one unit loses all N (on a CPU N is 1).
     """
 
     def train(key, state, age):
@@ -63,7 +66,7 @@ def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifeti
         (loss, state), cotangent = jax.value_and_grad(meta_loss, has_aux=True)(state.params)
         grads, extra_args = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), recorded)
         lost = ~jnp.isfinite(loss)
-        if len(keys) > 1:  # of one unit the sum says it
+        if len(keys) > 1:  # of a unit alone the gradient below shows it
             # The cotangent is not finite if a gradient was not.
             lost |= ~all_finite(cotangent)
             grads, cotangent = zero_if(lost, (grads, cotangent))
@@ -79,7 +82,9 @@ def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifeti
         replay = partial(replay_gradient, learned, theta, learning_rate=task.learning_rate)
         start = (units.params, units.opt_state)
         gradients = jax.vmap(replay)(start, *recorded, cotangent)
-        gradients = jax.vmap(zero_if)(metrics["lost"], gradients)  # extra_args may not be finite
+        # extra_args may not be finite, and the replay may overflow.
+        metrics["lost"] |= ~jax.vmap(all_finite)(gradients)
+        gradients = jax.vmap(zero_if)(metrics["lost"], gradients)
         gradient = jax.tree.map(lambda g: jnp.sum(g, axis=0), gradients)
     lost = metrics["lost"] | ~all_finite(gradient)
     return zero_if(jnp.all(lost), gradient), after, metrics | {"lost": lost}
@@ -149,7 +154,7 @@ def streamed_replay_gradient(
         steps = jax.lax.scan(step if few else jax.checkpoint(step), state, grads, unroll=few)[1]
         return jnp.vdot(cotangent, jnp.sum(steps, axis=0))
 
-    if jax.default_backend() != "cpu":  # an accelerator takes all blocks at once
+    if not on_cpu():  # an accelerator takes all blocks at once
         return jax.grad(lambda theta: jnp.sum(jax.vmap(moved, (None, 0))(theta, blocks)))(theta)
 
     def add_block(total, block):

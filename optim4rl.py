@@ -18,8 +18,7 @@ This file imports nothing of the project. To use it with optax, copy it into you
     updates, opt_state = optimizer.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
 
-Legend: P coordinates in total, C coordinates in a block, M blocks, H hidden units, D inputs of a
-network (1 raw, 2 log).
+Legend: C coordinates in a block, M blocks, H hidden units, D inputs of a network (1 raw, 2 log).
 """
 
 import json
@@ -52,7 +51,7 @@ class LearnedOptimizer(NamedTuple):
     init_state: Callable  # params -> state
     update: Callable  # theta, grads, state, params, learning_rate, **extra_args -> updates, state
     # theta, g [C], state of a block -> step [C], state; None if it is not coordinate-wise
-    rule: Callable | None
+    rule: Callable | None = None
     own_rate: float | None = None  # the default learning rate; None: the environment's
 
 
@@ -61,7 +60,7 @@ class LearnedOptimizer(NamedTuple):
 
 def optim4rl_rule(theta: dict, g: jax.Array, state: tuple, grad_clip: float | None = 1.0) -> tuple:
     """One step for a block of coordinates. g: [C]; state: (rnn1's, rnn2's)
-    -> m / sqrt(v + eps) [C], state"""
+    -> step m / sqrt(v + eps) [C], of which the update is -learning_rate times, state"""
     config, g = describe(theta), clip_and_stop_gradient(g, grad_clip)
     if config["inputs"] == "raw":
         x1, x2 = g[None], jnp.square(g)[None]
@@ -306,6 +305,12 @@ def unknown_to_xla(numbers: list, x: jax.Array) -> list:
         return choose(never[0]), [False] * len(numbers)
 
     return choose(jax.lax.stop_gradient(x.ravel()[0]) > jnp.inf)
+
+
+def check_params(params: Any) -> None:
+    """Raises ValueError if an optimizer that reads the parameters is not given them."""
+    if params is None:
+        raise ValueError("this optimizer needs params: optimizer.update(grads, opt_state, params)")
 
 
 def on_cpu() -> bool:

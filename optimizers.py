@@ -74,7 +74,8 @@ def adam_rel(learning_rate) -> optax.GradientTransformationExtraArgs:
 def adam_kl(learning_rate) -> optax.GradientTransformationExtraArgs:
     """Adam with an adaptive learning rate, as in RSL-RL and Brax (Schulman et al. 2017, section 4):
     divided by 1.5 where the policy's divergence from that of the rollout, the extra argument kl, is
-    above 0.02, times 1.5 below 0.005, within 1e-5 .. 1e-2. learning_rate: the initial one."""
+    above 0.02, but not below 1e-5; times 1.5 below 0.005, but not above 1e-2. learning_rate: the
+    initial one."""
     adam = optax.scale_by_adam()
 
     def init(params):
@@ -83,8 +84,9 @@ def adam_kl(learning_rate) -> optax.GradientTransformationExtraArgs:
     def update(grads, state, params=None, *, kl=0.0, **extra_args):
         del extra_args
         adam_state, rate = state
-        factor = jnp.where(kl > 0.02, 1 / 1.5, jnp.where((kl > 0) & (kl < 0.005), 1.5, 1.0))
-        rate = jnp.clip(rate * factor, 1e-5, 1e-2)
+        lower, higher = jnp.maximum(rate * (1 / 1.5), 1e-5), jnp.minimum(rate * 1.5, 1e-2)
+        small = (kl > 0) & (kl < 0.005)
+        rate = jnp.where(kl > 0.02, lower, jnp.where(small, higher, rate))
         updates, adam_state = adam.update(grads, adam_state, params)
         return optax.tree.scale(-rate, updates), (adam_state, rate)
 
@@ -143,6 +145,8 @@ def theta_path(name_or_path: str) -> str:
 
 
 def is_theta(name_or_path: str) -> bool:
+    if name_or_path in CLASSICAL or name_or_path in LEARNED:  # also if a file is called so
+        return False
     return (
         name_or_path.endswith(".npz")
         or name_or_path.startswith("pretrained/")
@@ -151,17 +155,13 @@ def is_theta(name_or_path: str) -> bool:
 
 
 def title(path: str, header: dict) -> str:
-    """A short name for tables: the kind, unless it is Optim4RL, and the name of the file or the
-    run."""
+    """A short name for tables: pretrained/NAME as it is, else the run or file, after the kind
+    unless it is Optim4RL."""
     path = path.removesuffix(".npz")
-    name = (
-        path if path.startswith("pretrained/") else "/".join(Path(path).parts[-2:]).split("__")[0]
-    )
-    return (
-        name
-        if header["optimizer"] == "optim4rl" or path.startswith("pretrained/")
-        else f"{header['optimizer']}, {name}"
-    )
+    if path.startswith("pretrained/"):
+        return path
+    name = "/".join(Path(path).parts[-2:]).split("__")[0]
+    return name if header["optimizer"] == "optim4rl" else f"{header['optimizer']}, {name}"
 
 
 def check_theta(path: str, learned: LearnedOptimizer, theta: Any) -> None:

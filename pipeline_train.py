@@ -131,8 +131,8 @@ def init_meta_state(key, all_tasks: list[Task], learned: LearnedOptimizer, args:
 
 def meta_step(key, state: MetaState, all_tasks: list[Task], learned, args: "Args", mesh: Mesh):
     """One meta-iteration. -> MetaState, metrics of each task. Units that are lost count as zeros in
-    the mean of the meta-gradients; if all of a task are lost, or a mean is not finite, theta
-    stays."""
+    the mean of the meta-gradients; if all of a task are lost, or the norm of a mean is not finite,
+    theta stays."""
     gradients, all_units, all_metrics = [], [], []
     for i, (task, units) in enumerate(zip(all_tasks, state.units, strict=True)):
         key_task = jax.random.fold_in(jax.random.fold_in(key, state.iteration), i)
@@ -149,7 +149,9 @@ def meta_step(key, state: MetaState, all_tasks: list[Task], learned, args: "Args
     updates, meta_opt_state = meta_optimizer(args).update(gradient, state.meta_opt_state)
     after = (optax.apply_updates(state.theta, updates), meta_opt_state, jnp.int32(0))
     before = (state.theta, state.meta_opt_state, state.bad_updates + 1)
-    theta, meta_opt_state, bad_updates = keep_if_finite(after, before, (after, gradients))
+    # The norms, as clipping makes zeros of a gradient whose norm overflows.
+    norms = [metrics["meta_grad_norm"] for metrics in all_metrics]
+    theta, meta_opt_state, bad_updates = keep_if_finite(after, before, (after, norms))
     units, iteration = tuple(all_units), state.iteration + 1
     return MetaState(theta, meta_opt_state, units, iteration, bad_updates), all_metrics
 
@@ -201,7 +203,7 @@ def jit_meta_step(
 # --- Arguments, and the loop over iterations ---
 
 SHORTER = (
-    "--num-units 64 with --total-steps 1e6, or fewer --num-iterations, shorten it; "
+    "fewer --num-iterations or a smaller --total-steps shorten it; "
     "Ctrl-C keeps the theta trained so far"
 )
 

@@ -1,4 +1,4 @@
-"""PPO on Brax, control tasks and gridworlds, with any optimizer:
+"""PPO on Brax, control tasks, MinAtar's games and gridworlds, with any optimizer:
 
     python ppo.py --env-name ant --optimizer adam
     python ppo.py --env-name inverted_pendulum --optimizer adam --num-seeds 4
@@ -113,8 +113,8 @@ class Env(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """One environment and its episodes. As in Brax, all start in the state of the first one, unless
-    the environment resets itself."""
+    """One environment and its episodes. As in Brax, all start in the state of the first one; if the
+    environment resets itself, only those after a cut-off do."""
 
     env_state: Any
     obs: jax.Array  # [O]

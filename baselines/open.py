@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optim4rl import LearnedOptimizer
+from optim4rl import LearnedOptimizer, check_params
 
 DECAYS = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
 NUM_INPUTS = 1 + 2 * len(DECAYS) + 2 + 4
@@ -139,7 +139,7 @@ def clip_each(grads: Any) -> dict:
     """The leaves by path, with each network's gradient clipped to MAX_NORM."""
     clipped = {}
     for leaves in networks_of(grads):
-        norm = optax.global_norm([leaf for _, leaf in leaves])
+        norm = optax.tree.norm([leaf for _, leaf in leaves])
         scale = jnp.minimum(1.0, MAX_NORM / jnp.maximum(norm, 1e-30))
         clipped |= {path: scale * leaf for path, leaf in leaves}
     return clipped
@@ -195,16 +195,18 @@ def make_open(hidden_size: int = 8, width: int = 16) -> LearnedOptimizer:
         return State(jax.tree.map(tensor, params), jnp.int32(0), seed)
 
     def update(theta, grads, state, params, learning_rate, **extra_args):
+        check_params(params)
         done, epoch = shared_inputs(extra_args)
         key = jax.random.fold_in(jax.random.key(state.seed), state.count)
         position, clipped = positions(params), clip_each(jax.lax.stop_gradient(grads))
         leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+        two_networks = len(networks_of(params)) == 2
         us, tensors = [], []
         for i, ((path, p), tensor) in enumerate(
             zip(leaves, treedef.flatten_up_to(state.tensors), strict=True)
         ):
             p, g = (x.astype(jnp.float32).ravel() for x in (p, clipped[path]))
-            is_critic = bool(path) and getattr(path[0], "key", None) == "value"
+            is_critic = two_networks and path[0].key == "value"
             noise = 0.0 if is_critic else jax.random.normal(jax.random.fold_in(key, i), g.shape)
             u, tensor = step_tensor(theta, tensor, p, g, [done, position[path], epoch, 1.0], noise)
             us.append(u)
@@ -217,4 +219,4 @@ def make_open(hidden_size: int = 8, width: int = 16) -> LearnedOptimizer:
         tensors = treedef.unflatten(tensors)
         return treedef.unflatten(updates), State(tensors, state.count + 1, state.seed)
 
-    return LearnedOptimizer(init_theta, init_state, update, rule=None, own_rate=1.0)
+    return LearnedOptimizer(init_theta, init_state, update, own_rate=1.0)

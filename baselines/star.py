@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optim4rl import LearnedOptimizer, init_dense, readout
+from optim4rl import LearnedOptimizer, check_params, init_dense, readout
 
 DECAYS = {"momentum": (0.9, 0.99, 0.999), "rms": (0.999,), "adafactor": (0.9, 0.99, 0.999)}
 EXP_SCALE = 1e-3  # of the magnitude s
@@ -187,6 +187,7 @@ def make_star(mlp_size: int = 4) -> LearnedOptimizer:
         return State(jax.tree.map(init_moments, params), jnp.int32(0))
 
     def update(theta, grads, state, params, learning_rate, **extra_args):
+        check_params(params)
         del extra_args
 
         treedef = jax.tree.structure(grads)
@@ -195,4 +196,4 @@ def make_star(mlp_size: int = 4) -> LearnedOptimizer:
         updates, moments = (treedef.unflatten(part) for part in zip(*pairs, strict=True))
         return updates, State(moments, state.count + 1)
 
-    return LearnedOptimizer(init_theta, init_state, update, None)
+    return LearnedOptimizer(init_theta, init_state, update)

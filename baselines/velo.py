@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from baselines import star
 from baselines.star import Moments, features, init_moments, normalise, update_moments
-from optim4rl import LearnedOptimizer, init_dense, init_rnn, lstm, readout
+from optim4rl import LearnedOptimizer, check_params, init_dense, init_rnn, lstm, readout
 
 FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
 LOSS_MEANS = 10  # running means of the loss, with half-lives from 10 updates to all of training
@@ -177,6 +177,7 @@ def make_velo(
         return State(jax.tree.map(init_moments, params), (h, h), loss, jnp.int32(0))
 
     def update(theta, grads, state, params, learning_rate, *, value, fraction, **extra_args):
+        check_params(params)
         del extra_args
         # The loss and the gradients are constants to the meta-gradient.
         loss = update_loss(state.loss, jax.lax.stop_gradient(value), state.count, fraction)
@@ -208,4 +209,4 @@ def make_velo(
         updates = [u.astype(p.dtype) for u, p in zip(updates, jax.tree.leaves(params), strict=True)]
         return treedef.unflatten(updates), State(treedef.unflatten(after), hidden, loss, count)
 
-    return LearnedOptimizer(new_theta, init_state, update, None)
+    return LearnedOptimizer(new_theta, init_state, update)

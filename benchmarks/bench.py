@@ -11,6 +11,7 @@ markdown table and writes benchmarks/bench.json.
 """
 
 import json
+import math
 import os
 import platform
 import resource
@@ -114,15 +115,15 @@ def measure_env(name, form="scatter uint8", num_envs=512, num_steps=20):
 
 def a2c_flops(env, size):
     """Floating-point operations of A2C per environment step: acting, and the loss forward and
-    backward (T + 1 of T steps)."""
+    backward (T + 1 of T steps). Backward a layer costs twice as much, the first one once: nothing
+    is before it."""
     height, width, planes = env.obs_shape
-    conv = 2 * height * width * 4 * planes * size.conv_filters
-    rest = (
-        2
-        * size.hidden_size
-        * (height * width * (size.conv_filters or planes) + env.num_actions + 1)
-    )
-    return (conv + rest) * (1 + 21 / 20) + 21 / 20 * (conv + 2 * rest)
+    layers = [2 * height * width * 4 * planes * size.conv_filters] if size.conv_filters else []
+    layers.append(2 * size.hidden_size * height * width * (size.conv_filters or planes))
+    layers.append(2 * size.hidden_size * (env.num_actions + 1))
+    backward = layers[0] + 2 * sum(layers[1:])
+    share = (size.rollout_steps + 1) / size.rollout_steps
+    return sum(layers) + share * (sum(layers) + backward)
 
 
 def measure_a2c(name):
@@ -316,8 +317,9 @@ def work(task: dict) -> None:
 # --- In the parent ---
 
 
-def measure(kind: str, cores: int = 1, **flags) -> dict:
-    """Run a worker on `cores` cores. -> its numbers, or {} if it died, e.g. for lack of memory."""
+def measure(kind: str, cores: int = 1, may_die: bool = False, **flags) -> dict:
+    """Run a worker on `cores` cores. -> its numbers; {} if it died, e.g. for lack of memory, and
+    may; else that ends the program."""
     task = json.dumps({"measure": kind, "flags": flags})
     pinned = sorted(os.sched_getaffinity(0))[:cores]
     done = subprocess.run(
@@ -328,6 +330,8 @@ def measure(kind: str, cores: int = 1, **flags) -> dict:
     )
     result = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
     print(f"# {kind} {flags} on {cores} core(s): {result or 'died'}", file=sys.stderr)
+    if not (result or may_die):
+        sys.exit(1)
     return result
 
 
@@ -377,7 +381,7 @@ def meta_rows(quick: bool, raw: dict) -> list[tuple]:
                 f"compiled in {ours['compile_s']:.1f} s"
             )
             theirs = raw[f"meta {units} {way} {cores}"] = measure(
-                "meta", cores=cores, name=name, units=units, way=way
+                "meta", cores=cores, may_die=True, name=name, units=units, way=way
             )
             beside = f"{way}: more memory than there is"
             if theirs:
@@ -425,7 +429,7 @@ def ppo_rows() -> list[tuple]:
         for cores in (1, 2):
             kinds = ("ppo", "brax_stepping", "brax_ppo")
             ours, stepping, theirs = (
-                measure(kind, cores=cores, name=name).get("steps_per_s", float("nan"))
+                measure(kind, cores=cores, may_die=True, name=name).get("steps_per_s", math.nan)
                 for kind in kinds
             )
             beside = (
@@ -455,11 +459,11 @@ def growth() -> None:
     raw = {}
     for inner_updates, marker in ((4, "o"), (16, "s"), (64, "^")):
         flags = {"name": "small_dense_long", "way": "ours", "devices": cores, "repeats": 1}
-        flags |= {"inner_updates": inner_updates, "cores": cores}
+        flags |= {"inner_updates": inner_updates, "cores": cores, "may_die": True}
         results = [measure("meta", units=n, **flags) for n in units]
         raw[inner_updates] = dict(zip(units, results, strict=True))
         for axis, figures in zip(axes, ("seconds", "peak_gb"), strict=True):
-            values = [result[figures] for result in results]
+            values = [result.get(figures, math.nan) for result in results]
             axis.plot(units, values, marker=marker, label=f"K = {inner_updates}")
     axes[0].set(xlabel="units", ylabel="seconds per meta-iteration", xscale="log", yscale="log")
     axes[1].set(xlabel="units", ylabel="peak memory of the process (GB)", ylim=(0, None))

@@ -21,8 +21,8 @@ NAMES = tuple(GAMES)
 
 
 def make(name: str) -> Env:
-    """The game of that name, with flat observations. Raises a one-line
-    ValueError without gymnax."""
+    """The game of that name, with flat observations. Raises a one-line ValueError without
+    gymnax."""
     try:
         import gymnax
     except ImportError as error:

@@ -11,6 +11,7 @@ import pytest
 import convert_open
 import optimizers
 from baselines.open import make_open, positions
+from optim4rl import to_optax
 
 H, M = 8, 16
 # First index of each array in the file: of the published layout, for H = 8.
@@ -137,6 +138,18 @@ def test_noise_moves_the_actor_only_and_changes_with_steps_and_parameters(
     for noise in (second, third):
         together = np.corrcoef(np.ravel(first["policy"]["w"]), np.ravel(noise["policy"]["w"]))
         assert abs(together[0, 1]) < 0.1
+
+    # Other parameters are one network: all of it has noise, whatever its parts are called.
+    other = {"value": params["value"], "other": params["policy"]}
+    one, _ = update(other, learned.init_state(other))
+    assert np.ptp(one["value"]["w"]) > 0
+
+
+def test_params_are_needed(flat, tmp_path, monkeypatch):
+    learned, theta = convert(flat, tmp_path, monkeypatch)
+    optimizer, grads = to_optax(learned, theta, 1.0), {"w": jnp.ones((3, 2))}
+    with pytest.raises(ValueError, match="this optimizer needs params"):
+        optimizer.update(grads, optimizer.init(grads))
 
 
 @pytest.mark.parametrize("size, config", convert_open.SIZES.items())

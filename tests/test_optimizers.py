@@ -91,6 +91,12 @@ def test_adam_kl_changes_its_rate_by_the_divergence():
     assert_same(got, [optax.tree.scale(r, u) for r, u in zip(rates, full, strict=True)])
 
 
+def test_adam_kls_first_rate_is_kept_where_the_divergence_does_not_change_it():
+    for rate in (0.3, 1e-7):
+        got = updates_of(optimizers.make_optimizer("adam_kl", rate), [{}, {"kl": 0.01}])
+        assert_same(got, updates_of(optax.adam(rate), [{}] * 2))
+
+
 def test_adam_kls_rate_is_bounded():
     for kl, bound in ((0.1, 1e-5), (1e-4, 1e-2)):
         got = updates_of(optimizers.make_optimizer("adam_kl", 1e-3), [{"kl": kl}] * 20)[-1]
@@ -116,6 +122,14 @@ def test_rmsprop_auto_is_rmsprop_linear_at_18_over_the_number_of_updates():
     np.testing.assert_allclose(
         got[0]["w"], -0.02 * np.asarray(gradients(0)["w"]) / np.sqrt(v), rtol=1e-4
     )
+
+
+def test_a_file_called_like_an_optimizer_does_not_stand_in_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("adam", "open"):
+        (tmp_path / name).touch()
+    assert optimizers.own_rate("adam") is None and optimizers.theta_header("adam") is None
+    assert optimizers.own_rate("untrained:open") == 1.0
 
 
 def test_unknown_optimizer():

@@ -259,6 +259,26 @@ def test_a_unit_that_goes_wrong_is_left_out_and_reset(learned):
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(after.params))
 
 
+def test_a_unit_whose_replay_overflows_is_left_out():
+    """Its agent stays finite: only the derivative by theta does not."""
+
+    def update(theta, grads, state, params, learning_rate, **extra_args):
+        large = jnp.where(optax.tree.norm(params) > 1e5, 1e35, 1.0) * theta
+        step = learning_rate * (1 + large - jax.lax.stop_gradient(large))
+        return jax.tree.map(lambda g: -step * g, grads), state
+
+    learned = LearnedOptimizer(lambda key: jnp.zeros(()), lambda params: (), update)
+    task, plan = make_regression_task(), planned(3, age=2)
+    theta, units = make_units(task, learned, 3)
+    params = jax.tree.map(lambda x: x.at[1].set(1e6), units.params)
+    group, good = group_of(task, learned), jnp.array([0, 2])
+    whole = group(theta, pick(plan, good), pick(units, good))[0]
+    gradient, after, metrics = group(theta, plan, units._replace(params=params))
+    np.testing.assert_array_equal(metrics["lost"], [False, True, False])
+    np.testing.assert_allclose(gradient, whole, rtol=1e-5)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(after.params))
+
+
 def test_a_unit_that_went_wrong_is_as_young_as_any_new_one(monkeypatch):
     task, learned = make_regression_task(), make_optim4rl()
     theta, units = make_units(task, learned, 3)
@@ -291,7 +311,27 @@ def test_an_update_is_skipped_only_if_all_units_are_lost_in_it():
         assert after.meta_opt_state[0].count == updates
 
 
-def test_a_meta_gradient_that_is_not_finite_changes_nothing():
+@pytest.mark.parametrize("size, updates", [(1e15, 1), (1e20, 0), (jnp.nan, 0)])
+def test_a_meta_gradient_without_a_finite_norm_changes_nothing(size, updates, monkeypatch):
+    train = pipeline_train.train_group
+
+    def huge(*args, **given):
+        gradient, *rest = train(*args, **given)
+        return jax.tree.map(lambda g: jnp.full_like(g, size), gradient), *rest
+
+    monkeypatch.setattr(pipeline_train, "train_group", huge)
+    args = small_args(num_units=1, inner_updates=1)
+    all_tasks, learned, _ = set_up(args)
+    init, step = jit_meta_step(args, all_tasks, learned, Mesh(jax.devices()[:1], "units"))
+    before = init(jax.random.key(0))
+    theta = jax.tree.map(np.array, before.theta)
+    after, _ = step(jax.random.key(1), before)
+    assert after.bad_updates == 1 - updates and after.meta_opt_state[0].count == updates
+    same = jax.tree.map(np.array_equal, after.theta, theta)
+    assert all(jax.tree.leaves(same)) == (updates == 0)
+
+
+def test_new_values_are_kept_only_if_all_that_judges_them_is_finite():
     new, old = (
         {"a": jnp.ones(2), "b": jnp.array([1, 2])},
         {"a": jnp.zeros(2), "b": jnp.array([3, 4])},

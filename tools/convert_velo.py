@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import optimizers
 import runs
 from baselines.velo import INPUTS, make_velo
+from optim4rl import brief
 
 PUBLISHED = {"lstm_size": 512, "num_bases": 256, "step_size": 1e-3}
 
@@ -37,10 +38,8 @@ def load_published(path: str) -> dict:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except Exception as error:  # whatever a foreign file makes the parser raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path}: not VeLO's published weights ({type(error).__name__}: {reason})"
-        ) from None
+        reason = f"{type(error).__name__}: {brief(error)}"
+        raise ValueError(f"{path}: not VeLO's published weights ({reason})") from None
 
 
 def convert(stored: dict) -> dict:
