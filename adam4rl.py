@@ -153,7 +153,7 @@ def by_shape(leaves: list) -> dict:
     columns"""
     found: dict = {}
     for number, leaf in enumerate(leaves):
-        if len(shape := jnp.shape(leaf)) > 1:
+        if len(shape := jnp.shape(leaf)) > 1 and math.prod(shape):
             found.setdefault((math.prod(shape[:-1]), shape[-1]), []).append(number)
     return found
 

@@ -1,5 +1,6 @@
 """Adam4RL: Adam where theta is zero, and its equation in numpy where it is not."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -202,3 +203,20 @@ def test_the_drop_in_is_the_agents_optimizer_and_takes_a_schedule():
             updates,
             expected,
         )
+
+
+def test_tensors_of_any_kind_keep_their_shapes_and_types():
+    """None, a scalar, an empty one; a step in bfloat16 is that in float32, rounded."""
+    theta = {name: x + 0.1 for name, x in zero().items()}
+    optimizer = adam4rl(theta, num_steps=10)
+    odd = [None, jnp.float32(2.0), jnp.zeros((0, 4))]
+    half = {"w": gradients(3)["w"], "b": jnp.ones(7), "odd": odd}
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), half)
+    whole, update = jax.tree.map(jnp.float32, half), jax.jit(optimizer.update)
+    state = optimizer.init(half)
+    updates, after = update(half, state, half)
+    expected, _ = update(whole, optimizer.init(whole), whole)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, half)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), expected)
+    jax.tree.map(np.testing.assert_array_equal, updates, rounded)

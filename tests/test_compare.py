@@ -1,7 +1,5 @@
 """Comparisons over tasks: statistics by hand, and the script on small evaluations."""
 
-import sys
-
 import numpy as np
 import pytest
 import scipy.stats
@@ -58,15 +56,8 @@ def evaluation(tmp_path):
     return tmp_path
 
 
-def run_script(*args):
-    sys.argv = ["compare", *map(str, args)]
-    compare.main()
-
-
-def test_the_script_says_where_it_is_above_level_and_below(evaluation, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [])
-    run_script(evaluation / "run", "--out", evaluation / "out")
-    out = capsys.readouterr().out
+def test_the_script_says_where_it_is_above_level_and_below(evaluation, call):
+    _, out, _ = call(compare.main, "run", "--out", "out")
     for kind in ("final", "mean"):
         wanted = "above on 1: ant; level on 1: hopper; below on 1: humanoid"
         assert f"{kind} return, against the best classical optimizer of each task: {wanted}" in out
@@ -74,10 +65,10 @@ def test_the_script_says_where_it_is_above_level_and_below(evaluation, monkeypat
     # The last two evaluations of a line from 0 are at 3/4 and 1; the mean is a half.
     assert f"| **{OURS}** | 1 | 17.5 (" in table and "| adam | 0.1 | 8.75 (" in table
     assert "| 0.2 |" not in table and "10 (" in table
-    run_script(evaluation / "out", "--out", evaluation / "again")  # from scores.csv
+    call(compare.main, "out", "--out", "again")  # from scores.csv
     assert (evaluation / "again" / "table.md").read_text() == table
     assert "held out" not in table
-    run_script(evaluation / "run", "--held-out", "humanoid", "--out", evaluation / "held_out")
+    call(compare.main, "run", "--held-out", "humanoid", "--out", "held_out")
     table = (evaluation / "held_out" / "table.md").read_text()
     said = "- final return, against the best classical optimizer of each task held out:"
     assert f"{said} above on 0; level on 0; below on 1: humanoid\n" in table
@@ -106,6 +97,28 @@ def test_an_optimizer_of_few_tasks_is_not_in_the_figure(evaluation):
     assert drawn() == ([], [])
     compare.draw(evaluation / "compare.png", by_env, OURS)
     assert (evaluation / "compare.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_profiles_are_the_share_of_seeds_above_each_return(evaluation):
+    """Ours are 2, 1 and a half of Adam's."""
+    by_env = compare.read((str(evaluation / "run"),))
+    figure, axis = compare.plt.subplots()
+    compare.draw_profiles(axis, by_env, OURS)
+    compare.plt.close(figure)
+    (line,) = [line for line in axis.lines if line.get_label() == "adam4rl"]
+    np.testing.assert_allclose(np.interp([0.25, 0.75, 1.25], *line.get_data()), [1, 2 / 3, 1 / 3])
+
+
+def test_the_hardest_to_beat_is_at_the_top(evaluation):
+    by_env = compare.read((str(evaluation / "run"),))
+    for scores in by_env.values():
+        adam = next(s for s in scores if s.label == "adam")
+        scores.append(adam._replace(label="rmsprop", final=adam.final + 100, mean=adam.mean + 100))
+    figure, axis = compare.plt.subplots()
+    compare.draw_probabilities(axis, by_env, OURS)
+    compare.plt.close(figure)
+    names = [text.get_text() for text in axis.get_yticklabels()]  # from the bottom
+    assert names == ["adam (3)", "rmsprop (3)"]
 
 
 def test_normalised_returns_are_0_at_the_first_and_1_at_the_best_classical(evaluation):
@@ -138,13 +151,9 @@ def test_seeds_are_paired_by_their_number_whatever_their_order():
         (("run", "--held-out", "catch"), "--held-out catch: not compared; there are ant, hopper"),
     ],
 )
-def test_bad_input_is_one_line(args, said, evaluation, monkeypatch, capsys):
-    monkeypatch.chdir(evaluation)
-    monkeypatch.setattr(sys, "argv", [])
-    with pytest.raises(SystemExit) as end:
-        run_script(*args)
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and said in err and err.count("\n") == 1
+def test_bad_input_is_one_line(args, said, evaluation, call):
+    code, _, err = call(compare.main, *args)
+    assert code == 2 and said in err and err.count("\n") == 1
 
 
 def test_the_summary_has_a_row_for_each_task(evaluation):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -218,7 +219,8 @@ def test_the_table_runs_what_it_lacks_and_replaces_it_only_if_told(tmp_path, mon
     level = 3.0
     found = main("--env-name", "catch", "--optimizers", "pretrained/adam4rl", "adam")
     assert len(commands) == 1 and len(found) == 6 and found["catch", "adam"]["final"] == "1.5"
-    assert "### catch" in (tmp_path / "out" / "table.md").read_text()
+    written = (tmp_path / "out" / "table.md").read_text()
+    assert "### catch" in written and "| catch* |" in written  # it is one of HELD_OUT
     found = main("--env-name", "catch", "--optimizers", "adam", "--again")
     assert len(commands) == 1 and len(found) == 6 and found["catch", "adam"]["final"] == "4.5"
     main("--env-name", "ant", "--optimizers", "adam", "--again", "--total-steps", "5e5")
@@ -310,6 +312,22 @@ def test_returns_are_counted_as_the_authors_code_does():
     # planes (agent, object) of the cells: (0, 1), (2, 3)
     np.testing.assert_array_equal(obs, [[[1, 3]], [[0, 2]]])
     assert env.obs_shape == obs.shape == (2, 1, 2)
+
+
+def test_the_authors_return_is_the_mean_of_the_last_20_updates(monkeypatch):
+    """In update n an episode of return n and one of 3 n end: the mean is 2 n."""
+
+    def train(args, env, optimizer, on_update):
+        for n in range(1, 31):
+            total, episodes = np.zeros((2, args.num_seeds, args.num_envs))
+            total[:, 0], total[:, 1] = n * (n + 1) / 2, 3 * n * (n + 1) / 2
+            episodes[:, :2] = n
+            streams = SimpleNamespace(env_state=authors.Counted(None, None, total, episodes))
+            on_update(n, {}, SimpleNamespace(agents=SimpleNamespace(streams=streams)))
+
+    monkeypatch.setattr(a2c, "train", train)
+    found = authors.returns_at("catch", "adam", 1e-3, [25 * 1280, 30 * 1280])
+    assert {at: set(x) for at, x in found.items()} == {"32000": {31.0}, "38400": {41.0}}
 
 
 def test_lanes_without_vmap_are_not_a_number():

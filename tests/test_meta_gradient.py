@@ -39,20 +39,24 @@ def test_meta_gradient_is_jax_grad_through_everything(kind, agent):
 
         def learn(agent, key_and_number):
             key, number = key_and_number
-            return task.agent.learn(key, agent, optimizer, 6 + number, 27)[0], None
+            agent, _, metrics = task.agent.learn(key, agent, optimizer, 6 + number, 27)
+            return agent, metrics["return"]
 
         key_inner, key_meta = jax.random.split(jax.random.split(key)[1])
         numbered = (jax.random.split(key_inner, inner_updates), jnp.arange(inner_updates))
-        return task.agent.loss(key_meta, jax.lax.scan(learn, agent, numbered)[0])[0]
+        agent, returns = jax.lax.scan(learn, agent, numbered)
+        return task.agent.loss(key_meta, agent)[0], returns[-1]
 
-    through_everything = jax.jit(jax.value_and_grad(meta_loss))
+    through_everything = jax.jit(jax.value_and_grad(meta_loss, has_aux=True))
     each = [through_everything(theta, plan.key[i], pick(units, i)) for i in range(num_units)]
-    loss, expected = jax.tree.map(lambda *xs: sum(xs), *each)
+    (loss, _), expected = jax.tree.map(lambda *xs: sum(xs), *each)
     gradient, _, metrics = group_of(task, learned, inner_updates=inner_updates)(theta, plan, units)
     assert relative(gradient, expected) < 1e-5
     gradient.pop("start", None)  # VeLO's, read at the first update only, which was before
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
     np.testing.assert_allclose(jnp.sum(metrics["meta_loss"]), loss, rtol=1e-5)
+    returns = [last for (_, last), _ in each]  # of the last inner update
+    np.testing.assert_allclose(metrics["return"], returns, rtol=1e-5)
 
 
 @pytest.mark.parametrize("cell, inputs", KINDS)

@@ -69,6 +69,7 @@ def scalar_optimizer(theta, gradients, cell, inputs, hidden, learning_rate, clip
 @pytest.mark.parametrize("cell, inputs, layers", KINDS)
 def test_update_is_the_equations_coordinate_by_coordinate(cell, inputs, layers):
     theta = make_theta(cell, inputs, layers)
+    theta["readout2"][str(len(layers))]["b"] -= 18.4  # v is near 1e-8, so that EPS counts
     gradients = np.array([[0.3, -2.5, 0.0, 1e-6], [-0.7, 0.9, 1e-3, -1e-6], [0.2, 4.0, 0.0, 1e-4]])
     optimizer = optim4rl.optim4rl(theta, 0.01)
     params, update = jnp.zeros(4), jax.jit(optimizer.update)
@@ -193,20 +194,6 @@ def test_vmap_is_a_loop(theta_batched):
             pick(got, i),
             expected,
         )
-
-
-def test_derivative_with_respect_to_theta_is_that_of_finite_differences():
-    theta, grads = make_theta(), jnp.linspace(-1, 1, 9)
-
-    @jax.jit
-    def moved(theta):
-        optimizer = optim4rl.optim4rl(theta, 0.1)
-        return jnp.sum(optimizer.update(grads, optimizer.init(grads))[0] * jnp.arange(9))
-
-    direction = make_theta(seed=5)
-    derivative = optax.tree.vdot(jax.grad(moved)(theta), direction)
-    shifted = [moved(optax.tree.add_scale(theta, step, direction)) for step in (1e-3, -1e-3)]
-    np.testing.assert_allclose(derivative, (shifted[0] - shifted[1]) / 2e-3, rtol=1e-2)
 
 
 def test_lstm_derivative_is_that_of_jax():

@@ -374,12 +374,14 @@ def test_observations_that_are_not_normalised_reach_the_networks_as_they_are():
     plain = dataclasses.replace(PROBE, normalise_observations=False)
     seen = {}
     for args in (PROBE, plain):
-        agent = ppo.make_agent(probe_env(), args)
-        state = agent.init(jax.random.key(0), optax.sgd(0.1))
-        state, *_ = jax.jit(partial(agent.learn, optimizer=optax.sgd(0.1)))(
-            jax.random.key(1), state
-        )
-        seen[args] = float(networks.normalise(state.normaliser, jnp.full(1, 2.0))[0])
+        agent, optimizer = ppo.make_agent(probe_env(), args), optax.sgd(0.1)
+
+        @jax.jit
+        def normaliser(agent=agent, optimizer=optimizer):  # alone: XLA leaves out the rest
+            state = agent.init(jax.random.key(0), optimizer)
+            return agent.learn(jax.random.key(1), state, optimizer)[0].normaliser
+
+        seen[args] = float(networks.normalise(normaliser(), jnp.full(1, 2.0))[0])
     assert seen[plain] == 2 and seen[PROBE] > 1e5
 
 
@@ -440,37 +442,41 @@ def test_probe_environment_is_solved():
     assert history["eval_steps"][-1] == ppo.num_updates(PROBE) * ppo.steps_per_update(PROBE)
 
 
-def test_the_optimizer_is_given_the_loss_and_the_fraction_of_training_done():
-    """Two updates of 2 epochs of 2 minibatches: the fraction goes up with every gradient step."""
-    sizes = {
-        "num_envs": 4,
-        "batch_size": 4,
-        "num_minibatches": 2,
-        "num_epochs": 2,
-        "rollout_steps": 2,
-    }
-    agent, optimizer = (
-        ppo.make_agent(count_env(), dataclasses.replace(PROBE, **sizes)),
-        optax.sgd(0.1),
-    )
-    state = agent.init(jax.random.key(0), optimizer)
-    _, (_, extra_args), metrics = agent.learn(jax.random.key(1), state, optimizer, 1, 2)
-    np.testing.assert_allclose(extra_args["fraction"], [0.5, 0.625, 0.75, 0.875])
-    np.testing.assert_allclose(extra_args["num_steps"], 8)
-    np.testing.assert_allclose(np.mean(extra_args["value"]), metrics["loss"], rtol=1e-6)
-    assert len(set(extra_args["value"].tolist())) == 4
+def test_the_optimizer_is_given_the_loss_and_where_in_training_it_is():
+    """The second of two updates, 2 epochs of 3 minibatches."""
+    sizes = dict(num_envs=4, batch_size=4, num_minibatches=3, num_epochs=2, rollout_steps=2)
+    agent = ppo.make_agent(count_env(), dataclasses.replace(PROBE, **sizes))
+    state = agent.init(jax.random.key(0), optax.sgd(0.1))
+    _, (_, extra), metrics = agent.learn(jax.random.key(1), state, optax.sgd(0.1), 1, 2)
+    np.testing.assert_allclose(extra["fraction"], 0.5 + np.arange(6) / 12, rtol=1e-6)
+    np.testing.assert_allclose(extra["num_steps"], 12)
+    np.testing.assert_array_equal(extra["iteration_step"], np.arange(6))
+    assert set(extra["num_epochs"].tolist()) == {2}
+    assert set(extra["num_minibatches"].tolist()) == {3}
+    # First the policy that acted, then others: the estimate of the divergence is not negative.
+    kl = np.asarray(extra["kl"])
+    assert abs(kl[0]) < 1e-6 and kl[1:].max() > 1e-5 and kl.min() > -1e-6
+    np.testing.assert_allclose(np.mean(extra["value"]), metrics["loss"], rtol=1e-6)
+    assert len(set(extra["value"].tolist())) == 6
 
 
-def test_the_loss_that_the_optimizer_is_given_is_that_of_the_rollouts():
+def test_the_optimizer_and_meta_training_are_given_the_loss_of_the_rollouts():
     """All of them in one minibatch, with the statistics that they were made with."""
     args = dataclasses.replace(PROBE, num_epochs=1, num_minibatches=1, reward_scale=3.0)
     env, optimizer = chance_env(), optax.sgd(0.1)
-    agent = ppo.make_agent(env, args)
-    state, key = agent.init(jax.random.key(0), optimizer), jax.random.key(1)
-    _, (_, extra_args), _ = agent.learn(key, state, optimizer)
-    batch, _, _ = ppo.collect(jax.random.split(key)[0], state, env, args)
-    inputs = (state.params, state.normaliser, batch, key, env.distribution, args)
-    np.testing.assert_allclose(extra_args["value"][0], ppo.ppo_loss(*inputs)[0], rtol=1e-4)
+    agent, key = ppo.make_agent(env, args), jax.random.key(1)
+
+    @jax.jit
+    def losses():
+        state = agent.init(jax.random.key(0), optimizer)
+        _, (_, extra_args), _ = agent.learn(key, state, optimizer)
+        batch, _, acted = ppo.collect(jax.random.split(key)[0], state, env, args)
+        inputs = (state.params, state.normaliser, batch, key, env.distribution, args)
+        return extra_args["value"][0], ppo.ppo_loss(*inputs)[0], acted, agent.loss(key, state)
+
+    given, expected, acted, (meta_loss, after) = losses()
+    np.testing.assert_allclose([given, meta_loss], expected, rtol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, after, acted)
 
 
 def test_fractions_of_a_whole_training_start_at_0_and_do_not_reach_1():
@@ -482,9 +488,18 @@ def test_fractions_of_a_whole_training_start_at_0_and_do_not_reach_1():
 
     optimizer = optax.GradientTransformationExtraArgs(lambda params: (), update)
     args = dataclasses.replace(PROBE, total_steps=3 * 512, num_epochs=2)
-    ppo.train(args, count_env(), optimizer, lambda *_: None)
+    history = ppo.train(args, chance_env(), optimizer, lambda *_: None)
     jax.effects_barrier()
     np.testing.assert_allclose(sorted(recorded), np.arange(24) / 24, atol=1e-6)
+    assert np.unique(history["reward"]).size == 3  # another chance in every update
+
+
+@pytest.mark.parametrize(
+    "updates, evals, expected", [(10, 4, {2, 5, 7, 10}), (3, 20, {1, 2, 3}), (9, 1, {9})]
+)
+def test_evaluations_are_evenly_spaced_and_one_is_at_the_end(updates, evals, expected):
+    args = dataclasses.replace(PROBE, total_steps=updates * 512, num_evals=evals)
+    assert ppo.eval_updates(args) == expected
 
 
 def test_an_epoch_takes_every_rollout_once_and_each_in_another_order():
@@ -527,12 +542,11 @@ def test_ratio_is_one_when_learning_begins():
     np.testing.assert_allclose(metrics["loss"], 0, atol=1e-5)
 
 
-def test_same_seed_same_result_and_seeds_side_by_side_are_seeds_alone():
+def test_seeds_side_by_side_are_seeds_alone():
     run = partial(ppo.train, env=probe_env(), optimizer=optax.adam(3e-3), on_update=lambda *_: None)
     args = dataclasses.replace(PROBE, total_steps=5_120)
     both = run(dataclasses.replace(args, num_seeds=2, seed=3))
     alone = run(dataclasses.replace(args, seed=4))
-    np.testing.assert_array_equal(run(dataclasses.replace(args, seed=4))["return"], alone["return"])
     np.testing.assert_allclose(both["return"][1], alone["return"][0], rtol=1e-4, atol=1e-5)
 
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +103,8 @@ def test_another_kind_then_evaluate(kind, call, tmp_path):
     assert header["config"].get("num_bases") == {"velo": 64}.get(kind)
     # iterations, units, updates and the meta-loss's rollout, steps
     assert header["trained"]["env_steps"] == 2 * 2 * (2 + 1) * 20
+    rows = read_rows(folder / "metrics.csv")
+    assert [row["env_steps"] for row in rows] == ["120", "240"]
     assert (folder / "checkpoint" / "2").is_dir()
     theta = folder / "theta.npz"
     flags = "--num-seeds 2 --total-steps 6400 --optimizers".split()
@@ -516,3 +519,53 @@ def test_a_quarter_is_a_step_with_an_evaluation_and_not_the_one_before_training(
         [0],
     )
     assert [result.score(until) for until in (0.25, 0.3, 0.5, 1.0)] == [7.0, 9.0, 9.0, 16.0]
+
+
+# --- Tables and curves ---
+
+
+def test_a_figure_has_the_mean_and_interval_of_the_best_rate_also_when_redrawn(tmp_path):
+    steps, returns = np.array([1.0, 2.0, 3.0]), np.array([[0.0, 1.0, 2.0], [0.0, 3.0, 6.0]])
+    results = [
+        report.Result("pendulum", "adam", rate, steps, scale * returns, np.arange(2))
+        for rate, scale in ((0.1, 0.5), (0.2, 1.0), (0.3, 0.7))
+    ]
+    rows = [row for result in results for row in report.summary_rows(result)]
+    runs.write_csv(tmp_path / "curves.csv", report.SUMMARY_COLUMNS, rows)
+    for curves in (report.curves_of(results), report.read_summary(tmp_path / "curves.csv")):
+        figure, axes = report.plt.subplots()
+        report.draw_panel(axes, curves)
+        report.plt.close(figure)
+        (line,), (band,) = axes.lines, axes.collections
+        assert line.get_label() == "adam, 0.2"
+        np.testing.assert_array_equal(line.get_xydata(), [[1, 0], [2, 2], [3, 4]])
+        corners = band.get_paths()[0].vertices
+        last = corners[corners[:, 0] == 3, 1]
+        assert (last.min(), last.max()) == (2, 6)  # the interval of two seeds: both
+        assert all((curve.low[-1], curve.high[-1]) == (2, 6) for curve in curves)
+
+
+def test_the_last_column_is_when_the_mean_reaches_nine_tenths_of_the_best():
+    """The best score, the mean of the last two, is 10."""
+    curves = {
+        "best": [[0, 8, 10, 10], [0, 8, 10, 10]],
+        "early": [[0, 18, 0, 0], [0, 0, 0, 0]],
+        "one seed at a time": [[0, 9, 0, 7], [0, 7, 0, 9]],
+    }
+    steps = np.array([10.0, 20.0, 30.0, 40.0])
+    results = [
+        report.Result("pendulum", label, 0.1, steps, np.array(x, float), np.arange(2))
+        for label, x in curves.items()
+    ]
+    head, _, *rows = report.table(results).splitlines()
+    assert head.endswith("| steps to reach 9 |")
+    assert [row.split(" | ")[-1] for row in rows] == ["30 |", "20 |", "never |"]
+
+
+def test_two_files_of_one_name_are_two_rows(tmp_path):
+    paths = [str(tmp_path / f"catch__{i}" / "theta.npz") for i in range(2)]
+    for path in paths:
+        Path(path).parent.mkdir()
+        shutil.copy(optimizers.PRETRAINED / "optim4rl_catch.npz", path)
+    found = evaluate.plan(evaluate.Args(optimizers=tuple(paths)))
+    assert [run.label for run in found] == ["catch (trained)", paths[1]]
