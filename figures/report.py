@@ -133,8 +133,8 @@ def names_of(results: list, field: str) -> list[str]:
 
 def markdown(head: tuple, rows: list) -> str:
     """A markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+    first, *lines = (f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows))
+    return "\n".join([first, "|---" * len(head) + "|", *lines])
 
 
 def score_cells(result: Result) -> tuple[str, str]:
