@@ -194,7 +194,9 @@ def make_learner(args: Args, env_name: str) -> tasks.Learner:
     return learner
 
 
-def train_agents(learner: tasks.Learner, optimizer, title: str, interrupted, *restore) -> dict:
+def train_with_progress(
+    learner: tasks.Learner, optimizer, title: str, interrupted, *restore
+) -> dict:
     """agent.train with a progress bar. -> its history"""
     agent, args, env = learner
     with runs.progress(agent.num_updates(args), title) as bar:
@@ -211,7 +213,7 @@ def train_agents(learner: tasks.Learner, optimizer, title: str, interrupted, *re
 def train(learner: tasks.Learner, run: Run, rate: float, title: str, interrupted) -> report.Result:
     """All seeds at one learning rate."""
     optimizer = optimizers.make_optimizer(run.optimizer, rate)
-    history = train_agents(learner, optimizer, title, interrupted)
+    history = train_with_progress(learner, optimizer, title, interrupted)
     seeds = learner.args.seed + np.arange(learner.args.num_seeds)
     return result(learner, run, rate, *curves(learner, history), seeds)
 

@@ -113,9 +113,10 @@ def last_returns(agent: ModuleType, args, history: dict) -> str:
         made = [i for i, at in enumerate(steps) if 0 < at <= done * agent.steps_per_update(args)]
     if not made:
         return f"no {unit} yet"
-    returns = np.asarray(history[metric])[:, made[-last:]]
+    made = made[-last:]
+    returns = np.asarray(history[metric])[:, made]
     final = np.array([np.nanmean(x) if np.isfinite(x[-1]) else np.nan for x in returns])
-    what = f"last {len(made[-last:])} {unit}s" if len(made) > 1 else f"last {unit}"
+    what = f"last {len(made)} {unit}s" if len(made) > 1 else f"last {unit}"
     by_seed = ", ".join(f"{x:.5g}" for x in final)
     return f"mean return of the {what}: {jnp.nanmean(final):.5g} (by seed: {by_seed})"
 

@@ -126,7 +126,7 @@ def train_some(learner, lanes: list[Lane], title: str, interrupted) -> dict:
         return state._replace(agents=state.agents._replace(opt_state=opt_state))
 
     learner = learner._replace(args=args)
-    return evaluate.train_agents(learner, optimizer, title, interrupted, set_rates)
+    return evaluate.train_with_progress(learner, optimizer, title, interrupted, set_rates)
 
 
 def lanes_of(run: evaluate.Run, rate: float, args: Any, swept: bool = False) -> list[Lane]:

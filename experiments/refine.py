@@ -92,11 +92,10 @@ def begin(args: Args) -> tuple[dict, dict]:
 
 
 def read_rows(log: Path, args: Args) -> list[dict]:
-    """What was logged before, without a line that a kill cut off. Raises a one-line ValueError for
-    a file that was begun with other arguments, or that is not this script's."""
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    """What was logged before. Raises a one-line ValueError for a file that was begun with other
+    arguments, or that is not this script's."""
     try:
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         changed = {key for row in rows for key, x in given(args).items() if row["given"][key] != x}
         for row in rows:
             places(search.SCALES, row["numbers"])

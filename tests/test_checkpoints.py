@@ -159,8 +159,9 @@ def test_an_agents_run_goes_on_with_its_optimizers_state_bit_for_bit(
         call(agent.main, *flags, "--runs-dir", "killed", "--checkpoint-minutes", "1e-5")
     killed = only_folder(tmp_path / "killed")
     assert 0 < max(int(path.name) for path in whole_checkpoints(killed)) < updates // 2
-    code, out, err = call(agent.main, "--resume", killed)
+    code, out, err = call(agent.main, "--resume", killed, "--checkpoint-minutes", "3")
     assert code == 0 and "resumed at" in out, err
+    assert json.loads((killed / "config.json").read_text())["args"]["checkpoint_minutes"] == 3
     rows = (killed / "metrics.csv").read_text()
     assert rows == (whole / "metrics.csv").read_text() and rows.count("\n") == updates + 1
     assert [line for line in out.splitlines() if line.startswith("mean return")] == [
