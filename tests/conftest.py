@@ -1,4 +1,5 @@
 """Four CPU devices, so that one process can test the spreading of units over 1, 2 and 4 of them.
+With JAX_PLATFORMS=cuda the tests run on a GPU, whose sums differ by more than some tests allow.
 
 What runs in this process is compiled without LLVM's optimizations: most of the tests' time is
 compiling. The scripts that tests start are compiled as a user's are."""
@@ -8,6 +9,7 @@ import sys
 
 flags = os.environ.get("XLA_FLAGS")
 os.environ["XLA_FLAGS"] = f"{flags or ''} --xla_backend_optimization_level=0"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests run in several processes, which share the memory of an accelerator.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
