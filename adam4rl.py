@@ -56,6 +56,7 @@ from optim4rl import (
 M_DECAYS = (0.5, 0.9, 0.99)
 V_DECAYS = (0.9, 0.99, 0.999)
 EPS = 1e-8
+MOST_GRADIENT = 1e18  # the square of a larger one may not be finite
 LARGEST = 150.0  # step of a coordinate, in root mean squares of its gradient
 KNOTS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # of the schedule, in fractions of training
 RATE = 9.0  # the untrained learning rate times N
@@ -104,7 +105,7 @@ def inputs(relative: list, logs: list, shared: list) -> jax.Array:
 def direction(shared: tuple, g: jax.Array, moments: jax.Array) -> tuple:
     """d of a block. shared: theta, log(N / 1000), f; g: [C] -> d [C], moments"""
     theta, log_n, fraction = shared
-    g = jax.lax.stop_gradient(g)
+    g = jnp.clip(jax.lax.stop_gradient(g), -MOST_GRADIENT, MOST_GRADIENT)
     m, v, moments = update_moments(g, moments)
     w = jnp.array([0.0, 0.0, 1.0, 0.0]) + theta["momenta"]
     u = w[0] * g + jnp.sum(w[1:, None] * m, axis=0)

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 
 import checks
 import devices
+import optimizers
 import runs
 from optim4rl import brief
 
@@ -92,7 +93,9 @@ class Checkpoints:
             (new / "digest").write_text(digest(new))
             os.replace(new, self.folder / str(number))
             for old in self.numbers()[:-2]:
-                shutil.rmtree(self.folder / str(old))
+                # A kill in the middle leaves a name that remove_unfinished knows.
+                os.replace(self.folder / str(old), self.folder / f"{old}.tmp")
+                shutil.rmtree(self.folder / f"{old}.tmp")
         devices.wait_for_all(f"checkpoint {number} written")
 
     def restore(self, like: Any) -> Any:
@@ -192,15 +195,17 @@ def arrays(state: Any) -> dict[str, str]:
 
 
 def arguments(args: Any) -> dict[str, str]:
-    """flag -> value, with a digest of the file that it names."""
+    """flag -> value, with a digest of the theta file that it names."""
     found = {}
     for name, value in dataclasses.asdict(args).items():
+        if name in OF_A_START:
+            continue
         found[f"--{name.replace('_', '-')}"] = str(value)
-        if isinstance(value, str) and Path(value).is_file():
-            found[f"--{name.replace('_', '-')}"] += f" with digest {file_digest(Path(value))[:8]}"
-    return {
-        flag: value for flag, value in found.items() if flag[2:].replace("-", "_") not in OF_A_START
-    }
+        path = str(value).removeprefix("untrained:")
+        if name in ("optimizer", "theta") and value and optimizers.is_theta(path):
+            digest_of_it = file_digest(Path(optimizers.theta_path(path)))[:8]
+            found[f"--{name.replace('_', '-')}"] += f" with digest {digest_of_it}"
+    return found
 
 
 def differences(stored: dict[str, str], here: dict[str, str]) -> list[str]:

@@ -87,8 +87,9 @@ def choose_devices(
     here = start_devices(num_devices or len(cores()))
     if num_devices and num_devices > here:
         raise ValueError(f"--num-devices {num_devices}: there are {here}")
+    fewest = -largest_of_processes(-here)  # all processes must choose the same number
     num_devices = num_devices or max(
-        n for n in range(1, here + 1) if num_units % (n * num_processes) == 0
+        n for n in range(1, fewest + 1) if num_units % (n * num_processes) == 0
     )
     devices = [
         [d for d in jax.devices() if d.process_index == i][:num_devices]
@@ -105,7 +106,7 @@ def connect(num_processes: int, process_id: int, coordinator: str) -> None:
     if num_processes > 1:
         try:
             # jax aborts without an address
-            socket.getaddrinfo(coordinator.rpartition(":")[0], None)
+            socket.getaddrinfo(coordinator.rpartition(":")[0].strip("[]"), None)
             jax.distributed.initialize(coordinator, num_processes, process_id)
         except (OSError, UnicodeError, RuntimeError) as error:
             raise ValueError(f"--coordinator {coordinator}: {error}") from None

@@ -271,8 +271,8 @@ def to_blocks(tree: Any) -> jax.Array:
 def from_blocks(blocks: jax.Array, like: Any) -> Any:
     """The inverse of to_blocks: shapes and dtypes are those of `like`."""
     leaves, treedef = jax.tree.flatten(like)
-    if not leaves:
-        return like
+    if not blocks.size:
+        return jax.tree.map(jnp.zeros_like, like)
     sizes = [np.size(leaf) for leaf in leaves]
     starts = [int(start) for start in np.cumsum([0, *sizes[:-1]])]
     if len(leaves) > MANY_LEAVES:

@@ -252,7 +252,7 @@ def load_learned(path: str) -> tuple[LearnedOptimizer, Any, dict]:
         raise ValueError(f"{path}: cannot be made from its header: {error}") from None
     learned = LEARNED[kind](**config)
     check_theta(path, learned, theta)
-    return learned, jax.tree.map(jnp.asarray, theta), header
+    return learned, jax.tree.map(jnp.float32, theta), header
 
 
 SETTINGS = ("cell", "inputs", "hidden_size", "readout_layers", "grad_clip")  # not of every kind

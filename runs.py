@@ -267,7 +267,7 @@ def warn_if_long(seconds: float, advice: str) -> None:
 def rows_before(path: Path, number: int) -> str:
     """The rows of metrics.csv before `number`, with its header; "" if there are none. Drops later
     rows, which are made again, and an unfinished one."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_bytes().decode().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines[1:] if line.endswith("\n") and line.split(",")[0].isdigit()]
     kept = [line for line in kept if int(line.split(",")[0]) < number]
     return "".join(lines[:1] + kept) if kept else ""
@@ -325,12 +325,14 @@ class Log:
         if not self.waiting:
             return
         for number, metrics in jax.device_get(self.waiting):
-            row = {name: float(value) for name, value in metrics.items()}
+            row = {
+                name: value if isinstance(value, int) else float(value)
+                for name, value in metrics.items()
+            }
             if self.rows is None:
                 self.open(number, ["number", *row])
-            self.rows.writerow(
-                {"number": number, **{name: f"{value:.6g}" for name, value in row.items()}}
-            )
+            texts = {k: str(x) if isinstance(x, int) else f"{x:.6g}" for k, x in row.items()}
+            self.rows.writerow({"number": number, **texts})
             for name, value in row.items():
                 self.events.add_scalar(name, value, number)
         self.bar.update(number - self.bar.n)

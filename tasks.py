@@ -139,7 +139,8 @@ def trained_rate(trained: Any, env_name: str) -> float | None:
         rates = {str(name): float(rate) for name, rate in pairs}
     except (LookupError, TypeError, ValueError, OverflowError):
         return None
-    applies = env_name in rates or (len(rates) > 1 and agent_of(env_name) is a2c)
+    gridworlds = len(rates) > 1 and all(name in gridworld.NAMES for name in (*rates, env_name))
+    applies = env_name in rates or gridworlds
     rate = rates.popitem()[1] if applies and len(set(rates.values())) == 1 else None
     return rate if rate and 0 < rate <= checks.LARGEST else None
 
@@ -189,6 +190,7 @@ def check_memory(learner: Learner, optimizer: Any, num_seeds: int) -> None:
 def score_window(env_name: str) -> int:
     """How many of the last returns a score is the mean of; env_name: as in report.Result."""
     name, _, agent = env_name.partition(" by ")
+    checks.known("agent", [agent] if agent else [], AGENTS)
     return (AGENTS[agent] if agent else agent_of(name)).SCORE[1]
 
 

@@ -73,7 +73,7 @@ def best_offsets(offsets: np.ndarray, ranks: np.ndarray, least: float) -> np.nda
     fine = np.array(list(itertools.product(np.linspace(-1, 1, 41), repeat=numbers)))
     fitted = features(fine) @ weights
     gain = fitted.max() - features(np.zeros((1, numbers)))[0] @ weights
-    return fine[np.argmax(fitted)] if gain >= least else np.zeros(numbers)
+    return fine[np.argmax(fitted)] if gain > 0 and gain >= least else np.zeros(numbers)
 
 
 def begin(args: Args) -> tuple[dict, dict]:
@@ -91,12 +91,13 @@ def begin(args: Args) -> tuple[dict, dict]:
     return {name: np.array(x, float) for name, x in theta.items()}, trained
 
 
-def read_rows(log: Path, args: Args) -> list[dict]:
+def read_rows(log: Path, args: Args, theta: dict) -> list[dict]:
     """What was logged before. Raises a one-line ValueError for a file that was begun with other
-    arguments, or that is not this script's."""
+    arguments or another theta, or that is not this script's."""
     try:
         rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        changed = {key for row in rows for key, x in given(args).items() if row["given"][key] != x}
+        here = given(args, theta)
+        changed = {key for row in rows for key, x in here.items() if row["given"][key] != x}
         for row in rows:
             places(search.SCALES, row["numbers"])
     except (ValueError, LookupError, TypeError) as error:
@@ -108,10 +109,11 @@ def read_rows(log: Path, args: Args) -> list[dict]:
     return rows
 
 
-def given(args: Args) -> dict:
-    """The arguments that a log belongs to, as JSON has them."""
-    names = ("theta", "tasks", "repeats", "step", "least", "seed")
-    return json.loads(json.dumps({name: getattr(args, name) for name in names}))
+def given(args: Args, theta: dict) -> dict:
+    """The arguments that a log belongs to, as JSON has them. theta: what they start from"""
+    names = ("tasks", "repeats", "step", "least", "seed")
+    values = {name: getattr(args, name) for name in names} | {"theta": flat(theta).tolist()}
+    return json.loads(json.dumps(values))
 
 
 def places(theta: dict, group: str) -> list[tuple[np.ndarray, int]]:
@@ -143,7 +145,7 @@ def refine(args: Args, theta: dict, group: str, submit) -> tuple[dict, dict]:
     differs = np.any(np.ptp(scores, axis=1) > 0, axis=-1)  # not so if the task has no such tensor
     ranks = fitness(scores[differs]) if differs.any() else np.zeros(len(values))
     best = middle + args.step * scale * best_offsets(offsets, ranks, args.least)
-    row = {"given": given(args), "numbers": group, "from": middle.tolist(), "value": best.tolist()}
+    row = {"numbers": group, "from": middle.tolist(), "value": best.tolist()}
     row |= {"ranks": ranks.tolist(), "seconds": time.monotonic() - began}
     lifetimes = zip(drawn, scores.tolist(), strict=True)
     row["tasks"] = [(task, num_updates, score) for (task, _, num_updates), score in lifetimes]
@@ -154,18 +156,20 @@ def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
         checks.positive(args, "repeats", "step")
+        checks.between(args, 0, 1, "least")
         checks.seed(args)
         theta, trained = begin(args)
         out, log = Path(f"{args.out}.npz"), Path(f"{args.out}.jsonl")
-        rows = read_rows(log, args)
+        rows = read_rows(log, args, theta)
         log.parent.mkdir(parents=True, exist_ok=True)
+    begun_with = given(args, theta)
     for row in rows:
         theta = put(theta, row["numbers"], row["value"])
     done = [row["numbers"] for row in rows]
     with start_workers(0) as submit:
         for group in (group for group in args.numbers if group not in done):
             theta, row = refine(args, theta, group, submit)
-            rows.append(row)
+            rows.append({"given": begun_with, **row})
             runs.write_text(log, "\n".join(map(json.dumps, rows)))
             shown = [" ".join(f"{x:.2f}" for x in row[key]) for key in ("from", "value", "ranks")]
             print("{}: {} -> {}; ranks {}".format(group, *shown), flush=True)

@@ -74,6 +74,8 @@ SCALES = {
     "whitening": (0.6,),
     "shape": (0.5, 1.0),
 }
+# What reading another file, or one of another version, may raise
+NOT_OURS = (AttributeError, EOFError, ImportError, LookupError, TypeError, ValueError)
 CHUNKS = 3  # jobs of a task on a CPU, so that all cores are busy to the end of a generation
 
 
@@ -98,7 +100,12 @@ def load(path: str) -> tuple[dict, int, dict]:
     _, theta, header = optimizers.load_learned(path)
     if header["optimizer"] != "adam4rl":
         raise ValueError(f"{path}: of {header['optimizer']}, not of adam4rl")
-    return theta, network_size(theta), header["trained"]
+    trained = header.get("trained")
+    return theta, network_size(theta), trained if isinstance(trained, dict) else {}
+
+
+def same_file(path: str, other: str) -> bool:
+    return Path(path).resolve() == Path(other).resolve()
 
 
 def search_space(args: Args) -> Space:
@@ -170,12 +177,13 @@ def resume(args: Args, space: Space) -> tuple:
     path = f"{args.out}.pkl"
     try:
         begun_with, start, *found = pickle.loads(Path(path).read_bytes())
-    except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError) as error:
+        changed = [name for name, x in begun_with.items() if x != getattr(args, name)]
+    except (pickle.UnpicklingError, *NOT_OURS) as error:
         raise ValueError(f"{path}: not of search.py ({error}); give another --out") from None
-    for name, value in begun_with.items():
-        if name not in ("out", "generations") and value != getattr(args, name):
-            flag = name.replace("_", "-")
-            raise ValueError(f"{path} was begun with --{flag} {value}; give that, or another --out")
+    for name in changed:
+        if name not in ("out", "generations"):
+            given = f"--{name.replace('_', '-')} {begun_with[name]}"
+            raise ValueError(f"{path} was begun with {given}; give that, or another --out")
     if not np.array_equal(start, space.start):
         raise ValueError(f"{args.theta} has changed since {path} was begun; give another --out")
     return tuple(found)
@@ -200,7 +208,7 @@ def main() -> None:
         checks.seed(args)
         if args.only_network and not args.network_size:
             raise ValueError("--only-network needs a --network-size")
-        if args.theta and Path(args.theta) == Path(f"{args.out}.npz"):
+        if args.theta and same_file(optimizers.theta_path(args.theta), f"{args.out}.npz"):
             raise ValueError(f"--theta {args.theta} would be overwritten: give another --out")
         space = search_space(args)
         strategy, rng, deck, means, rows = begin(args, space)

@@ -11,6 +11,7 @@ An accelerator trains all optimizers of a task in one program (lanes.py).
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import math
 import os
@@ -161,7 +162,9 @@ def in_one_program(todo: dict, add) -> None:
             if not results:
                 return None
             folder = ROOT / "runs" / "table"
-            folder = runs.make_folder(str(folder), env_name, "evaluate", given[0].seed, given[0])
+            names = tuple(name for args in given for name in args.optimizers)
+            shown = dataclasses.replace(given[0], optimizers=names)
+            folder = runs.make_folder(str(folder), env_name, "evaluate", shown.seed, shown)
             report.write_results(folder / "results.csv", results)
             return folder
 
@@ -196,7 +199,7 @@ def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
         checks.positive(args, "num_seeds", "total_steps", "learning_rates")
-        if args.total_steps and args.out == Args.out:
+        if args.total_steps and Path(args.out).resolve() == Path(Args.out).resolve():
             raise ValueError(f"--total-steps needs an --out: {args.out} has other numbers of steps")
         path = Path(args.out) / "scores.csv"
         there = stored(path)

@@ -99,17 +99,28 @@ def probability_of_improvement(pairs: list[tuple]) -> tuple[float, float, float]
     return np.mean([better(*pair) for pair in pairs]), *np.quantile(drawn, [0.05, 0.95])
 
 
+def mean_of_kept(values: np.ndarray) -> float:
+    """The mean of the seeds that are not lost; -inf if all are."""
+    kept = values[np.isfinite(values)]
+    return kept.mean() if len(kept) else -np.inf
+
+
+def rank(values: np.ndarray) -> tuple:
+    """The best optimizer or learning rate has the largest: few lost seeds, then the mean."""
+    return -np.sum(~np.isfinite(values)), mean_of_kept(values)
+
+
 def best_classical(scores: list[Scores], kind: str) -> Scores:
-    """The classical optimizer with the highest mean of these scores of one environment."""
+    """The best classical optimizer of one environment by these scores."""
     classical = [s for s in scores if s.label in optimizers.CLASSICAL]
-    return max(classical, key=lambda s: getattr(s, kind).mean())
+    return max(classical, key=lambda s: rank(getattr(s, kind)))
 
 
 def normalised(scores: list[Scores], kind: str) -> dict:
     """label -> [seeds], 0 at the first return of training and 1 at the mean of the best classical
     optimizer. scores: of one environment"""
     low = np.nanmean(np.concatenate([s.first for s in scores]))
-    high = getattr(best_classical(scores, kind), kind).mean()
+    high = mean_of_kept(getattr(best_classical(scores, kind), kind))
     return {s.label: (getattr(s, kind) - low) / (high - low) for s in scores}
 
 
@@ -264,7 +275,7 @@ def read_scores(path: Path) -> list[Scores]:
             for row in csv.DictReader(file):
                 env_name, label, rate, *values = (row[name] for name in COLUMNS)
                 rows.setdefault((env_name, label, float(rate)), []).append(list(map(float, values)))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(f"{path}: not a scores.csv of compare.py ({error})") from None
     return [Scores(*key, *np.array(values).T) for key, values in rows.items()]
 
@@ -302,7 +313,7 @@ def read(folders: tuple[str, ...]) -> dict:
     best: dict = {}
     for s in read_all(folders):
         here = best.setdefault(s.env_name, {})
-        if s.label not in here or s.final.mean() > here[s.label].final.mean():
+        if s.label not in here or rank(s.final) > rank(here[s.label].final):
             here[s.label] = s
     return {name: list(here.values()) for name, here in best.items()}
 
@@ -352,8 +363,9 @@ def main() -> None:
                 raise ValueError(f"{name}: needs {needs}; has {', '.join(s.label for s in scores)}")
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-    write_scores(out / "scores.csv", [s for scores in by_env.values() for s in scores])
-    write(out, by_env, args.of, args.held_out)
+    with runs.interruptible():
+        write_scores(out / "scores.csv", [s for scores in by_env.values() for s in scores])
+        write(out, by_env, args.of, args.held_out)
 
 
 if __name__ == "__main__":

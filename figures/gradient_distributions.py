@@ -82,10 +82,11 @@ class Counted(NamedTuple):
 
 
 def histogram(x: jax.Array) -> jax.Array:
-    """Counts of log10(|x| + 1e-8). x: [P] -> [bins] int32"""
+    """Counts of log10(|x| + 1e-8), without NaN; the first bin has zeros and |x| below 2.6e-9.
+    x: [P] -> [bins] int32"""
     log = jnp.log10(jnp.abs(x) + 1e-8)
     place = jnp.clip(jnp.floor((log - SMALLEST) * PER_DECADE), 0, NUM_BINS - 1).astype(jnp.int32)
-    return jnp.zeros(NUM_BINS, jnp.int32).at[place].add(1)
+    return jnp.zeros(NUM_BINS, jnp.int32).at[place].add(~jnp.isnan(x))
 
 
 def histograms(tree: dict) -> jax.Array:
@@ -213,6 +214,13 @@ def draw(path: Path, layers: list[str], counts: np.ndarray, title: str) -> None:
     report.save_figure(figure, path, dpi=120)
 
 
+def usual_rate(args: Args) -> float:
+    """The learning rate if none is given."""
+    if (own := optimizers.own_rate(args.optimizer)) or args.task != "a2c":
+        return own or 3e-4
+    return tasks.default_rate(args.env_name, a2c, optimizers.theta_header(args.optimizer))
+
+
 def checked_updates(args: Args, optimizer: optax.GradientTransformation) -> int:
     """The number of A2C's updates. Raises a one-line ValueError for arguments that do not fit."""
     learner = tasks.Learner(a2c, a2c_args(args), tasks.make_env(args.env_name, a2c))
@@ -225,9 +233,7 @@ def main() -> None:
     args = runs.parse(Args, __doc__)
     with runs.bad_input():
         if args.learning_rate is None:
-            usual = tasks.agent_settings(args.env_name)["learning_rate"]
-            rate = optimizers.own_rate(args.optimizer) or (usual if args.task == "a2c" else 3e-4)
-            args = dataclasses.replace(args, learning_rate=rate)
+            args = dataclasses.replace(args, learning_rate=usual_rate(args))
         checks.positive(args, "learning_rate", "total_steps", "num_epochs", "batch_size")
         checks.seed(args)
         optimizer = optimizers.make_optimizer(args.optimizer, args.learning_rate)

@@ -364,7 +364,7 @@ def read_curves(path: Path) -> dict:
                 )
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; a run folder of evaluate.py has one") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(f"{path}: not the results of evaluate.py ({error})") from None
     return {key: np.array(curve) for key, curve in rows.items()}
 
@@ -393,22 +393,23 @@ SUMMARY_COLUMNS = (
 
 
 def read_summary(path: Path) -> list[Curve]:
-    """The curves in a curves.csv, each optimizer's at the learning rate with the best final score.
-    Raises a one-line ValueError for another file."""
+    """The curves in a curves.csv, each optimizer's at the learning rate with the fewest lost seeds,
+    and of these the best final score. Raises a one-line ValueError for another file."""
     rows: dict = {}
     try:
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
-                env_name, label, rate, _, *numbers = (row[name] for name in SUMMARY_COLUMNS)
+                env_name, label, rate, *numbers = (row[name] for name in SUMMARY_COLUMNS)
                 rows.setdefault((env_name, label), {}).setdefault(float(rate), []).append(
                     [float(x) for x in numbers]
                 )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(f"{path}: not a curves.csv of report.py ({error})") from None
     curves = []
     for name, rates in rows.items():
-        rate = max(rates, key=lambda rate: np.mean([row[1] for row in rates[rate][-2:]]))
-        curves.append(Curve(*name, rate, *np.array(rates[rate]).T))
+        by_rate = {rate: np.array(rows).T for rate, rows in rates.items()}
+        rate = max(by_rate, key=lambda rate: (by_rate[rate][0, 0], by_rate[rate][2, -2:].mean()))
+        curves.append(Curve(*name, rate, *by_rate[rate][1:]))
     return curves
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+import optim4rl
 from adam4rl import KNOTS, adam4rl, inverse_root, make_adam4rl
 from optim4rl import to_optax
 
@@ -151,6 +152,20 @@ def test_a_coordinate_moves_by_at_most_150_root_mean_squares():
         updates, _ = optimizer.update({"b": jnp.array([2.0, -2.0])}, optimizer.init(params), params)
         step = expected * 9 / 1000
         np.testing.assert_allclose(updates["b"], [-step, step], rtol=1e-4)
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_a_gradient_whose_square_is_not_finite_harms_no_update_and_no_other(cpu, monkeypatch):
+    monkeypatch.setattr(optim4rl, "on_cpu", lambda: cpu)
+    optimizer = adam4rl(zero() | {"whitening": jnp.ones(1)}, num_steps=100)
+    params = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
+    calm = jax.tree.map(lambda x: x + 0.1, params)
+    state = optimizer.init(params)
+    for g in (1e30, 0.1, 0.1):
+        grads = calm | {"b": calm["b"].at[0].set(g), "w": calm["w"].at[0, 0].set(g)}
+        updates, state = optimizer.update(grads, state, params)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
+        np.testing.assert_allclose(updates["b"][1:], -9 / 100, rtol=1e-4)
 
 
 @pytest.mark.parametrize("size", [8, 256])

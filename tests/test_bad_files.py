@@ -205,3 +205,14 @@ def test_floats_of_another_machine_are_the_same_numbers(dtype, tmp_path):
     arrays = {name: array.astype(dtype) for name, array in arrays.items()}
     np.savez(path, header=np.array(json.dumps(header)), **arrays)
     jax.tree.map(np.testing.assert_array_equal, optimizers.load_learned(str(path))[1], expected)
+
+
+def test_a_theta_of_half_precision_is_float32_in_use(tmp_path):
+    path = tmp_path / "theta.npz"
+    header, arrays = whole_theta(path, "optim4rl")
+    arrays = {name: array.astype(np.float16) for name, array in arrays.items()}
+    np.savez(path, header=np.array(json.dumps(header)), **arrays)
+    _, theta, _ = optimizers.load_learned(str(path))
+    for leaf, array in zip(jax.tree.leaves(theta), arrays.values(), strict=True):
+        assert leaf.dtype == np.float32
+        np.testing.assert_array_equal(leaf, array)

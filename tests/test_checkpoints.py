@@ -64,7 +64,7 @@ def uninterrupted(tmp_path_factory):
 def assert_same_run(folder, uninterrupted):
     for name, array in theta_of(uninterrupted).items():
         np.testing.assert_array_equal(theta_of(folder)[name], array)
-    assert (folder / "metrics.csv").read_text() == (uninterrupted / "metrics.csv").read_text()
+    assert (folder / "metrics.csv").read_bytes() == (uninterrupted / "metrics.csv").read_bytes()
 
 
 def wait_for_a_checkpoint(process, runs_dir):
@@ -162,8 +162,8 @@ def test_an_agents_run_goes_on_with_its_optimizers_state_bit_for_bit(
     code, out, err = call(agent.main, "--resume", killed, "--checkpoint-minutes", "3")
     assert code == 0 and "resumed at" in out, err
     assert json.loads((killed / "config.json").read_text())["args"]["checkpoint_minutes"] == 3
-    rows = (killed / "metrics.csv").read_text()
-    assert rows == (whole / "metrics.csv").read_text() and rows.count("\n") == updates + 1
+    rows = (killed / "metrics.csv").read_bytes()
+    assert rows == (whole / "metrics.csv").read_bytes() and rows.count(b"\n") == updates + 1
     assert [line for line in out.splitlines() if line.startswith("mean return")] == [
         line for line in expected.splitlines() if line.startswith("mean return")
     ]
@@ -172,10 +172,17 @@ def test_an_agents_run_goes_on_with_its_optimizers_state_bit_for_bit(
 def test_rows_that_will_be_made_again_are_left_out(tmp_path):
     path = tmp_path / "metrics.csv"
     assert rows_before(path, 3) == ""
-    path.write_text("number,x\n1,a\n2,b\n3,c\n4,d")
-    assert rows_before(path, 3) == "number,x\n1,a\n2,b\n"
-    assert rows_before(path, 9) == "number,x\n1,a\n2,b\n3,c\n"
-    assert rows_before(path, 1) == ""
+    for end in ("\n", "\r\n"):  # csv's rows end in the second
+        path.write_bytes(f"number,x{end}1,a{end}2,b{end}3,c{end}4,d".encode())
+        assert rows_before(path, 3) == f"number,x{end}1,a{end}2,b{end}"
+        assert rows_before(path, 9) == f"number,x{end}1,a{end}2,b{end}3,c{end}"
+        assert rows_before(path, 1) == ""
+
+
+def test_whole_numbers_are_logged_with_all_their_digits(tmp_path):
+    with runs.Log(tmp_path, 2) as log:
+        log.write(1, {"env_steps": 10_485_780, "return": 10_485_780.0})
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[1] == "1,10485780,1.04858e+07"
 
 
 def resident_megabytes(process):

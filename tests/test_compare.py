@@ -156,6 +156,19 @@ def test_bad_input_is_one_line(args, said, evaluation, call):
     assert code == 2 and said in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["results.csv", "scores.csv"])
+def test_a_file_of_zero_bytes_is_one_line(name, tmp_path, call):
+    (tmp_path / "zeros").mkdir()
+    (tmp_path / "zeros" / name).write_bytes(bytes(300_000))
+    code, _, err = call(compare.main, "zeros")
+    assert code == 2 and f"zeros/{name}: not " in err and err.count("\n") == 1
+
+
+def test_an_out_that_cannot_be_written_is_one_line(evaluation, call):
+    code, _, err = call(compare.main, "run", "--out", "/proc")
+    assert code == 1 and "/proc/scores.csv" in err and err.count("\n") == 1
+
+
 def test_the_summary_has_a_row_for_each_task(evaluation):
     untrained = {("ant", OURS.replace("(trained)", "(untrained)"), 1.0): 15 * np.ones(4)}
     write_evaluation(evaluation / "more", untrained | {("ant", "rmsprop", 0.1): 12 * np.ones(4)})
@@ -202,6 +215,29 @@ def test_of_two_that_lose_seeds_the_one_that_loses_fewer_is_above():
     assert verdict([1, 2, 3, lost], [100, 101, lost, lost]) == "above"
     assert verdict([100, 101, lost, lost], [lost, 1, 2, 3]) == "below"
     assert verdict([100, 101, lost, lost], [lost, lost, 2, 3]) == "level"  # no pair is left
+
+
+def test_if_all_lose_seeds_the_best_is_the_one_that_loses_fewest_whatever_the_order():
+    lost, nothing = -np.inf, np.zeros(3)
+    few, many = np.array([0.8, lost, 0.9]), np.array([0.1, lost, lost])
+    by_label = [("rmsprop", many), ("adam", few), (OURS, np.array([0.5, 0.6, lost]))]
+    for order in (by_label, by_label[::-1]):
+        scores = [
+            compare.Scores("ant", label, 1.0, np.arange(3), nothing, x, x) for label, x in order
+        ]
+        assert compare.best_classical(scores, "final").label == "adam"
+        found = compare.normalised(scores, "final")
+        np.testing.assert_allclose(found["adam"], few / 0.85)
+        np.testing.assert_allclose(found[OURS], np.array([0.5, 0.6, lost]) / 0.85)
+
+
+def test_of_two_learning_rates_that_lose_seeds_the_one_that_loses_fewer_is_read(tmp_path):
+    one, two = np.array([9.0, np.nan, np.nan, 9.0]), np.array([1.0, np.nan, 1.0, 1.0])
+    for name, finals in (("a", (one, two)), ("b", (two, one))):
+        rates = {("ant", "adam", 0.1 * (i + 1)): final for i, final in enumerate(finals)}
+        write_evaluation(tmp_path / name, rates)
+        (scores,) = compare.read((str(tmp_path / name),))["ant"]
+        assert np.nanmax(scores.final) < 1.0, name
 
 
 def test_of_two_learning_rates_one_that_loses_no_seed_is_taken():

@@ -21,6 +21,7 @@ import pytest
 
 import a2c
 import checkpoints
+import optimizers
 import runs
 import train_agents
 from checkpoints import Checkpoints
@@ -168,6 +169,19 @@ def test_a_changed_file_or_argument_is_told(tmp_path, capsys):
     file.write_text("another")
     Checkpoints(tmp_path, Args(str(file))).restore(state_of(0))
     assert f"changed since the checkpoint: --optimizer is {file}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["pretrained/one", "untrained:pretrained/one"])
+def test_changed_weights_that_are_named_without_their_path_are_told(
+    name, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(optimizers, "PRETRAINED", tmp_path)
+    for text in ("one", "another"):
+        (tmp_path / "one.npz").write_text(text)
+        if text == "one":
+            Checkpoints(tmp_path, Args(name)).save(1, state_of(1))
+    Checkpoints(tmp_path, Args(name)).restore(state_of(0))
+    assert f"changed since the checkpoint: --optimizer is {name}" in capsys.readouterr().out
 
 
 def out_of(error):

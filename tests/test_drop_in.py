@@ -3,6 +3,7 @@ compiling takes no longer for many tensors."""
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +104,11 @@ def test_extra_arguments_of_other_optimizers_are_ignored(kind):
 # --- Many tensors ---
 
 MANY = [jnp.arange(n % 5 + 2.0) + n for n in range(100)]
+
+
+def test_many_empty_tensors_come_back():
+    empty = [jnp.zeros((0, n), jnp.bfloat16) for n in range(100)]
+    chex.assert_trees_all_equal_shapes_and_dtypes(from_blocks(to_blocks(empty), empty), empty)
 
 
 def test_many_tensors_come_back_from_blocks_also_under_vmap_and_derivatives():

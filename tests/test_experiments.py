@@ -3,6 +3,7 @@ table lacks; agents side by side."""
 
 import csv
 import itertools
+import json
 import os
 import shlex
 import signal
@@ -227,10 +228,11 @@ def test_the_table_runs_what_it_lacks_and_replaces_it_only_if_told(tmp_path, mon
     assert "--total-steps 500000" in commands[0]
     main("--env-name", "catch", "--optimizers", "sign_sgd", "--learning-rates", "1", "2")
     assert commands[0].endswith("--learning-rates 1 2")
-    with pytest.raises(SystemExit):
-        monkeypatch.setattr("sys.argv", ["table.py", "--total-steps", "5e5"])
-        table.main()
-    assert "--total-steps needs an --out" in capsys.readouterr().err
+    for out in ([], ["--out", "results/compare/"], ["--out", "./results/../results/compare"]):
+        monkeypatch.setattr("sys.argv", ["table.py", "--total-steps", "5e5", *out])
+        with pytest.raises(SystemExit):
+            table.main()
+        assert "--total-steps needs an --out" in capsys.readouterr().err
     pair = ["pretrained/adam4rl", "pretrained/adam4rl.npz"]
     with pytest.raises(SystemExit):
         main("--env-name", "catch", "--optimizers", *pair)
@@ -360,6 +362,8 @@ def test_an_accelerator_makes_a_table_task_by_task(tmp_path, monkeypatch):
     assert sorted(made)[0] == ("ant", [rates, tuple(10 * rate for rate in rates), (1.0,)])
     with open(tmp_path / "out" / "scores.csv", newline="") as file:
         found = {(row["env_name"], row["optimizer"]): row for row in csv.DictReader(file)}
+    configs = [json.loads(path.read_text()) for path in tmp_path.glob("runs/table/*/config.json")]
+    assert [config["args"]["optimizers"] for config in configs] == 2 * [flags.split()[4:7]]
     assert len(found) == 6 and found["ant", "adam"]["learning_rate"] == "0.0003"
     assert found["catch", "adam"]["final"] == "3.5"  # of the second seed
     made.clear()

@@ -30,6 +30,14 @@ def test_histogram_is_numpys():
     x = x.at[:7].set(jnp.array([0.0, 1e-12, 1e9, -1e9, jnp.inf, 1.05, -1.05e-3]))
     ours, theirs = np.asarray(histogram(x)), numpy_histogram(x)
     assert ours.sum() == 5000 and np.abs(ours - theirs).sum() <= 4  # float32 at an edge
+    assert histogram(jnp.array([jnp.nan, 0.0, jnp.nan, 1.05])).sum() == 2
+
+
+def test_the_learning_rate_is_the_one_that_a2c_takes():
+    name = "pretrained/optim4rl_small_dense_short"  # meta-trained at 3e-2, not at the paper's 3e-3
+    for optimizer, expected in (("adam", 3e-3), (name, 3e-2), ("pretrained/adam4rl", 1.0)):
+        args = gradient_distributions.Args(env_name="small_dense_short", optimizer=optimizer)
+        assert gradient_distributions.usual_rate(args) == expected
 
 
 def test_counting_sees_the_first_the_middle_and_the_last_tenth():

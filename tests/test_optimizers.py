@@ -198,6 +198,8 @@ def test_the_rate_of_meta_training_is_taken_where_it_was_one():
         (grids, [1e-3, 3e-3], "big_dense_long", None),
         (grids, [1e-3, 1e-3], "ant", None),
         (brax, [1e-4, 1e-4], "ant", 1e-4),
+        (brax, [1e-4, 1e-4], "small_dense_long", None),
+        (["catch", "ant"], [1e-4, 1e-4], "small_dense_long", None),
     ):
         trained = {"env_name": names, "learning_rate": rates}
         assert tasks.trained_rate(trained, env_name) == expected, (names, rates, env_name)

@@ -20,7 +20,8 @@ def test_the_best_offsets_are_those_of_the_quadratic_and_none_if_they_gain_too_l
         assert found == pytest.approx([expected])
     assert refine.best_offsets(x, 0.2 * x[:, 0] ** 2 + 0.01 * x[:, 0], 0.05) == 1.0  # a valley
     assert refine.best_offsets(x, -0.2 * (x[:, 0] - 0.3) ** 2, 0.02) == 0.0  # gains .018
-    assert refine.best_offsets(x, np.zeros(5), 0.05) == 0.0
+    for least in (0.05, 0.0):
+        assert refine.best_offsets(x, np.zeros(5), least) == 0.0
     # A ridge, which no search along one axis finds: highest at (.6, -.7).
     pairs = np.array([(a, b) for a in refine.OFFSETS for b in refine.OFFSETS])
     a, b = pairs.T
@@ -76,6 +77,7 @@ def test_each_number_goes_where_its_scores_are_highest_and_is_not_tried_again(
         (["--numbers", "rate.2"], "'rate.2' is none of rate.0, rate.1, schedule.0"),
         (["--numbers"], "at least one"),
         (["--numbers", "rate.0", "squares.0+rate.0"], "each once, got rate.0 squares.0+rate.0"),
+        (["--least", "-1"], "--least must be from 0 to 1, got -1"),
         (["--tasks", "ant"], "--tasks: 'ant' is none of small_dense_short"),
         (["--theta", "pretrained/optim4rl_catch.npz"], "of optim4rl, not of adam4rl"),
     ],
@@ -88,13 +90,13 @@ def test_bad_input_is_one_line(flags, said, monkeypatch, capsys):
     assert end.value.code == 2 and said in err and err.count("\n") == 1
 
 
-GIVEN = refine.given(refine.Args())
+GIVEN = refine.given(args := refine.Args(), refine.begin(args)[0])
 
 
 @pytest.mark.parametrize(
     "line, said",
     [
-        (json.dumps({"given": GIVEN | {"theta": "x.npz"}, "numbers": "rate.0"}), "another --theta"),
+        (json.dumps({"given": GIVEN | {"theta": [0]}, "numbers": "rate.0"}), "another --theta"),
         (json.dumps({"given": GIVEN | {"seed": 3}, "numbers": "rate.0"}), "another --seed"),
         ('{"numbers": "rate.0"', "not a log of refine.py"),
         (json.dumps({"given": GIVEN, "numbers": "old.0"}), "not a log of refine.py"),

@@ -545,6 +545,16 @@ def test_a_figure_has_the_mean_and_interval_of_the_best_rate_also_when_redrawn(t
         assert all((curve.low[-1], curve.high[-1]) == (2, 6) for curve in curves)
 
 
+def test_a_redrawn_figure_has_the_rate_that_loses_fewest_seeds(tmp_path):
+    steps, lost = np.array([1.0, 2.0]), np.full(2, np.nan)
+    good = report.Result("catch", "adam", 1e-3, steps, np.array([[0, 0.5]] * 3), np.arange(3))
+    high = good._replace(learning_rate=1e-1, returns=np.array([[0, 0.9], [0, 0.9], lost]))
+    rows = [row for result in (high, good) for row in report.summary_rows(result)]
+    runs.write_csv(tmp_path / "curves.csv", report.SUMMARY_COLUMNS, rows)
+    (curve,) = report.read_summary(tmp_path / "curves.csv")
+    assert curve.learning_rate == good.learning_rate == report.at_best_rate([high, good])[0][2]
+
+
 def test_the_last_column_is_when_the_mean_reaches_nine_tenths_of_the_best():
     """The best score, the mean of the last two, is 10."""
     curves = {

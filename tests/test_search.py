@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pickle
 import sys
 import types
 
@@ -243,5 +244,22 @@ def test_a_search_is_not_continued_from_another_theta_or_file(tmp_path, monkeypa
     optimizers.save_theta(start, theta | {"whitening": jnp.ones(1)}, "adam4rl", {}, {})
     assert "start.npz has changed since" in refused(monkeypatch, capsys, *flags, out)
     assert "would be overwritten" in refused(monkeypatch, capsys, *flags, tmp_path / "start")
-    out.with_suffix(".pkl").write_bytes(b"something else")
-    assert "out.pkl: not of search.py" in refused(monkeypatch, capsys, *flags, out)
+    old = pickle.dumps((vars(args) | {"minutes": 9}, space.start))
+    other = pickle.dumps((1, 2))
+    missing = b"cnosuchmodule\nname\n."
+    for written in (b"something else", old, other, missing):
+        out.with_suffix(".pkl").write_bytes(written)
+        assert "out.pkl: not of search.py" in refused(monkeypatch, capsys, *flags, out)
+
+
+def test_shipped_weights_are_not_overwritten_by_a_search_from_them(monkeypatch, capsys):
+    flags = ["--theta", "pretrained/adam4rl", "--out", optimizers.PRETRAINED / "adam4rl"]
+    assert "would be overwritten" in refused(monkeypatch, capsys, *flags)
+
+
+@pytest.mark.parametrize("trained", [{}, {"trained": None}, {"trained": "by hand"}])
+def test_a_theta_that_does_not_say_how_it_was_trained_is_loaded(trained, tmp_path):
+    theta = make_adam4rl().init_theta(jax.random.key(0))
+    header = {"format": optimizers.FORMAT, "optimizer": "adam4rl", "config": {}, **trained}
+    np.savez(path := tmp_path / "x.npz", header=np.array(json.dumps(header)), **theta)
+    assert search.load(str(path))[1:] == (0, {})

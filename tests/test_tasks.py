@@ -136,6 +136,8 @@ def test_an_agent_that_does_not_learn_there_is_refused():
         tasks.make_learner("pendulum", "a2c")
     assert tasks.agent_of("catch") is a2c and tasks.make_learner("catch", "ppo").agent is ppo
     assert tasks.score_window("catch") == 20 and tasks.score_window("catch by ppo") == 2
+    with pytest.raises(ValueError, match="'dqn' is none of a2c, ppo"):
+        tasks.score_window("catch by dqn")
 
 
 def test_minatar_without_gymnax_says_what_to_install(monkeypatch):
