@@ -200,11 +200,12 @@ def arguments(args: Any) -> dict[str, str]:
     for name, value in dataclasses.asdict(args).items():
         if name in OF_A_START:
             continue
-        found[f"--{name.replace('_', '-')}"] = str(value)
-        path = str(value).removeprefix("untrained:")
-        if name in ("optimizer", "theta") and value and optimizers.is_theta(path):
-            digest_of_it = file_digest(Path(optimizers.theta_path(path)))[:8]
-            found[f"--{name.replace('_', '-')}"] += f" with digest {digest_of_it}"
+        text, file = str(value), None
+        if name in ("optimizer", "theta") and value:
+            file = optimizers.theta_file(value)
+        if file and Path(file).is_file():
+            text += f" with digest {file_digest(Path(file))[:8]}"
+        found[f"--{name.replace('_', '-')}"] = text
     return found
 
 

@@ -272,10 +272,16 @@ def kind_in(theta: str) -> str:
     return load_theta(theta_path(theta))[1]["optimizer"]
 
 
+def theta_file(name: str) -> str | None:
+    """The path of the theta file in an optimizer's name; None if there is none."""
+    path = name.removeprefix("untrained:")
+    return theta_path(path) if is_theta(path) else None
+
+
 def theta_header(name: str) -> dict | None:
     """The header of the theta file in an optimizer's name; None if there is none."""
-    path = name.removeprefix("untrained:")
-    return load_theta(theta_path(path))[1] if is_theta(path) else None
+    path = theta_file(name)
+    return load_theta(path)[1] if path else None
 
 
 def check_settings(kind: str, changed: set, theta: str | None) -> None:

@@ -74,8 +74,16 @@ SCALES = {
     "whitening": (0.6,),
     "shape": (0.5, 1.0),
 }
-# What reading another file, or one of another version, may raise
-NOT_OURS = (AttributeError, EOFError, ImportError, LookupError, TypeError, ValueError)
+# What reading another file as OUT.pkl, or one of another version, may raise
+NOT_OURS = (
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 CHUNKS = 3  # jobs of a task on a CPU, so that all cores are busy to the end of a generation
 
 
@@ -102,10 +110,6 @@ def load(path: str) -> tuple[dict, int, dict]:
         raise ValueError(f"{path}: of {header['optimizer']}, not of adam4rl")
     trained = header.get("trained")
     return theta, network_size(theta), trained if isinstance(trained, dict) else {}
-
-
-def same_file(path: str, other: str) -> bool:
-    return Path(path).resolve() == Path(other).resolve()
 
 
 def search_space(args: Args) -> Space:
@@ -178,7 +182,7 @@ def resume(args: Args, space: Space) -> tuple:
     try:
         begun_with, start, *found = pickle.loads(Path(path).read_bytes())
         changed = [name for name, x in begun_with.items() if x != getattr(args, name)]
-    except (pickle.UnpicklingError, *NOT_OURS) as error:
+    except NOT_OURS as error:
         raise ValueError(f"{path}: not of search.py ({error}); give another --out") from None
     for name in changed:
         if name not in ("out", "generations"):
@@ -208,7 +212,8 @@ def main() -> None:
         checks.seed(args)
         if args.only_network and not args.network_size:
             raise ValueError("--only-network needs a --network-size")
-        if args.theta and same_file(optimizers.theta_path(args.theta), f"{args.out}.npz"):
+        written = Path(f"{args.out}.npz").resolve()
+        if args.theta and Path(optimizers.theta_path(args.theta)).resolve() == written:
             raise ValueError(f"--theta {args.theta} would be overwritten: give another --out")
         space = search_space(args)
         strategy, rng, deck, means, rows = begin(args, space)

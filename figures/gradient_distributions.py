@@ -216,8 +216,10 @@ def draw(path: Path, layers: list[str], counts: np.ndarray, title: str) -> None:
 
 def usual_rate(args: Args) -> float:
     """The learning rate if none is given."""
-    if (own := optimizers.own_rate(args.optimizer)) or args.task != "a2c":
-        return own or 3e-4
+    if own := optimizers.own_rate(args.optimizer):
+        return own
+    if args.task != "a2c":
+        return 3e-4
     return tasks.default_rate(args.env_name, a2c, optimizers.theta_header(args.optimizer))
 
 

@@ -407,7 +407,8 @@ def read_summary(path: Path) -> list[Curve]:
         raise ValueError(f"{path}: not a curves.csv of report.py ({error})") from None
     curves = []
     for name, rates in rows.items():
-        by_rate = {rate: np.array(rows).T for rate, rows in rates.items()}
+        # [seeds, env_steps, mean, low, high; points] of each
+        by_rate = {rate: np.array(points).T for rate, points in rates.items()}
         rate = max(by_rate, key=lambda rate: (by_rate[rate][0, 0], by_rate[rate][2, -2:].mean()))
         curves.append(Curve(*name, rate, *by_rate[rate][1:]))
     return curves

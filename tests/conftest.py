@@ -1,5 +1,5 @@
 """Four CPU devices, so that one process can test the spreading of units over 1, 2 and 4 of them.
-With JAX_PLATFORMS=cuda the tests run on a GPU, whose sums differ by more than some tests allow.
+With JAX_PLATFORMS=cuda the tests run on a GPU, where some fail; the cause is not known.
 
 What runs in this process is compiled without LLVM's optimizations: most of the tests' time is
 compiling. The scripts that tests start are compiled as a user's are."""
