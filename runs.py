@@ -44,6 +44,17 @@ def bad_input():
         fail(error)
 
 
+def explain(kind: type, error: BaseException, traceback) -> None:
+    """In place of the traceback of an error that is not a defect: Ctrl-C outside of
+    interruptible(), a disk that is full or fails."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted", file=sys.stderr)
+    elif issubclass(kind, OSError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
 def cache_programs() -> None:
     """Keep compiled programs in ~/.cache, unless the user chose another folder."""
     if not jax.config.jax_compilation_cache_dir:
@@ -51,12 +62,13 @@ def cache_programs() -> None:
 
 
 def parse(args_class: type, description: str, settings: Callable | None = None) -> Any:
-    """The command line as an args_class. An error becomes one line. Also turns on jax's cache of
-    compiled programs.
+    """The command line as an args_class. An error becomes one line, and so do those of `explain`
+    later on. Also turns on jax's cache of compiled programs.
 
     settings: environment's name -> values of flags that are not set, unless a run is resumed. It
     may raise ValueError.
     """
+    sys.excepthook = explain
     cache_programs()
     stderr = io.StringIO()
     try:

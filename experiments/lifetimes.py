@@ -13,6 +13,7 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -77,7 +78,9 @@ def score(network_size: int, name: str, thetas, seed: int, num_updates: int) -> 
 
 
 def prepare(cores) -> None:
-    """A worker on a CPU: it has a core of its own, and ends with its parent."""
+    """A worker on a CPU: it has a core of its own, and ends with its parent and at Ctrl-C, which
+    then need not wait for its lifetimes."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     core = cores.get()
     if hasattr(os, "sched_setaffinity"):  # not on macOS
         os.sched_setaffinity(0, {core})

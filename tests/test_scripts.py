@@ -430,6 +430,22 @@ def test_a_second_ctrl_c_stops_at_once():
     assert done.returncode == -signal.SIGINT and done.stdout == "first\nsecond\n"
 
 
+@pytest.mark.parametrize(
+    "failure, code, said",
+    [
+        ("os.kill(os.getpid(), signal.SIGINT)", -signal.SIGINT, "\ninterrupted\n"),
+        ("raise OSError(28, 'No space left', 'a.csv')", 1, "error: [Errno 28] No space left: 'a"),
+        ("{}['a defect']", 1, "Traceback (most recent call last):\n"),
+    ],
+)
+def test_only_a_defect_ends_in_a_traceback(failure, code, said):
+    script = "import os, signal, runs, a2c; runs.parse(a2c.Args, 'text')"
+    command = [sys.executable, "-c", f"{script}; {failure}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and done.stderr.startswith(said)
+    assert done.stderr.count("\n") <= 2 or "a defect" in done.stderr
+
+
 def test_the_name_of_a_run_of_many_environments_fits_a_file_system(tmp_path):
     names = "+".join(f"environment_number_{i}" for i in range(20))
     folder = runs.make_folder(str(tmp_path), names, "evaluate", 0, Copied())
