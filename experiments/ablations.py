@@ -89,6 +89,15 @@ def run(script: str, flags: str, folder: Path) -> Path:
     return max(folder.glob(f"*__{script}__*"), key=lambda path: path.stat().st_mtime)
 
 
+def meta_train(flags: str, folder: Path) -> Path:
+    """Run pipeline_train.py in this folder, or continue what was begun there. -> the run's own
+    folder"""
+    for begun in sorted(folder.glob("*__pipeline_train__*"))[-1:]:
+        if any(path.name.isdigit() for path in (begun / "checkpoint").glob("*")):
+            flags = f"--resume {shlex.quote(str(begun))}"
+    return run("pipeline_train", flags, folder)
+
+
 def cells(result: report.Result) -> list[str]:
     """learning rate, return, interval"""
     score, interval = report.score_cells(result)
@@ -115,8 +124,7 @@ def variant(title: str, name: str) -> list[list[str]]:
     flags = f"{table.train} {flags.format(sgd=table.sgd_step)}"
     train = " ".join(f"--env-name {table.env_name} {flags}".split())
     if not (folder / "tested").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        theta = run("pipeline_train", train, folder) / "theta.npz"
+        theta = meta_train(train, folder) / "theta.npz"
         tested = [str(theta), f"untrained:{theta}"] if with_untrained else [str(theta)]
         flags = f"{test_flags(table.env_name)} --optimizers {shlex.join(tested)}"
         run("evaluate", flags, folder).rename(folder / "tested")

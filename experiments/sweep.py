@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ablations import ROOT, run, test_flags
+from ablations import ROOT, meta_train, run, test_flags
 
 sys.path.insert(0, str(ROOT))
 import checks
@@ -46,18 +46,15 @@ class Args:
     """devices, as in pipeline_train.py; 1 leaves a core free for another sweep"""
 
 
-def meta_train(flags: str, folder: Path) -> Path | None:
+def trained(flags: str, folder: Path) -> Path | None:
     """Meta-train in this folder, or continue there. -> theta.npz; None if it diverges"""
     theta = folder / "theta.npz"  # a run that is interrupted writes its own theta, too
     if theta.exists():
         return theta
     if diverged(folder):
         return None
-    for begun in sorted(folder.glob("*__pipeline_train__*"))[-1:]:
-        if any(path.name.isdigit() for path in (begun / "checkpoint").glob("*")):
-            flags = f"--resume {shlex.quote(str(begun))}"
     try:
-        (run("pipeline_train", flags, folder) / "theta.npz").rename(theta)
+        (meta_train(flags, folder) / "theta.npz").rename(theta)
     except SystemExit:
         if not diverged(folder):
             raise
@@ -101,7 +98,7 @@ def row(args: Args, meta_learning_rate: float, learning_rate: float) -> tuple:
     for name in ("num_units", "num_devices"):
         if getattr(args, name):
             flags += f" --{name.replace('_', '-')} {getattr(args, name)}"
-    theta = meta_train(flags, folder)
+    theta = trained(flags, folder)
     scores = test(theta, args, learning_rate, folder)
     return meta_learning_rate, learning_rate, *scores, theta.relative_to(ROOT) if theta else "-"
 

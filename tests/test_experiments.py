@@ -45,7 +45,8 @@ def test_the_sweep_runs_each_setting_once_and_continues_an_interrupted_one(tmp_p
             (made / "table.md").touch()
         return made
 
-    monkeypatch.setattr(sweep, "run", run)
+    for module in (ablations, sweep):
+        monkeypatch.setattr(module, "run", run)
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
     monkeypatch.setattr(sweep, "OUT", tmp_path / "a sweep")
     rates = "--meta-learning-rates 1e-4 1e-3 --learning-rates 1e-4"
@@ -151,7 +152,8 @@ def test_a_setting_that_diverges_is_last_and_not_run_again(tmp_path, monkeypatch
             (made / "table.md").touch()
         return made
 
-    monkeypatch.setattr(sweep, "run", run)
+    for module in (ablations, sweep):
+        monkeypatch.setattr(module, "run", run)
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
     monkeypatch.setattr(sweep, "OUT", tmp_path / "sweep")
     rates = ["--meta-learning-rates", "1e-2", "3e-3", "1e-3", "--learning-rates", "1e-3"]
@@ -163,6 +165,33 @@ def test_a_setting_that_diverges_is_last_and_not_run_again(tmp_path, monkeypatch
     commands.clear()
     sweep.main()
     assert not commands
+
+
+def test_an_ablation_continues_its_meta_training(tmp_path, monkeypatch):
+    commands = []
+
+    def run(script, flags, folder):
+        commands.append((script, flags))
+        made = folder / f"catch__{script}__0__{len(commands)}"
+        (made / "checkpoint" / "20").mkdir(parents=True)
+        if script == "evaluate":
+            header = "env_name,optimizer,learning_rate,seed,env_steps,return\n"
+            (made / "results.csv").write_text(f"{header}catch,theta,1,0,1,5\n")
+        elif len(commands) == 1:
+            sys.exit(130)
+        return made
+
+    monkeypatch.setattr(ablations, "run", run)
+    monkeypatch.setattr(ablations, "RUNS", tmp_path)
+    with pytest.raises(SystemExit):
+        ablations.variant("catch", "GRU")
+    ((name, flags, *_),) = ablations.variant("catch", "GRU")
+    begun = tmp_path / "catch" / "GRU" / "catch__pipeline_train__0__1"
+    assert name == "GRU" and "--cell gru" in flags and flags.strip("`") == commands[0][1]
+    assert [script for script, _ in commands] == ["pipeline_train", "pipeline_train", "evaluate"]
+    assert commands[1][1] == f"--resume {begun}"
+    ablations.variant("catch", "GRU")
+    assert len(commands) == 3
 
 
 def test_a_table_of_ablations_leaves_the_others_and_the_text(tmp_path, monkeypatch, capsys):
