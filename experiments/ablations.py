@@ -4,8 +4,8 @@ write results/ablations.md:
     python experiments/ablations.py                         # hours
     python experiments/ablations.py --tables catch          # 20 minutes
 
-A table that is not named stays as it is. Rows that are in runs/ablations are not run again, and what
-was interrupted continues.
+A table that is not named stays as it is. Rows that are in runs/ablations are not run again, and
+what was interrupted continues.
 """
 
 import contextlib
