@@ -91,11 +91,11 @@ def run(script: str, flags: str, folder: Path) -> Path:
 
 
 def meta_train(flags: str, folder: Path) -> Path:
-    """Run pipeline_train.py in this folder, or continue what was begun there. -> the run's own
-    folder"""
+    """Run pipeline_train.py in this folder, or continue what was begun there, which exits if it was
+    with other flags. -> the run's own folder"""
     for begun in sorted(folder.glob("*__pipeline_train__*"))[-1:]:
         if any(path.name.isdigit() for path in (begun / "checkpoint").glob("*")):
-            flags = f"--resume {shlex.quote(str(begun))}"
+            flags += f" --resume {shlex.quote(str(begun))}"
     return run("pipeline_train", flags, folder)
 
 
