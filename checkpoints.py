@@ -256,10 +256,11 @@ def one_line(what: str, error: Exception) -> OSError:
 
 
 def resumed_args(run_folder: str, given: Any, script: str) -> Any:
-    """The arguments of the run in this folder. A flag of MAY_CHANGE in `given` that is not at its
-    default replaces the run's.
+    """The arguments of the run in this folder. A flag of MAY_CHANGE that is given replaces the
+    run's. given: the arguments of this start; one counts as given if it is on the command line or
+    not at its default.
 
-    Raises a one-line ValueError if there is no such run of this script, or if any other flag
+    Raises a one-line ValueError if there is no such run of this script, or if any other given flag
     differs from the run's.
     """
     path, args_class = Path(run_folder) / "config.json", type(given)
@@ -288,9 +289,12 @@ def resumed_args(run_folder: str, given: Any, script: str) -> Any:
             "start it again without --resume"
         )
     now = {name: getattr(given, name) for name in OF_A_START if hasattr(given, name)}
+    flags = runs.flags_given()
     for field in dataclasses.fields(args_class):
         new, old = getattr(given, field.name), getattr(run, field.name)
-        if field.name in OF_A_START or new in (field.default, old):
+        if field.name in OF_A_START or new in (None, old):
+            continue
+        if new == field.default and field.name not in flags:
             continue
         if field.name not in MAY_CHANGE:
             flag = field.name.replace("_", "-")

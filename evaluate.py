@@ -56,8 +56,8 @@ class Args:
     learning_rate: float | None = None
     """learning rate of those that do not find their own, as adam4rl does. Default: of a theta file
     the one it was trained with, if it was trained with one only, on this environment or, after
-    several, on any gridworld; otherwise the paper's for the environment. a2c.py and ppo.py can
-    multiply adam4rl's"""
+    several, on any gridworld, and with this agent; otherwise the paper's for the environment.
+    a2c.py and ppo.py can multiply adam4rl's"""
     learning_rates: tuple[float, ...] = ()
     """sweep the classical optimizers over these learning rates, e.g. 3e-2 1e-2 3e-3 1e-3 3e-4
     1e-4"""
@@ -67,9 +67,11 @@ class Args:
     agent: Literal["a2c", "ppo"] | None = None
     """a2c or ppo; by default A2C on gridworlds and Catch, PPO elsewhere"""
     total_steps: float | None = None
-    """environment steps of each agent (catch 5e5, gridworlds 3e7, Brax 2e6 to 1e8)"""
+    """environment steps of each agent (A2C: catch 5e5, gridworlds 3e7; PPO: Brax 2e6 to 1e8,
+    MinAtar 1e7, others 1e6)"""
     num_envs: int | None = None
-    """environments of each agent (catch 64, gridworlds 512, Brax 2048 or 4096)"""
+    """environments of each agent (A2C: catch 64, gridworlds 512; PPO: Brax 2048 or 4096, MinAtar
+    64, others 256)"""
     batch_size: int | None = None
     """PPO: rollouts per minibatch (paper: 512 to 2048); with fewer, a short run has more
     updates"""
@@ -144,7 +146,7 @@ def plan(args: Args) -> list[Run]:
             label = label_of(name, header)
             label = name if label in labels else label
             labels.add(label)
-            to_run.append(Run(env_name, label, name, rates_of(name, header, env_name, args)))
+            to_run.append(Run(env_name, label, name, rates_of(name, env_name, args)))
     return to_run
 
 
@@ -156,14 +158,14 @@ def label_of(name: str, header: dict | None) -> str:
     return f"{optimizers.title(path, header)} ({'trained' if path == name else 'untrained'})"
 
 
-def rates_of(name: str, header: dict | None, env_name: str, args: Args) -> tuple:
+def rates_of(name: str, env_name: str, args: Args) -> tuple:
     """The learning rates of a classical optimizer's sweep, if there is one. Else one: the
-    optimizer's own, --learning-rate, or the default of its theta or environment."""
+    optimizer's own, --learning-rate, or the default."""
     own = optimizers.own_rate(name)
     if name in optimizers.CLASSICAL and args.learning_rates and not own:
         return args.learning_rates
     agent = tasks.AGENTS[args.agent] if args.agent else None
-    return (own or args.learning_rate or tasks.default_rate(env_name, agent, header),)
+    return (own or args.learning_rate or tasks.default_rate(env_name, agent, name),)
 
 
 POSITIVE = (

@@ -10,7 +10,7 @@ all gradient steps recorded, theta acts through the optimizer only:
 
 This needs no derivative of rollouts, losses or agent-gradients, and equals jax.grad through
 everything. The updates of a coordinate-wise optimizer do not depend on params, so its blocks of
-coordinates are replayed one by one.
+coordinates are replayed each by itself, on a CPU one by one.
 
 Legend: N units, K inner updates, S gradient steps of an update, M blocks of C coordinates
 (optim4rl.py).
@@ -50,7 +50,7 @@ def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifeti
     """Train units for K updates. -> the sum of their meta-gradients, units, metrics [N]
 
     keys, ages: [N]; units: states of task.agent, [N, ...]; task: a pipeline_train.Task. Units
-    whose loss or gradients are not finite add nothing, and are marked in metrics["lost"]. A
+    whose meta-loss or meta-gradient is not finite add nothing, and are marked in metrics["lost"]. A
     coordinate-wise optimizer whose replay overflows for one unit loses all N (on a CPU N is 1).
     """
 
@@ -67,7 +67,7 @@ def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifeti
         grads, extra_args = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), recorded)
         lost = ~jnp.isfinite(loss)
         if len(keys) > 1:  # of a unit alone the gradient below shows it
-            # The cotangent is not finite if a gradient was not.
+            # The cotangent is NaN if a gradient was; an infinite one is clipped, or like NaN.
             lost |= ~all_finite(cotangent)
             grads, cotangent = zero_if(lost, (grads, cotangent))
         metrics = {"meta_loss": loss, "return": metrics["return"][-1], "lost": lost}
@@ -126,8 +126,8 @@ def replay_gradient(
 def streamed_replay_gradient(
     rule: Callable, theta, opt_state, grads, cotangent, learning_rate
 ) -> Any:
-    """The sum of replay_gradient over units, for a coordinate-wise optimizer, in the memory of one
-    block.
+    """The sum of replay_gradient over units, for a coordinate-wise optimizer, on a CPU in the
+    memory of one block.
 
     Updates add up and coordinates do not interact, so each block is replayed on its own: forward
     and backward through all its gradient steps, then the next block. opt_state: [N, M, ...];

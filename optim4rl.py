@@ -138,7 +138,7 @@ def init_cell_state(cell: str, hidden_size: int) -> tuple:
 
 def describe(theta: dict) -> dict:
     """The settings that theta's shapes imply: cell, inputs, hidden_size, readout_layers. Raises
-    KeyError, TypeError or ValueError if it is not Optim4RL's."""
+    LookupError, TypeError or ValueError if it is not Optim4RL's."""
     gates, hidden = np.shape(theta["rnn1"]["w_h"])
     return {
         "cell": {GATES[cell] * hidden: cell for cell in CELLS}[gates],
@@ -456,7 +456,7 @@ def optim4rl(
     of meta-training is header["config"]["grad_clip"]. Raises ValueError as to_optax does."""
     try:
         config = describe(theta)
-    except (KeyError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError):
         config = {}  # to_optax says that it is another optimizer's
     return to_optax(make_optim4rl(**config, grad_clip=grad_clip), theta, learning_rate)
 

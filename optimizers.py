@@ -231,6 +231,7 @@ def save_theta(
     optimizer: the kind ("optim4rl"). config: the arguments of its factory. trained: how it was
     trained, any JSON value.
     """
+    trained = runs.without_infinity(trained)
     header = {"format": FORMAT, "optimizer": optimizer, "config": config, "trained": trained}
     paths_and_leaves = jax.tree_util.tree_flatten_with_path(theta)[0]
     arrays = {
@@ -325,10 +326,12 @@ def seed_of(header: dict) -> int:
 def own_rate(name_or_path: str) -> float | None:
     """The learning rate of an optimizer that is to have the same in all environments, or None.
     Raises a one-line ValueError for an invalid theta file."""
-    kind = name_or_path.removeprefix("untrained:")
+    kind, config = name_or_path.removeprefix("untrained:"), {}
     if is_theta(kind):
-        kind = kind_in(kind)
-    return LEARNED[kind]().own_rate if kind in LEARNED else OWN_RATE.get(name_or_path)
+        header = load_theta(theta_path(kind))[1]
+        kind, config = header["optimizer"], header["config"]
+        check_config(kind, config)
+    return LEARNED[kind](**config).own_rate if kind in LEARNED else OWN_RATE.get(name_or_path)
 
 
 def make_optimizer(name_or_path: str, learning_rate: float) -> optax.GradientTransformation:

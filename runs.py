@@ -248,10 +248,21 @@ def make_folder(runs_dir: str, env_name: str, script: str, seed: int, args: Any)
     return folder
 
 
+def without_infinity(args: dict) -> dict:
+    """Arguments for JSON, which has no infinity: a grad_clip can be, and becomes "inf"."""
+    return {name: "inf" if x == float("inf") else x for name, x in args.items()}
+
+
 def write_config(folder: Path, config: dict) -> None:
-    """config["args"]: the arguments. JSON has no infinity, which grad_clip can be: it is "inf"."""
-    args = {name: "inf" if x == float("inf") else x for name, x in config["args"].items()}
+    """config["args"]: the arguments"""
+    args = without_infinity(config["args"])
     write_text(folder / "config.json", json.dumps(config | {"args": args}, indent=2))
+
+
+def flags_given() -> set[str]:
+    """The names of the arguments that are flags on the command line."""
+    words = (word.split("=")[0] for word in sys.argv[1:] if word.startswith("--"))
+    return {word.removeprefix("--").removeprefix("no-").replace("-", "_") for word in words}
 
 
 def run_folder(args: Any, env_name: str, script: str) -> Path:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import a2c
 import checks
 import gridworld
+import optimizers
 import ppo
 import settings
 from environments import brax_env, control, minatar, swimmer
@@ -123,9 +124,13 @@ def agent_args(name: str, agent: ModuleType | None = None, **given: Any) -> Any:
     return args
 
 
-def default_rate(name: str, agent: ModuleType | None, header: dict | None) -> float:
-    """The learning rate of an optimizer in this environment if none is given: that of its
-    meta-training, if it has the header of a theta file, or the environment's."""
+def default_rate(name: str, agent: ModuleType | None, optimizer: str) -> float:
+    """The learning rate of an optimizer in this environment if none is given: its own, if it has
+    the same in all; with the default agent, which meta-training has, that of its theta file; or the
+    environment's. optimizer: its name or path, agent: None is the default one"""
+    if own := optimizers.own_rate(optimizer):
+        return own
+    header = optimizers.theta_header(optimizer) if agent in (None, agent_of(name)) else None
     trained = trained_rate(header.get("trained"), name) if header else None
     return trained or agent_settings(name, agent)["learning_rate"]
 

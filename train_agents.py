@@ -82,8 +82,7 @@ def fill_in(agent: ModuleType, args):
     """The arguments, with the default learning rate, as in evaluate.py, if none is given. Raises a
     one-line ValueError for an invalid one."""
     if args.learning_rate is None:
-        own, header = optimizers.own_rate(args.optimizer), optimizers.theta_header(args.optimizer)
-        rate = own or tasks.default_rate(args.env_name, agent, header)
+        rate = tasks.default_rate(args.env_name, agent, args.optimizer)
         args = dataclasses.replace(args, learning_rate=rate)
     check(agent, args)
     return args

@@ -52,7 +52,7 @@ def fill_in(args: Args) -> Args:
         changed.discard("grad_clip")  # the agent's, whatever the optimizer has
     optimizers.check_settings(args.optimizer, changed, args.theta)
     paper = tasks.meta_settings(args.env_name)
-    if own_rate := optimizers.LEARNED[args.optimizer]().own_rate:
+    if own_rate := optimizers.own_rate(args.theta or f"untrained:{args.optimizer}"):
         paper["learning_rate"] = (own_rate,)
     unset = {name: value for name, value in paper.items() if getattr(args, name) is None}
     args = dataclasses.replace(args, **unset)

@@ -10,8 +10,8 @@ its outputs d and s
 The loss and the fraction are extra arguments of optax: optimizer.update(grads, state, params,
 value=loss, fraction=done).
 
-tools/convert_velo.py makes a theta file from the published weights. They have their own learning
-rate, which --learning-rate does not change.
+tools/convert_velo.py makes a theta file from the published weights, whose learning rate is 1e-3 in
+all environments.
 
 Legend: D decays, F features, M tensors, B bases.
 """
@@ -26,7 +26,7 @@ from baselines.star import Moments, features, init_moments, normalise, update_mo
 from optim4rl import LearnedOptimizer, check_params, init_dense, init_rnn, lstm, readout
 
 FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
-LOSS_MEANS = 10  # running means of the loss, with half-lives from 10 updates to all of training
+LOSS_MEANS = 10  # running means of the loss, with time constants from 10 updates to all of training
 TENSOR_FEATURES = len(FRACTIONS) + (LOSS_MEANS - 1) + 1 + 5 + 3 + 3
 HIDDEN = 4  # units in each of the small network's two hidden layers
 
@@ -47,7 +47,7 @@ class State(NamedTuple):
 
 
 def loss_decays(count: jax.Array, fraction: jax.Array) -> jax.Array:
-    """[LOSS_MEANS], half-lives spaced evenly in log from 10 to the total number of updates,
+    """[LOSS_MEANS], time constants spaced evenly in log from 10 to the total number of updates,
     count / fraction."""
     total = jnp.clip(count / jnp.maximum(fraction, 1e-9), 10.0, 1e6)  # at more a decay rounds to 1
     return jnp.exp(-1 / 10 ** jnp.linspace(1.0, jnp.log10(total), LOSS_MEANS))
@@ -164,8 +164,8 @@ def init_theta(key: jax.Array, lstm_size: int, num_bases: int) -> dict:
 def make_velo(
     lstm_size: int = 128, num_bases: int = 64, step_size: float | None = None
 ) -> LearnedOptimizer:
-    """VeLO; by default a small one, for meta-training. step_size, if given, replaces the learning
-    rate."""
+    """VeLO; by default a small one, for meta-training. step_size: its learning rate in all
+    environments; None: the environment's"""
 
     def new_theta(key):
         return init_theta(key, lstm_size, num_bases)
@@ -203,10 +203,9 @@ def make_velo(
         )
         mixture, multiplier, hidden = per_tensor(theta, x, hidden)
 
-        rate = learning_rate if step_size is None else step_size
         each = zip(mixture.T, multiplier, gs, ps, after, strict=True)
-        updates = [rate * update_tensor(theta["bases"], *one) for one in each]
+        updates = [learning_rate * update_tensor(theta["bases"], *one) for one in each]
         updates = [u.astype(p.dtype) for u, p in zip(updates, jax.tree.leaves(params), strict=True)]
         return treedef.unflatten(updates), State(treedef.unflatten(after), hidden, loss, count)
 
-    return LearnedOptimizer(new_theta, init_state, update)
+    return LearnedOptimizer(new_theta, init_state, update, own_rate=step_size)

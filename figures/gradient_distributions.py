@@ -216,11 +216,9 @@ def draw(path: Path, layers: list[str], counts: np.ndarray, title: str) -> None:
 
 def usual_rate(args: Args) -> float:
     """The learning rate if none is given."""
-    if own := optimizers.own_rate(args.optimizer):
-        return own
-    if args.task != "a2c":
-        return 3e-4
-    return tasks.default_rate(args.env_name, a2c, optimizers.theta_header(args.optimizer))
+    if args.task == "a2c":
+        return tasks.default_rate(args.env_name, a2c, args.optimizer)
+    return optimizers.own_rate(args.optimizer) or 3e-4
 
 
 def checked_updates(args: Args, optimizer: optax.GradientTransformation) -> int:

@@ -164,6 +164,21 @@ def test_other_arguments_and_a_run_without_a_checkpoint_are_refused(run):
     assert "no checkpoint yet" in run("pipeline_train", flags[:2])
 
 
+def test_a_flag_at_its_default_counts_as_given_if_it_is_on_the_command_line(run, monkeypatch):
+    folder, config = make_run("a2c")
+    config["args"] |= {"optimizer": "rmsprop", "checkpoint_minutes": 1.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    flags = ["--resume", str(folder)]
+    hint = "--optimizer is adam here, and rmsprop in the run to resume"
+    assert hint in run("a2c", [*flags, "--optimizer", "adam"])
+    given = train_agents.A2CArgs(resume=str(folder))
+    assert given.optimizer == "adam" and given.checkpoint_minutes == 5.0  # the defaults
+    for more, minutes in (([], 1.0), (["--checkpoint-minutes=5"], 5.0)):
+        monkeypatch.setattr(sys, "argv", ["a2c.py", *flags, *more])
+        resumed = checkpoints.resumed_args(str(folder), given, "a2c")
+        assert (resumed.optimizer, resumed.checkpoint_minutes) == ("rmsprop", minutes)
+
+
 def test_an_infinite_bound_is_strict_json_and_comes_back(tmp_path):
     args = train_agents.PPOArgs(env_name="pendulum", grad_clip=float("inf"))
     folder = make_folder(str(tmp_path), "pendulum", "ppo", 0, args)

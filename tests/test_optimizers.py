@@ -227,6 +227,8 @@ def test_a_shipped_optimizer_has_the_rate_of_its_meta_training_in_every_script()
     args = train_agents.A2CArgs(env_name=env_name, optimizer=name)
     (run,) = evaluate.plan(evaluate.Args((env_name,), (name,)))
     assert train_agents.fill_in(a2c, args).learning_rate == run.rates[0] == 3e-2
+    (by_ppo,) = evaluate.plan(evaluate.Args((env_name,), (name,), agent="ppo"))
+    assert by_ppo.rates == (3e-3,)  # meta-training was with A2C
 
 
 def test_a_flag_of_ppo_is_refused_where_no_agent_is():

@@ -168,9 +168,9 @@ def test_velo_from_a_published_file_is_the_published_equations(tmp_path, monkeyp
     convert_velo.main()
     assert "velo.npz" in capsys.readouterr().out
 
-    optimizer = optimizers.make_optimizer(
-        str(tmp_path / "velo.npz"), 123.0
-    )  # its learning rate is its own
+    path = str(tmp_path / "velo.npz")
+    assert optimizers.own_rate(path) == 1e-3 and optimizers.own_rate("untrained:velo") is None
+    optimizer = optimizers.make_optimizer(path, 1e-3)
     params = [rng.normal(size=shape) for shape in ((4, 3), (5,), (2, 6))]
     reference = Reference(stored, params, num_steps=40)
     with jax.enable_x64(True):
