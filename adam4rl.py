@@ -251,7 +251,8 @@ def network_size(theta: dict) -> int:
 def adam4rl(theta: dict, num_steps: int, learning_rate: float | Callable = 1.0):
     """The optimizer with these meta-parameters, for any pytree of parameters, as optax's.
 
-    It counts its updates, of which there are to be num_steps; later ones are as the last.
+    It counts its updates, of which there are to be num_steps; for later ones the schedule is at its
+    end.
     learning_rate: a multiplier, 1 as meta-trained, or an optax schedule of it. Raises ValueError
     for num_steps that is not a number from 1 up, and as optim4rl.to_optax does.
     """
