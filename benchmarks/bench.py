@@ -493,7 +493,8 @@ def main() -> None:
         print_table(rows)
         raw["python"] = platform.python_version()
         raw["cpu"] = platform.processor() or platform.machine()
-        (HERE / "bench.json").write_text(json.dumps(raw, indent=1) + "\n")
+        if not args.quick:
+            (HERE / "bench.json").write_text(json.dumps(raw, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -158,6 +158,7 @@ def main() -> None:
         checks.positive(args, "repeats", "step")
         checks.between(args, 0, 1, "least")
         checks.seed(args)
+        search.check_out(args)
         theta, trained = begin(args)
         out, log = Path(f"{args.out}.npz"), Path(f"{args.out}.jsonl")
         rows = read_rows(log, args, theta)

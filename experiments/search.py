@@ -159,6 +159,13 @@ def generation(strategy, drawn: list[tuple], written, space: Space, submit) -> d
     return row
 
 
+def check_out(args) -> None:
+    """Raises a one-line ValueError if OUT.npz is the theta to start from."""
+    written = Path(f"{args.out}.npz").resolve()
+    if args.theta and Path(optimizers.theta_path(args.theta)).resolve() == written:
+        raise ValueError(f"--theta {args.theta} would be overwritten: give another --out")
+
+
 def begin(args: Args, space: Space) -> tuple:
     """-> the strategy, the generator and the deck of tasks, the means and the rows so far. Raises a
     one-line ValueError if cma is missing, or as `resume` does."""
@@ -212,9 +219,7 @@ def main() -> None:
         checks.seed(args)
         if args.only_network and not args.network_size:
             raise ValueError("--only-network needs a --network-size")
-        written = Path(f"{args.out}.npz").resolve()
-        if args.theta and Path(optimizers.theta_path(args.theta)).resolve() == written:
-            raise ValueError(f"--theta {args.theta} would be overwritten: give another --out")
+        check_out(args)
         space = search_space(args)
         strategy, rng, deck, means, rows = begin(args, space)
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@
 Each seed has two scores: the return at the end (the mean of the last 20 updates of A2C, of the last
 two evaluations of PPO), and the mean return over all of training (the area under its curve). Those
 of a lost seed, which ended early, are -inf: below all others. Of an optimizer's learning rates the
-one with the best mean final return is taken.
+one that loses the fewest seeds is taken, and of these the one with the best mean final return.
 
 Writes scores.csv (both scores of every seed), table.md (means with 90 % bootstrap intervals), and
 compare.png: the probability that the optimizer is better than each other one, the mean over tasks,
@@ -135,7 +135,7 @@ def cell(values: np.ndarray, digits: int = 4, with_interval: bool = True) -> str
         return f"-{lost}"
 
     def text(x):  # a number of 1000 or more is whole
-        return f"{x:.{digits}g}" if abs(x) < 1000 else f"{x:.0f}"
+        return f"{x:.{digits}g}" if abs(x) < 999.5 else f"{x:.0f}"
 
     low, high = map(text, report.bootstrap_interval(kept))
     return text(kept.mean()) + (f" ({low} to {high})" if with_interval else "") + lost

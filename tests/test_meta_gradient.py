@@ -1,5 +1,6 @@
 """Meta-gradients against jax.grad through everything and finite differences."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,18 +46,25 @@ def test_meta_gradient_is_jax_grad_through_everything(kind, agent):
         key_inner, key_meta = jax.random.split(jax.random.split(key)[1])
         numbered = (jax.random.split(key_inner, inner_updates), jnp.arange(inner_updates))
         agent, returns = jax.lax.scan(learn, agent, numbered)
-        return task.agent.loss(key_meta, agent)[0], returns[-1]
+        loss, agent = task.agent.loss(key_meta, agent)
+        return loss, (returns[-1], agent._replace(opt_state=()))
 
     through_everything = jax.jit(jax.value_and_grad(meta_loss, has_aux=True))
     each = [through_everything(theta, plan.key[i], pick(units, i)) for i in range(num_units)]
-    (loss, _), expected = jax.tree.map(lambda *xs: sum(xs), *each)
-    gradient, _, metrics = group_of(task, learned, inner_updates=inner_updates)(theta, plan, units)
+    loss = sum(loss for (loss, _), _ in each)
+    expected = jax.tree.map(lambda *xs: sum(xs), *(gradient for _, gradient in each))
+    gradient, after, metrics = group_of(task, learned, inner_updates=inner_updates)(
+        theta, plan, units
+    )
     assert relative(gradient, expected) < 1e-5
     gradient.pop("start", None)  # VeLO's, read at the first update only, which was before
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradient))
     np.testing.assert_allclose(jnp.sum(metrics["meta_loss"]), loss, rtol=1e-5)
-    returns = [last for (_, last), _ in each]  # of the last inner update
+    returns = [last for (_, (last, _)), _ in each]  # of the last inner update
     np.testing.assert_allclose(metrics["return"], returns, rtol=1e-5)
+    for i, ((_, (_, agent)), _) in enumerate(each):  # after the rollout of the meta-loss
+        unit = pick(after, i)._replace(opt_state=())
+        chex.assert_trees_all_close(unit, agent, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("cell, inputs", KINDS)

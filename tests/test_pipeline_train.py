@@ -104,6 +104,7 @@ def test_each_task_has_its_own_settings():
     units = [(x.env_name, x.num_envs, x.reward_scale) for x in all_unit_args(args)]
     assert units == [("small_dense_long", 2, 7.0), ("catch", 3, 2.0)]
     assert set_up(small_args(env_name=("catch",)))[2]["grad_clip"] is None  # not clipped
+    assert set_up(small_args(grad_clip=0.3))[2]["grad_clip"] == 0.3
 
 
 def test_metrics_of_an_iteration_are_means_over_the_units_that_have_them():
@@ -321,6 +322,33 @@ def test_an_update_is_skipped_only_if_all_units_are_lost_in_it():
         after, (metrics,) = step(jax.random.key(1), state._replace(units=units))
         assert after.bad_updates == metrics["lost_units"] == 1 - updates
         assert after.meta_opt_state[0].count == updates
+
+
+def test_one_lost_unit_of_four_does_not_skip_the_update():
+    args = small_args(num_units=4, inner_updates=1)
+    _, learned, _ = set_up(args)
+    mesh = Mesh(jax.devices()[:1], "units")
+    init, step = jit_meta_step(args, (make_regression_task(),), learned, mesh)
+    state = init(jax.random.key(0))._replace(iteration=jnp.int32(1))
+    params = jax.tree.map(lambda x: x.at[0].set(3e38), state.units[0].params)
+    units = (state.units[0]._replace(params=params),)
+    after, (metrics,) = step(jax.random.key(1), state._replace(units=units))
+    assert (after.bad_updates, metrics["lost_units"]) == (0, 1)
+    assert after.meta_opt_state[0].count == 1
+
+
+def test_groups_of_units_on_an_accelerator_are_each_trained_once(monkeypatch):
+    """66 units are two groups of 33: a group has at most 64."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def train(theta, schedule, units):
+        return theta * jnp.sum(units), units + 1, {"seen": units}
+
+    mesh, units = Mesh(jax.devices()[:1], "units"), jnp.arange(66.0)
+    gradient, after, metrics = devices.mean_over_units(train, jnp.ones(()), units, units, mesh)
+    assert gradient == 32.5
+    np.testing.assert_array_equal(after, units + 1)
+    np.testing.assert_array_equal(np.sort(metrics["seen"]), units)
 
 
 @pytest.mark.parametrize("size, updates", [(1e15, 1), (1e20, 0), (jnp.nan, 0)])

@@ -385,6 +385,22 @@ def test_observations_that_are_not_normalised_reach_the_networks_as_they_are():
     assert seen[plain] == 2 and seen[PROBE] > 1e5
 
 
+def test_an_update_goes_on_where_the_last_one_ended_and_counts_its_observations():
+    """Observations count steps: 0 .. 3 before training, then 4 .. 19 in the same episodes."""
+    args = dataclasses.replace(PROBE, episode_length=1000)
+    agent, optimizer = ppo.make_agent(count_env(), args), optax.sgd(0.0)
+    before = agent.init(jax.random.key(0), optimizer)
+    after = jax.jit(lambda s: agent.learn(jax.random.key(1), s, optimizer)[0])(before)
+    first = args.rollout_steps
+    rollouts = args.batch_size * args.num_minibatches // args.num_envs
+    steps = first * (1 + rollouts)
+    np.testing.assert_array_equal(before.streams.steps, first)
+    np.testing.assert_array_equal(after.streams.steps, steps)
+    for state, seen in ((before, first), (after, steps)):
+        assert state.normaliser.count == args.num_envs * seen
+        np.testing.assert_allclose(state.normaliser.mean, (seen - 1) / 2, rtol=1e-5)
+
+
 def test_cut_off_episodes_are_worth_as_much_as_endless_ones():
     """Reward 1 for ever at discount 0.9 is worth 10, although episodes last 8 steps; one that ends
     after 8 is worth less."""
@@ -547,6 +563,7 @@ def test_seeds_side_by_side_are_seeds_alone():
     args = dataclasses.replace(PROBE, total_steps=5_120)
     both = run(dataclasses.replace(args, num_seeds=2, seed=3))
     alone = run(dataclasses.replace(args, seed=4))
+    assert np.isfinite(alone["return"]).all()
     np.testing.assert_allclose(both["return"][1], alone["return"][0], rtol=1e-4, atol=1e-5)
 
 
