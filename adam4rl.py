@@ -14,9 +14,9 @@ with bias-corrected running means m_b of the gradient g and v_c of g^2, the numb
 the whole training, the fraction f of it that is done, schedule(f) piecewise linear in f. k is the
 network's: its largest fan-in, clipped to 64 .. 512, and the number of its matrices, 3 at least.
 Weights must be [..., inputs, outputs], as in flax.
-Of a matrix, D(d) is the weighted mean of d and of G^-1/2 d, both scaled to the RMS of d, with the
-weights 1 - whitening and whitening, and that scaled again; else it is d. G is a running mean of
-d d^T, over the smaller side of the matrix: one side of Shampoo (Gupta et al. 2018) for Adam's step.
+Of a matrix, D(d) is (1 - whitening) d + whitening s, scaled to the RMS of d, where s is G^-1/2 d
+scaled to that RMS; of other tensors D(d) = d. G is a running mean of d d^T, over the smaller side
+of the matrix: one side of Shampoo (Gupta et al. 2018) for Adam's step.
 Without memory G^-1/2 d is the orthogonal step of Muon (Jordan et al. 2024).
 
 o = (o_0, o_1) is the output, for each coordinate, of a small network that reads the quantities

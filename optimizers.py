@@ -241,17 +241,23 @@ def save_theta(
     runs.write_whole(path, lambda file: np.savez(file, header=header, **arrays))
 
 
-def load_learned(path: str) -> tuple[LearnedOptimizer, Any, dict]:
-    """A meta-trained optimizer from its .npz -> optimizer, theta, header. Raises a one-line
-    ValueError for an invalid file."""
-    path = theta_path(path)
-    theta, header = load_theta(path)
+def made_from(path: str, header: dict) -> LearnedOptimizer:
+    """The optimizer of a theta file, from its header. Raises a one-line ValueError if its config
+    does not fit."""
     kind, config = header["optimizer"], header["config"]
     try:
         check_config(kind, config)
     except ValueError as error:
         raise ValueError(f"{path}: cannot be made from its header: {error}") from None
-    learned = LEARNED[kind](**config)
+    return LEARNED[kind](**config)
+
+
+def load_learned(path: str) -> tuple[LearnedOptimizer, Any, dict]:
+    """A meta-trained optimizer from its .npz -> optimizer, theta, header. Raises a one-line
+    ValueError for an invalid file."""
+    path = theta_path(path)
+    theta, header = load_theta(path)
+    learned = made_from(path, header)
     check_theta(path, learned, theta)
     return learned, jax.tree.map(jnp.float32, theta), header
 
@@ -326,12 +332,10 @@ def seed_of(header: dict) -> int:
 def own_rate(name_or_path: str) -> float | None:
     """The learning rate of an optimizer that is to have the same in all environments, or None.
     Raises a one-line ValueError for an invalid theta file."""
-    kind, config = name_or_path.removeprefix("untrained:"), {}
-    if is_theta(kind):
-        header = load_theta(theta_path(kind))[1]
-        kind, config = header["optimizer"], header["config"]
-        check_config(kind, config)
-    return LEARNED[kind](**config).own_rate if kind in LEARNED else OWN_RATE.get(name_or_path)
+    if path := theta_file(name_or_path):
+        return made_from(path, load_theta(path)[1]).own_rate
+    kind = name_or_path.removeprefix("untrained:")
+    return LEARNED[kind]().own_rate if kind in LEARNED else OWN_RATE.get(name_or_path)
 
 
 def make_optimizer(name_or_path: str, learning_rate: float) -> optax.GradientTransformation:

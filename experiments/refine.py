@@ -1,7 +1,7 @@
 r"""Refine theta of adam4rl.py one number after the other, on the tasks of search_tasks.py:
 
     python experiments/refine.py --theta runs/adam4rl.npz --out runs/refined
-    python experiments/refine.py --theta runs/adam4rl.npz --numbers rate.0 rate.0+shape.0
+    python experiments/refine.py --theta runs/adam4rl.npz --numbers rate.0 rate.1+shape.1
 
 CMA-ES changes all numbers at once, so what one of them does is lost among the others. Here each is
 tried at OFFSETS, in steps of --step times search.SCALES, in lifetimes of every task with the same
