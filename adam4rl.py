@@ -252,9 +252,8 @@ def adam4rl(theta: dict, num_steps: int, learning_rate: float | Callable = 1.0):
     """The optimizer with these meta-parameters, for any pytree of parameters, as optax's.
 
     It counts its updates, of which there are to be num_steps; for later ones the schedule is at its
-    end.
-    learning_rate: a multiplier, 1 as meta-trained, or an optax schedule of it. Raises ValueError
-    for num_steps that is not a number from 1 up, and as optim4rl.to_optax does.
+    end. learning_rate: a multiplier, 1 as meta-trained, or an optax schedule of it. Raises
+    ValueError for num_steps that is not a number from 1 up, and as optim4rl.to_optax does.
     """
     if not 1 <= num_steps < math.inf:
         raise ValueError(f"num_steps must be the updates of the whole training, got {num_steps}")

@@ -50,8 +50,9 @@ def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifeti
     """Train units for K updates. -> the sum of their meta-gradients, units, metrics [N]
 
     keys, ages: [N]; units: states of task.agent, [N, ...]; task: a pipeline_train.Task. Units
-    whose meta-loss or meta-gradient is not finite add nothing, and are marked in metrics["lost"]. A
-    coordinate-wise optimizer whose replay overflows for one unit loses all N (on a CPU N is 1).
+    whose meta-loss or meta-gradient is not finite add nothing, and are marked in metrics["lost"].
+    But a coordinate-wise optimizer whose replay overflows for one unit loses all N (on a CPU N is
+    1).
     """
 
     def train(key, state, age):
@@ -67,7 +68,7 @@ def meta_gradient(theta, keys, ages, units, task, learned, inner_updates, lifeti
         grads, extra_args = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), recorded)
         lost = ~jnp.isfinite(loss)
         if len(keys) > 1:  # of a unit alone the gradient below shows it
-            # The cotangent is NaN if a gradient was; an infinite one is clipped, or like NaN.
+            # A NaN in a gradient is one in the parameters, and so in the cotangent.
             lost |= ~all_finite(cotangent)
             grads, cotangent = zero_if(lost, (grads, cotangent))
         metrics = {"meta_loss": loss, "return": metrics["return"][-1], "lost": lost}

@@ -229,7 +229,7 @@ def save_theta(
     """Write theta (nested dicts of arrays) and a header, for load_theta.
 
     optimizer: the kind ("optim4rl"). config: the arguments of its factory. trained: how it was
-    trained, any JSON value.
+    trained, names with JSON values; an infinite one becomes "inf".
     """
     trained = runs.without_infinity(trained)
     header = {"format": FORMAT, "optimizer": optimizer, "config": config, "trained": trained}
@@ -274,9 +274,9 @@ def kind_settings(kind: str) -> dict:
     return {name: parameter.default for name, parameter in parameters.items()}
 
 
-def kind_in(theta: str) -> str:
-    """The kind of optimizer in a theta file, from its header. Puts nothing on a device."""
-    return load_theta(theta_path(theta))[1]["optimizer"]
+def header_in(theta: str) -> dict:
+    """The header of a theta file. Puts nothing on a device."""
+    return load_theta(theta_path(theta))[1]
 
 
 def theta_file(name: str) -> str | None:

@@ -105,7 +105,7 @@ def parse(args_class: type, description: str, settings: Callable | None = None) 
 def environment_settings(args_class: type, settings: Callable | None) -> dict:
     """The settings of the environment on the command line, for the flags of args_class. --help
     shows them too."""
-    if settings is None or any(word.split("=")[0] == "--resume" for word in sys.argv):
+    if settings is None or "resume" in flags_given():
         return {}
     fields = {field.name: field for field in dataclasses.fields(args_class)}
     name = fields["env_name"]

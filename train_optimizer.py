@@ -41,7 +41,8 @@ def fill_in(args: Args) -> Args:
     if args.total_steps is not None and args.num_iterations is not None:
         raise ValueError("give --total-steps or --num-iterations, not both")
     if args.theta:
-        kind = optimizers.kind_in(args.theta)
+        header = optimizers.header_in(args.theta)
+        kind = header["optimizer"]
         if args.optimizer not in (Args.optimizer, kind):
             raise ValueError(f"--optimizer is set by {args.theta}, to {kind}; leave it out")
         args = dataclasses.replace(args, optimizer=kind)
@@ -52,8 +53,10 @@ def fill_in(args: Args) -> Args:
         changed.discard("grad_clip")  # the agent's, whatever the optimizer has
     optimizers.check_settings(args.optimizer, changed, args.theta)
     paper = tasks.meta_settings(args.env_name)
-    if own_rate := optimizers.own_rate(args.theta or f"untrained:{args.optimizer}"):
-        paper["learning_rate"] = (own_rate,)
+    made = optimizers.made_from(args.theta, header) if args.theta else None
+    learned = made or optimizers.LEARNED[args.optimizer]()
+    if learned.own_rate:
+        paper["learning_rate"] = (learned.own_rate,)
     unset = {name: value for name, value in paper.items() if getattr(args, name) is None}
     args = dataclasses.replace(args, **unset)
     check(args)

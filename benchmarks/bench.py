@@ -1,7 +1,7 @@
 """Time and memory of the project's main parts, compared with the usual way:
 
     python benchmarks/bench.py           # under ten minutes on 2 cores
-    python benchmarks/bench.py --quick   # under two
+    python benchmarks/bench.py --quick   # under two; writes no file
     python benchmarks/bench.py --growth  # only the figure: units and inner updates
     python benchmarks/bench.py --ppo     # only PPO, compared with Brax's, which needs jax 0.9.2
 

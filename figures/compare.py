@@ -135,7 +135,8 @@ def cell(values: np.ndarray, digits: int = 4, with_interval: bool = True) -> str
         return f"-{lost}"
 
     def text(x):  # a number of 1000 or more is whole
-        return f"{x:.{digits}g}" if abs(x) < 999.5 else f"{x:.0f}"
+        short = f"{x:.{digits}g}"
+        return short if abs(float(short)) < 1000 else f"{x:.0f}"
 
     low, high = map(text, report.bootstrap_interval(kept))
     return text(kept.mean()) + (f" ({low} to {high})" if with_interval else "") + lost

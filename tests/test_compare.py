@@ -169,6 +169,20 @@ def test_an_out_that_cannot_be_written_is_one_line(evaluation, call):
     assert code == 1 and "/proc/scores.csv" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "value, digits, text",
+    [
+        (999.4, 3, "999"),
+        (999.6, 3, "1000"),
+        (999.6, 4, "999.6"),
+        (-999.96, 4, "-1000"),
+        (1e4, 3, "10000"),
+    ],
+)
+def test_a_number_of_1000_or_more_is_whole_also_by_rounding(value, digits, text):
+    assert compare.cell(np.full(4, value), digits, with_interval=False) == text
+
+
 def test_the_summary_has_a_row_for_each_task(evaluation):
     untrained = {("ant", OURS.replace("(trained)", "(untrained)"), 1.0): 15 * np.ones(4)}
     write_evaluation(evaluation / "more", untrained | {("ant", "rmsprop", 0.1): 12 * np.ones(4)})

@@ -45,6 +45,12 @@ def test_a_theta_of_another_kind_is_refused(kind, other):
             DROP_INS[kind](theta=THETA.get(other))
 
 
+def test_a_theta_of_other_dimensions_is_refused():
+    theta = THETA["optim4rl"] | {"rnn1": THETA["optim4rl"]["rnn1"] | {"w_x": jnp.zeros(32)}}
+    with pytest.raises(ValueError, match="theta is another optimizer's"):
+        DROP_INS["optim4rl"](theta=theta)
+
+
 @pytest.mark.parametrize("kind", DROP_INS)
 def test_a_state_of_other_parameters_is_refused(kind):
     optimizer, larger = DROP_INS[kind](), {"w": jnp.ones((BLOCK, 2))}

@@ -1,6 +1,7 @@
 """The optimizers by name: the classical ones against numpy or optax, and their learning rates."""
 
 import contextlib
+import json
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +166,13 @@ def adam4rl_file(tmp_path):
     theta = {name: np.zeros(size, np.float32) for name, size in SIZES.items()}
     optimizers.save_theta(path, theta, "adam4rl", {}, {})
     return path
+
+
+def test_an_infinite_bound_in_a_header_is_strict_json(tmp_path):
+    theta = {name: np.zeros(size, np.float32) for name, size in SIZES.items()}
+    optimizers.save_theta(tmp_path / "x.npz", theta, "adam4rl", {}, {"grad_clip": float("inf")})
+    header = json.loads(str(np.load(tmp_path / "x.npz")["header"]), parse_constant=pytest.fail)
+    assert header["trained"] == {"grad_clip": "inf"}
 
 
 def test_own_rates(adam4rl_file):

@@ -131,10 +131,12 @@ def test_the_best_number_is_put_into_a_copy_of_theta(monkeypatch):
     assert np.count_nonzero(refine.flat(better) - before) == 1
 
 
-def test_the_theta_to_start_from_is_not_overwritten():
-    args = refine.Args(theta="pretrained/adam4rl", out=str(optimizers.PRETRAINED / "adam4rl"))
-    with pytest.raises(ValueError, match="would be overwritten"):
-        refine.search.check_out(args)
+def test_the_theta_to_start_from_is_not_overwritten(monkeypatch, capsys):
+    out = str(optimizers.PRETRAINED / "adam4rl")
+    monkeypatch.setattr("sys.argv", ["refine.py", "--theta", "pretrained/adam4rl", "--out", out])
+    with pytest.raises(SystemExit):
+        refine.main()
+    assert "would be overwritten" in capsys.readouterr().err
 
 
 def test_a_theta_with_a_network_is_refused(tmp_path):

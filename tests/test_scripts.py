@@ -440,11 +440,9 @@ def test_a_second_ctrl_c_stops_at_once():
 )
 def test_only_a_defect_ends_in_a_traceback(failure, code, said):
     # A shell's background jobs ignore SIGINT, and so would what they start.
-    script = (
-        "import os, signal, runs, a2c; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    )
-    script += "; runs.parse(a2c.Args, 'text')"
-    command = [sys.executable, "-c", f"{script}; {failure}"]
+    heeded = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    script = f"import os, signal, runs, a2c; {heeded}; runs.parse(a2c.Args, 'text'); {failure}"
+    command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code and done.stderr.startswith(said)
     assert done.stderr.count("\n") <= 2 or "a defect" in done.stderr
