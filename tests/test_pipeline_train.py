@@ -409,3 +409,11 @@ def test_on_an_accelerator_an_iteration_is_that_of_the_cpu(monkeypatch):
     same = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
     jax.tree.map(same, there.theta, here.theta)
     jax.tree.map(same, there.units[0].params, here.units[0].params)
+
+
+@pytest.mark.parametrize("num_units, expected", [(6, 3), (7, 1), (8, 4), (1, 1)])
+def test_by_default_the_most_devices_that_divide_the_units_are_used(
+    num_units, expected, monkeypatch
+):
+    monkeypatch.setattr(devices, "start_devices", lambda of_a_cpu: 4)
+    assert devices.choose_devices(num_units, None).size == expected

@@ -131,6 +131,15 @@ def test_training_goes_on_from_another_runs_theta(call, tmp_path):
     jax.tree.map(lambda new, old: np.testing.assert_allclose(new, old, atol=1e-6), after, before)
 
 
+def test_theta_is_saved_at_intervals_and_at_the_end(call, monkeypatch):
+    saved = []
+    monkeypatch.setattr(optimizers, "save_theta", lambda *args: saved.append(args[-1]))
+    flags = "--env-name catch --num-units 2 --num-iterations 5 --inner-updates 1"
+    code, _, err = call(pipeline_train.main, *flags.split(), "--save-theta-every", 2)
+    assert code == 0, err
+    assert [trained["iterations"] for trained in saved] == [2, 4, 5]
+
+
 def test_sigterm_keeps_theta(tmp_path):
     """Sent as an impatient user does, also while theta is being saved. (Of Ctrl-C:
     test_checkpoints.py.)"""
