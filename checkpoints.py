@@ -23,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import checks
+import command_line
 import devices
 import optimizers
 import runs
@@ -289,7 +290,7 @@ def resumed_args(run_folder: str, given: Any, script: str) -> Any:
             "start it again without --resume"
         )
     now = {name: getattr(given, name) for name in OF_A_START if hasattr(given, name)}
-    flags = runs.flags_given()
+    flags = command_line.flags_given()
     for field in dataclasses.fields(args_class):
         new, old = getattr(given, field.name), getattr(run, field.name)
         if field.name in OF_A_START or new in (None, old):

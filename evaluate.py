@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 import checks
+import command_line
 import optimizers
 import runs
 import settings
@@ -251,7 +252,7 @@ def sweep(learner: tasks.Learner, run: Run, args: Args, title: str, interrupted)
 
 
 def main() -> None:
-    args = runs.parse(Args, __doc__)
+    args = command_line.parse(Args, __doc__)
     with runs.bad_input():
         checks.positive(args, *POSITIVE)
         if args.grad_clip is not None:

@@ -12,6 +12,7 @@ import numpy as np
 
 import a2c
 import checks
+import command_line
 import optimizers
 import ppo
 import runs
@@ -122,7 +123,7 @@ def last_returns(agent: ModuleType, args, history: dict) -> str:
 
 def main(agent: ModuleType) -> None:
     """Train args.num_seeds agents. agent: the module a2c or ppo."""
-    args = runs.parse(ARGS[agent], agent.__doc__, partial(flag_defaults, agent=agent))
+    args = command_line.parse(ARGS[agent], agent.__doc__, partial(flag_defaults, agent=agent))
     with runs.bad_input():
         if args.resume:
             args = resumed_args(args.resume, args, agent.__name__)

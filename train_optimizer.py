@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 import checks
+import command_line
 import devices
 import optimizers
 import pipeline_train
@@ -193,7 +194,7 @@ def summarise(args: Args, folder: Path, state: MetaState, can_resume: bool) -> N
 
 
 def main() -> None:
-    args = runs.parse(Args, pipeline_train.__doc__)
+    args = command_line.parse(Args, pipeline_train.__doc__)
     with runs.bad_input():
         args = resumed(args) if args.resume else fill_in(args)
         mesh = devices.choose_devices(

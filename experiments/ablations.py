@@ -21,6 +21,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import checks
+import command_line
 import runs
 import settings
 from figures import report
@@ -177,7 +178,7 @@ class Args:
 
 
 def main() -> None:
-    args = runs.parse(Args, __doc__)
+    args = command_line.parse(Args, __doc__)
     with runs.bad_input():
         checks.known("tables", args.tables, TABLES)
     for title in args.tables:

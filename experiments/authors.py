@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 import a2c
 import checks
+import command_line
 import gridworld
 import optimizers
 import runs
@@ -160,7 +161,7 @@ def table(ours: dict) -> str:
 
 
 def main() -> None:
-    args = runs.parse(Args, __doc__)
+    args = command_line.parse(Args, __doc__)
     with runs.bad_input():
         checks.known("env-name", args.env_name, NUM_SEEDS)
     ours = json.loads(DATA.read_text()) if DATA.exists() else {}

@@ -20,6 +20,7 @@ import scipy.stats
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checks
+import command_line
 import runs
 import search
 from adam4rl import SIZES, make_adam4rl
@@ -81,7 +82,7 @@ def compare(scores: np.ndarray) -> list[tuple]:
 
 
 def main() -> None:
-    args = runs.parse(Args, __doc__)
+    args = command_line.parse(Args, __doc__)
     with runs.bad_input():
         checks.positive(args, "repeats")
         checks.seed(args)

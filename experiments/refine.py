@@ -28,6 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checks
+import command_line
 import optimizers
 import runs
 import search
@@ -153,7 +154,7 @@ def refine(args: Args, theta: dict, group: str, submit) -> tuple[dict, dict]:
 
 
 def main() -> None:
-    args = runs.parse(Args, __doc__)
+    args = command_line.parse(Args, __doc__)
     with runs.bad_input():
         checks.positive(args, "repeats", "step")
         checks.between(args, 0, 1, "least")

@@ -35,6 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checks
+import command_line
 import optimizers
 import runs
 from adam4rl import make_adam4rl, network_size
@@ -213,7 +214,7 @@ def save(args: Args, space: Space, strategy, rng, deck: list, means: list, rows:
 
 
 def main() -> None:
-    args = runs.parse(Args, __doc__)
+    args = command_line.parse(Args, __doc__)
     with runs.bad_input():
         checks.positive(args, "generations", "population", "tasks_per_generation", "spread", "seed")
         checks.seed(args)

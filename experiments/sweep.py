@@ -21,6 +21,7 @@ from ablations import ROOT, meta_train, run, test_flags
 
 sys.path.insert(0, str(ROOT))
 import checks
+import command_line
 import runs
 import tasks
 import train_optimizer
@@ -113,7 +114,7 @@ def write(path: Path, rows: list) -> None:
 
 
 def main() -> None:
-    args = runs.parse(Args, __doc__)
+    args = command_line.parse(Args, __doc__)
     with runs.bad_input():
         checks.not_empty(args, "meta_learning_rates")
         checks.positive(args, "meta_learning_rates", "learning_rates", "num_units", "num_devices")

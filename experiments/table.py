@@ -28,6 +28,7 @@ from ablations import ROOT, run
 
 sys.path.insert(0, str(ROOT))
 import checks
+import command_line
 import evaluate
 import gridworld
 import optimizers
@@ -196,7 +197,7 @@ def alone(folder: Path):
 
 
 def main() -> None:
-    args = runs.parse(Args, __doc__)
+    args = command_line.parse(Args, __doc__)
     with runs.bad_input():
         checks.positive(args, "num_seeds", "total_steps", "learning_rates")
         if args.total_steps and Path(args.out).resolve() == Path(Args.out).resolve():

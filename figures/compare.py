@@ -26,6 +26,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import command_line
 import optimizers
 import runs
 from figures import report
@@ -350,7 +351,7 @@ def write(out: Path, by_env: dict, of: str, held_out: tuple = ()) -> None:
 
 
 def main() -> None:
-    args = runs.parse(Args, __doc__)
+    args = command_line.parse(Args, __doc__)
     with runs.bad_input():
         by_env = read(args.folders)
         if not by_env:

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import a2c
 import checks
+import command_line
 import gridworld
 import optimizers
 import runs
@@ -230,7 +231,7 @@ def checked_updates(args: Args, optimizer: optax.GradientTransformation) -> int:
 
 
 def main() -> None:
-    args = runs.parse(Args, __doc__)
+    args = command_line.parse(Args, __doc__)
     with runs.bad_input():
         if args.learning_rate is None:
             args = dataclasses.replace(args, learning_rate=usual_rate(args))

@@ -21,6 +21,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import command_line
 import optimizers
 import runs
 from figures import report
@@ -116,7 +117,7 @@ def inspect(path: str, out: Path) -> list[tuple]:
 
 
 def main() -> None:
-    args = runs.parse(Args, __doc__)
+    args = command_line.parse(Args, __doc__)
     with runs.bad_input():
         optimizers.load_learned(args.optimizer)
         folder = runs.make_folder(args.runs_dir, Path(args.optimizer).stem, "inspection", 0, args)

@@ -18,6 +18,7 @@ import matplotlib
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checks
+import command_line
 import devices
 import pipeline_train
 import runs
@@ -119,7 +120,7 @@ def draw(path: Path, rows: list[tuple], title: str) -> None:
 
 
 def main() -> None:
-    args = runs.parse(Args, __doc__)
+    args = command_line.parse(Args, __doc__)
     with runs.bad_input():
         checks.not_empty(args, "learning_rates", "inner_updates")
         checks.positive(args, "every", "learning_rates", "inner_updates")

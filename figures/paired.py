@@ -18,6 +18,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import command_line
 import runs
 from figures import compare, report
 
@@ -64,7 +65,7 @@ def table(found: dict, of: str) -> str:
 
 
 def main() -> None:
-    args = runs.parse(Args, __doc__)
+    args = command_line.parse(Args, __doc__)
     with runs.bad_input():
         if not args.folders:
             raise ValueError("name run folders of evaluate.py, or scores.csv files")

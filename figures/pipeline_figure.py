@@ -23,6 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import command_line
 import devices
 import pipeline_train
 import runs
@@ -136,7 +137,7 @@ def csv_rows(all_seen: dict) -> list[tuple]:
 
 
 def main() -> None:
-    args = runs.parse(pipeline_train.Args, __doc__)
+    args = command_line.parse(pipeline_train.Args, __doc__)
     with runs.bad_input():
         if args.resume or args.num_processes > 1 or len(args.env_name) > 1:
             raise ValueError(

@@ -23,6 +23,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import command_line
 import runs
 import tasks
 
@@ -433,7 +434,7 @@ def write(folder: Path, results: list[Result], swept: list[Result]) -> None:
 
 
 def main() -> None:
-    args = runs.parse(Args, __doc__)
+    args = command_line.parse(Args, __doc__)
     with runs.bad_input():
         for folder in map(Path, args.redraw):
             draw(folder / "curves.png", read_summary(folder / "curves.csv"))

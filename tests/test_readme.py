@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import runs
+import command_line
 import train_agents
 
 ROOT = Path(__file__).parent.parent
@@ -44,13 +44,13 @@ def test_a_command_of_the_readme_is_parsed(command, monkeypatch):
     monkeypatch.syspath_prepend(str((ROOT / script).parent))
     module = importlib.import_module(Path(script).stem)
     args_class = train_agents.ARGS.get(module, getattr(module, "Args", None))
-    runs.parse(args_class, "")
+    command_line.parse(args_class, "")
 
 
 def test_a_wrong_flag_is_not_parsed(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--optimizer", "adam"])
     with pytest.raises(SystemExit):
-        runs.parse(importlib.import_module("evaluate").Args, "")
+        command_line.parse(importlib.import_module("evaluate").Args, "")
     assert "--optimizer" in capsys.readouterr().err
 
 

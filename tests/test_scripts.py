@@ -22,6 +22,7 @@ import pytest
 from tqdm import tqdm
 
 import a2c
+import command_line
 import devices
 import evaluate
 import optimizers
@@ -424,7 +425,7 @@ class Copied:
 def test_a_field_without_a_docstring_is_a_flag_without_a_text():
     section = "One section"
     fields = {"first": (section, ""), "second": (section, "a text"), "last": (section, "")}
-    assert runs.documented_fields(Copied) == fields
+    assert command_line.documented_fields(Copied) == fields
 
 
 def test_a_second_ctrl_c_stops_at_once():
@@ -450,7 +451,8 @@ def test_a_second_ctrl_c_stops_at_once():
 def test_only_a_defect_ends_in_a_traceback(failure, code, said):
     # A shell's background jobs ignore SIGINT, and so would what they start.
     heeded = "signal.signal(signal.SIGINT, signal.default_int_handler)"
-    script = f"import os, signal, runs, a2c; {heeded}; runs.parse(a2c.Args, 'text'); {failure}"
+    parse = "command_line.parse(a2c.Args, 'text')"
+    script = f"import os, signal, command_line, a2c; {heeded}; {parse}; {failure}"
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code and done.stderr.startswith(said)

@@ -14,6 +14,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import command_line
 import optimizers
 import runs
 from baselines.open import make_open, theta_shapes
@@ -59,7 +60,7 @@ class Args:
 
 
 def main() -> None:
-    args = runs.parse(Args, __doc__)
+    args = command_line.parse(Args, __doc__)
     with runs.bad_input():
         theta, config = load_published(args.published)
         optimizers.check_theta(args.published, make_open(**config), theta)
