@@ -204,9 +204,8 @@ def test_two_thousand_iterations_take_no_more_memory_and_no_more_files(tmp_path)
         "--save-theta-every",
         "50",
     ]
-    with open(
-        tmp_path / "log", "wb"
-    ) as log:  # a pipe that nobody reads would fill up, and stop the run
+    # A pipe that nobody reads would fill up, and stop the run.
+    with open(tmp_path / "log", "wb") as log:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
     seen, sizes = [], []
     while process.poll() is None:
