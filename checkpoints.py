@@ -290,12 +290,11 @@ def resumed_args(run_folder: str, given: Any, script: str) -> Any:
             "start it again without --resume"
         )
     now = {name: getattr(given, name) for name in OF_A_START if hasattr(given, name)}
-    flags = command_line.flags_given()
     for field in dataclasses.fields(args_class):
         new, old = getattr(given, field.name), getattr(run, field.name)
         if field.name in OF_A_START or new in (None, old):
             continue
-        if new == field.default and field.name not in flags:
+        if not command_line.is_given(given, field.name):
             continue
         if field.name not in MAY_CHANGE:
             flag = field.name.replace("_", "-")

@@ -113,6 +113,11 @@ def documented_fields(args_class: type) -> dict:
     return found
 
 
+def is_given(args: Any, name: str) -> bool:
+    """Whether an argument is on the command line or not at its default."""
+    return getattr(args, name) != getattr(type(args), name) or name in flags_given()
+
+
 def flags_given() -> set[str]:
     """The names of the arguments that are flags on the command line."""
     words = (word.split("=")[0] for word in sys.argv[1:] if word.startswith("--"))

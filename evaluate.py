@@ -31,7 +31,6 @@ import runs
 import settings
 import tasks
 from figures import report
-from optim4rl import load_theta
 
 SHORTER = "fewer --num-seeds or --total-steps shorten it; Ctrl-C keeps the optimizers that are done"
 
@@ -126,7 +125,7 @@ def suite_optimizers(suite: str, env_name: str) -> list[str]:
     for transfer) on this one. Then the controls and the classical optimizers."""
     shipped = []
     for name in optimizers.pretrained_names():
-        header = load_theta(optimizers.theta_path(name))[1]
+        header = optimizers.header_in(name)
         trained_on = header["trained"].get("env_name", ())  # others' weights have none
         if len(trained_on) > 1 or (suite == "paper" and env_name in trained_on):
             shipped += [name] if header["optimizer"] == "optim4rl" else [name, f"untrained:{name}"]

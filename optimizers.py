@@ -206,7 +206,7 @@ def theta_file(name: str) -> str | None:
 def theta_header(name: str) -> dict | None:
     """The header of the theta file in an optimizer's name; None if there is none."""
     path = theta_file(name)
-    return load_theta(path)[1] if path else None
+    return header_in(path) if path else None
 
 
 def check_settings(kind: str, changed: set, theta: str | None) -> None:
@@ -251,7 +251,7 @@ def own_rate(name_or_path: str) -> float | None:
     """The learning rate of an optimizer that is to have the same in all environments, or None.
     Raises a one-line ValueError for an invalid theta file."""
     if path := theta_file(name_or_path):
-        return made_from(path, load_theta(path)[1]).own_rate
+        return made_from(path, header_in(path)).own_rate
     kind = name_or_path.removeprefix("untrained:")
     return LEARNED[kind]().own_rate if kind in LEARNED else OWN_RATE.get(name_or_path)
 

@@ -44,10 +44,10 @@ def fill_in(args: Args) -> Args:
     if args.theta:
         header = optimizers.header_in(args.theta)
         kind = header["optimizer"]
-        if args.optimizer != kind and is_set(args, "optimizer"):
+        if args.optimizer != kind and command_line.is_given(args, "optimizer"):
             raise ValueError(f"--optimizer is set by {args.theta}, to {kind}; leave it out")
         args = dataclasses.replace(args, optimizer=kind)
-    changed = {name for name in optimizers.SETTINGS if is_set(args, name)}
+    changed = {name for name in optimizers.SETTINGS if command_line.is_given(args, name)}
     if any(tasks.agent_of(name) is ppo for name in args.env_name):
         changed.discard("grad_clip")  # the agent's, whatever the optimizer has
     optimizers.check_settings(args.optimizer, changed, args.theta)
@@ -71,11 +71,6 @@ def fill_in(args: Args) -> Args:
     args = dataclasses.replace(args, num_iterations=num_iterations, total_steps=total_steps)
     check_filled_in(args)
     return args
-
-
-def is_set(args: Args, name: str) -> bool:
-    """Whether an argument has not its default value, or is on the command line."""
-    return getattr(args, name) != getattr(type(args), name) or name in command_line.flags_given()
 
 
 def resumed(args: Args) -> Args:

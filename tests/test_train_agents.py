@@ -8,28 +8,29 @@ import ppo
 import train_agents
 
 NAN = np.nan
+EIGHT_STEPS = ppo.Args(num_envs=2, batch_size=2, num_minibatches=1, rollout_steps=4)  # an update
 
 
 def test_a_lost_seed_of_ppo_is_left_out_of_the_mean():
-    """8 steps an update, 4 updates; evaluations before training, after 16 and after 32 steps."""
-    args = ppo.Args(num_envs=2, batch_size=2, num_minibatches=1, rollout_steps=4)
-    assert ppo.steps_per_update(args) == 8
+    """4 updates; evaluations before training, after 16 and after 32 steps."""
+    assert ppo.steps_per_update(EIGHT_STEPS) == 8
     history = {
         "return": jnp.zeros((3, 4)),
         "eval_steps": [0, 16, 32],
         "eval_return": jnp.array([[9.0, 1.0, 3.0], [9.0, 5.0, NAN], [9.0, 4.0, 6.0]]),
     }
-    line = train_agents.last_returns(ppo, args, history)
+    line = train_agents.last_returns(ppo, EIGHT_STEPS, history)
     assert line == "mean return of the last 2 evaluations: 3.5 (by seed: 2, nan, 5)"
 
 
 def test_an_evaluation_that_an_interrupted_run_did_not_make_does_not_count():
-    args = ppo.Args(num_envs=2, batch_size=2, num_minibatches=1, rollout_steps=4)
     history = {"eval_steps": [0, 16, 32], "eval_return": jnp.array([[9.0, 1.0, NAN]])}
-    after_three = train_agents.last_returns(ppo, args, history | {"return": jnp.zeros((1, 3))})
-    assert after_three == "mean return of the last evaluation: 1 (by seed: 1)"
-    after_one = train_agents.last_returns(ppo, args, history | {"return": jnp.zeros((1, 1))})
-    assert after_one == "no evaluation yet"
+    for done, line in (
+        (3, "mean return of the last evaluation: 1 (by seed: 1)"),
+        (1, "no evaluation yet"),
+    ):
+        history["return"] = jnp.zeros((1, done))
+        assert train_agents.last_returns(ppo, EIGHT_STEPS, history) == line
 
 
 def test_a2cs_is_of_the_last_20_updates():
