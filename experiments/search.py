@@ -8,9 +8,10 @@ A generation trains agents with every candidate on a few tasks, drawn in turn fr
 search_tasks.py, each with a random number of updates. A candidate's fitness is its mean rank
 (lifetimes.py). Two more are ranked and not used: theta as it is written, and Adam (untrained).
 
-The network on top is searched from what was found without it:
+The network on top is searched from what was found without it, or alone:
 
-    python experiments/search.py --theta runs/adam4rl.npz --network-size 8 --out runs/network
+    python experiments/search.py --theta runs/adam4rl.npz --network-size 4 --out runs/both
+    python experiments/search.py --only-network --network-size 4 --out runs/network
 
 Writes OUT.npz (theta: the mean of the distribution, averaged over the last third of all
 generations, as one generation is mostly chance), OUT.jsonl (a line a generation) and OUT.pkl, from
@@ -51,6 +52,8 @@ class Args:
     """in total; the same command with more of them continues"""
     population: int = 16
     """candidates in a generation"""
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """tasks of search_tasks.py to draw from"""
     tasks_per_generation: int = 5
     """tasks that each candidate is trained on"""
     theta: str | None = None
@@ -129,7 +132,7 @@ def search_space(args: Args) -> Space:
         hidden, output = untrained["network"]["0"], untrained["network"]["1"]
         scale["network"] = {
             "0": jax.tree.map(lambda x: jnp.full(x.shape, 0.3), hidden),
-            "1": jax.tree.map(lambda x: jnp.full(x.shape, 0.15), output),
+            "1": jax.tree.map(lambda x: jnp.full(x.shape, 0.3), output),
         }
     vectors = [np.asarray(ravel_pytree(tree)[0], float) for tree in (untrained, start, scale)]
     return Space(*vectors, ravel_pytree(untrained)[1])
@@ -204,7 +207,7 @@ def resume(args: Args, space: Space) -> tuple:
 def save(args: Args, space: Space, strategy, rng, deck: list, means: list, rows: list) -> None:
     """Write OUT.npz, OUT.pkl and OUT.jsonl."""
     theta = space.unflatten(jnp.float32(space.thetas(late_mean(means)[None])[0]))
-    trained = {"env_name": list(TASKS), "seed": args.seed, "generations": len(rows)}
+    trained = {"env_name": list(args.tasks), "seed": args.seed, "generations": len(rows)}
     trained |= {"population": args.population, "start": args.theta}
     config = {"network_size": args.network_size}
     optimizers.save_theta(f"{args.out}.npz", theta, "adam4rl", config, trained)
@@ -218,6 +221,8 @@ def main() -> None:
     with runs.bad_input():
         checks.positive(args, "generations", "population", "tasks_per_generation", "spread", "seed")
         checks.seed(args)
+        checks.not_empty(args, "tasks")
+        checks.known("tasks", args.tasks, TASKS)
         if args.only_network and not args.network_size:
             raise ValueError("--only-network needs a --network-size")
         check_out(args)
@@ -228,7 +233,7 @@ def main() -> None:
     with start_workers(args.network_size) as submit:
         while strategy.countiter < args.generations:
             while len(deck) < args.tasks_per_generation:
-                deck = [*deck, *map(str, rng.permutation(list(TASKS)))]
+                deck = [*deck, *map(str, rng.permutation(args.tasks))]
             names, deck = deck[: args.tasks_per_generation], deck[args.tasks_per_generation :]
             drawn = [draw(rng, name) for name in names]
             row = generation(strategy, drawn, late_mean(means), space, submit)

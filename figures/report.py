@@ -354,7 +354,8 @@ def read_results(*paths: Path) -> list[Result]:
 
 def read_curves(path: Path) -> dict:
     """(environment, optimizer, learning rate, seed) -> [updates, 2], steps and return; a return of
-    a lost seed is NaN. Raises a one-line ValueError for a file in another format."""
+    a lost seed is NaN. Raises a one-line ValueError for a file in another format, and for a seed
+    whose steps do not grow."""
     rows: dict = {}
     try:
         with open(path, newline="") as file:
@@ -367,7 +368,11 @@ def read_curves(path: Path) -> dict:
         raise ValueError(f"{path}: no such file; a run folder of evaluate.py has one") from None
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(f"{path}: not the results of evaluate.py ({error})") from None
-    return {key: np.array(curve) for key, curve in rows.items()}
+    curves = {key: np.array(curve) for key, curve in rows.items()}
+    for (env_name, label, _, seed), curve in curves.items():
+        if (np.diff(curve[:, 0]) <= 0).any():
+            raise ValueError(f"{path}: seed {seed} of {label} in {env_name} is there twice")
+    return curves
 
 
 def summary_rows(result: Result, points: int = 40) -> list[tuple]:

@@ -264,6 +264,10 @@ def test_seeds_of_several_evaluations_join(tmp_path):
         report.read_results(paths["all"], paths["last"])
     with pytest.raises(ValueError, match="other environment steps"):
         report.read_results(paths["first"], paths["shorter"])
+    twice = paths["first"].read_text().splitlines()
+    paths["first"].write_text("\n".join([*twice, *twice[1:]]))
+    with pytest.raises(ValueError, match=r"first\.csv: seed 1000 of adam in catch is there twice"):
+        report.read_results(paths["first"])
 
 
 def test_a_suite_takes_what_has_weights_and_says_what_it_leaves_out(monkeypatch):

@@ -62,7 +62,7 @@ def test_points_of_the_search_are_multiples_of_the_scales_from_the_start(tmp_pat
     untrained = make_adam4rl(3).init_theta(jax.random.key(args.seed))
     for name in search.SCALES:
         np.testing.assert_allclose(moved[name], theta[name], rtol=1e-6)
-    for layer, scale in (("0", 0.3), ("1", 0.15)):
+    for layer, scale in (("0", 0.3), ("1", 0.3)):
         change = jax.tree.map(jnp.subtract, moved["network"][layer], untrained["network"][layer])
         jax.tree.map(lambda x, s=scale: np.testing.assert_allclose(x, -s, atol=1e-6), change)
 
@@ -255,6 +255,31 @@ def test_a_search_is_not_continued_from_another_theta_or_file(tmp_path, monkeypa
 def test_shipped_weights_are_not_overwritten_by_a_search_from_them(monkeypatch, capsys):
     flags = ["--theta", "pretrained/adam4rl", "--out", optimizers.PRETRAINED / "adam4rl"]
     assert "would be overwritten" in refused(monkeypatch, capsys, *flags)
+
+
+def test_tasks_are_drawn_from_those_given(monkeypatch, tmp_path):
+    seen = []
+
+    def train(thetas, drawn, *_, **__):
+        seen.extend(name for name, *_ in drawn)
+        return np.zeros((len(drawn), len(thetas), 2))
+
+    monkeypatch.setattr(search, "start_workers", contextlib.nullcontext)
+    monkeypatch.setattr(search, "train", train)
+    cma = types.SimpleNamespace(CMAEvolutionStrategy=Halving)
+    monkeypatch.setitem(sys.modules, "cma", cma)
+    flags = ["--population", "3", "--seed", "7", "--generations", "3", "--out", tmp_path / "x"]
+    flags += ["--tasks-per-generation", "2", "--tasks", "pendulum", "cartpole", "5 x 5"]
+    monkeypatch.setattr("sys.argv", ["search.py", *map(str, flags)])
+    search.main()
+    assert sorted(seen) == sorted(["pendulum", "cartpole", "5 x 5"] * 2)  # each once before again
+    trained = optimizers.load_learned(str(tmp_path / "x.npz"))[2]["trained"]
+    assert trained["env_name"] == ["pendulum", "cartpole", "5 x 5"]
+
+
+def test_an_unknown_task_is_refused(monkeypatch, capsys):
+    assert "--tasks: 'catch' is none of" in refused(monkeypatch, capsys, "--tasks", "catch")
+    assert "--tasks" in refused(monkeypatch, capsys, "--tasks")
 
 
 @pytest.mark.parametrize("trained", [{}, {"trained": None}, {"trained": "by hand"}])
