@@ -27,8 +27,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import command_line
-import optimizers
 import runs
+from baselines.classical import CLASSICAL, OWN_RATE
 from figures import report
 
 matplotlib.use("Agg")  # needs no screen
@@ -113,7 +113,7 @@ def rank(values: np.ndarray) -> tuple:
 
 def best_classical(scores: list[Scores], kind: str) -> Scores:
     """The best classical optimizer of one environment by these scores."""
-    classical = [s for s in scores if s.label in optimizers.CLASSICAL]
+    classical = [s for s in scores if s.label in CLASSICAL]
     return max(classical, key=lambda s: rank(getattr(s, kind)))
 
 
@@ -194,6 +194,16 @@ def summary(by_env: dict, of: str, held_out: tuple = ()) -> str:
     return report.markdown((*head, f"`{short}` is"), rows)
 
 
+def rates(by_env: dict) -> str:
+    """The learning rates of the classical optimizers that have one to choose; - if they were not
+    run."""
+    chosen = {name: {s.label: f"{s.learning_rate:g}" for s in by_env[name]} for name in by_env}
+    anywhere = set().union(*chosen.values())
+    labels = [x for x in CLASSICAL if x in anywhere and x not in OWN_RATE]
+    rows = [(name, *(found.get(x, "-") for x in labels)) for name, found in chosen.items()]
+    return report.markdown(("task", *labels), rows)
+
+
 def table(by_env: dict, of: str, held_out: tuple = ()) -> str:
     parts = ["\n".join(verdicts(by_env, of, held_out)), summary(by_env, of, held_out)]
     for name, scores in by_env.items():
@@ -209,7 +219,7 @@ def table(by_env: dict, of: str, held_out: tuple = ()) -> str:
         head = ("optimizer", "learning rate", "final return", "mean return")
         title = f"### {name}, {max(len(s.final) for s in scores)} seeds"
         parts += [title, report.markdown(head, rows)]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, "### Learning rates", rates(by_env)])
 
 
 def draw(path: Path, by_env: dict, of: str) -> None:
@@ -333,7 +343,7 @@ def missing(scores: list[Scores], of: str) -> str:
     """What a comparison in one environment still needs; empty if nothing."""
     labels = {s.label for s in scores}
     needs = [] if of in labels else [of]
-    needs += ["a classical optimizer"] if labels.isdisjoint(optimizers.CLASSICAL) else []
+    needs += ["a classical optimizer"] if labels.isdisjoint(CLASSICAL) else []
     if not needs:
         ours = next(s for s in scores if s.label == of).seeds
         for best in (best_classical(scores, kind) for kind in KINDS):

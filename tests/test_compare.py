@@ -65,6 +65,8 @@ def test_the_script_says_where_it_is_above_level_and_below(evaluation, call):
     # The last two evaluations of a line from 0 are at 3/4 and 1; the mean is a half.
     assert f"| **{OURS}** | 1 | 17.5 (" in table and "| adam | 0.1 | 8.75 (" in table
     assert "| 0.2 |" not in table and "10 (" in table
+    rates = "| task | adam |\n|---|---|\n| ant | 0.1 |\n| hopper | 0.1 |\n| humanoid | 0.1 |"
+    assert table.rstrip().endswith(f"### Learning rates\n\n{rates}")
     call(compare.main, "out", "--out", "again")  # from scores.csv
     assert (evaluation / "again" / "table.md").read_text() == table
     assert "held out" not in table
