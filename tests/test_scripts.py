@@ -270,6 +270,16 @@ def test_seeds_of_several_evaluations_join(tmp_path):
         report.read_results(paths["first"])
 
 
+def test_a_job_of_over_ten_minutes_is_announced_without_an_accelerator(monkeypatch, capsys):
+    def said(backend, seconds):
+        monkeypatch.setattr(runs.jax, "default_backend", lambda: backend)
+        runs.warn_if_long(seconds, "try fewer seeds")
+        return "".join(capsys.readouterr())
+
+    assert said("cpu", 600) == said("gpu", 7200) == ""
+    assert said("cpu", 7200).endswith("about 120 minutes; try fewer seeds\n")
+
+
 def test_a_suite_takes_what_has_weights_and_says_what_it_leaves_out(monkeypatch):
     """On a CPU no ant and no humanoid; weights of one environment are shown there only, every
     learned one beside its untrained form."""
