@@ -69,7 +69,7 @@ CLASSICAL = tuple(name for name in optimizers.CLASSICAL if name != "sgd")
 NOT_FOR_A2C = ("adam_kl", "adam_rel")  # what they react to is PPO's
 LARGER_RATES = {"muon_linear": 10}
 TASKS_AT_ONCE = 3  # on an accelerator
-# Nothing of adam4rl was chosen by what it does on these.
+# No number of adam4rl was set by what it does on these.
 HELD_OUT = (
     "catch",
     "small_sparse_short",
