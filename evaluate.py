@@ -106,7 +106,7 @@ def fill_in(args: Args) -> Args:
     if --suite comes with --env-name or --optimizers."""
     if args.suite is None:
         return args
-    if args.env_name != Args.env_name or args.optimizers != Args.optimizers:
+    if any(command_line.is_given(args, name) for name in ("env_name", "optimizers")):
         raise ValueError(
             f"--suite {args.suite} sets the environments and optimizers; "
             "leave out --env-name and --optimizers"
@@ -126,7 +126,9 @@ def suite_optimizers(suite: str, env_name: str) -> list[str]:
     shipped = []
     for name in optimizers.pretrained_names():
         header = optimizers.header_in(name)
-        trained_on = header["trained"].get("env_name", ())  # others' weights have none
+        trained = header.get("trained")
+        # others' weights have none
+        trained_on = trained.get("env_name", ()) if isinstance(trained, dict) else ()
         if len(trained_on) > 1 or (suite == "paper" and env_name in trained_on):
             shipped += [name] if header["optimizer"] == "optim4rl" else [name, f"untrained:{name}"]
     return [*shipped, *Args.optimizers]
@@ -147,6 +149,10 @@ def plan(args: Args) -> list[Run]:
             label = name if label in labels else label
             labels.add(label)
             to_run.append(Run(env_name, label, name, rates_of(name, env_name, args)))
+    if args.learning_rates and not any(run.rates is args.learning_rates for run in to_run):
+        raise ValueError(
+            "--learning-rates is the sweep of classical optimizers, and none here has one"
+        )
     return to_run
 
 
@@ -178,7 +184,9 @@ AGENT_ARGS = (
 
 
 def check_used(args: Args, learners: dict) -> None:
-    """Raises a one-line ValueError for a flag that no agent here has."""
+    """Raises a one-line ValueError for a flag that has no effect here."""
+    if command_line.is_given(args, "sweep_seeds") and not args.learning_rates:
+        raise ValueError("--sweep-seeds needs --learning-rates, which they choose from")
     for name in AGENT_ARGS:
         agents = [learner.args for learner in learners.values()]
         if getattr(args, name) is not None and not any(hasattr(agent, name) for agent in agents):

@@ -451,11 +451,13 @@ def train(args: Args, env: Env, optimizer, on_update: Callable, restore=lambda x
     state = restore(TrainState(0, agents, jnp.ones(args.num_seeds, bool), history, evals))
     state = state if state.number else with_eval(state)
     for number in range(state.number + 1, num_updates(args) + 1):
+        if not state.alive.any():
+            break
         *changed, metrics = update(number, keys_learn, *state[1:4])
         state = with_eval(TrainState(number, *changed, state.evals))
         latest = sum(at <= number for at in eval_at) - 1
         metrics |= {"eval_return": state.evals[:, latest]}
-        if on_update(number, metrics, state) or not state.alive.any():
+        if on_update(number, metrics, state):
             break
     history = {name: values[:, : state.number] for name, values in state.history.items()}
     return history | {

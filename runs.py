@@ -184,7 +184,8 @@ def warn_if_long(seconds: float, advice: str) -> None:
 def rows_before(path: Path, number: int) -> str:
     """The rows of metrics.csv before `number`, with its header; "" if there are none. Drops later
     rows, which are made again, and an unfinished one."""
-    lines = path.read_bytes().decode().splitlines(keepends=True) if path.exists() else []
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    lines = text.splitlines(keepends=True)
     kept = [line for line in lines[1:] if line.endswith("\n") and line.split(",")[0].isdigit()]
     kept = [line for line in kept if int(line.split(",")[0]) < number]
     return "".join(lines[:1] + kept) if kept else ""

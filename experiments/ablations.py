@@ -180,6 +180,7 @@ class Args:
 def main() -> None:
     args = command_line.parse(Args, __doc__)
     with runs.bad_input():
+        checks.not_empty(args, "tables")
         checks.known("tables", args.tables, TABLES)
     for title in args.tables:
         table = TABLES[title]

@@ -163,6 +163,7 @@ def table(ours: dict) -> str:
 def main() -> None:
     args = command_line.parse(Args, __doc__)
     with runs.bad_input():
+        checks.not_empty(args, "env_name")
         checks.known("env-name", args.env_name, NUM_SEEDS)
     ours = json.loads(DATA.read_text()) if DATA.exists() else {}
     for (env_name, optimizer, rate), authors in AUTHORS.items():

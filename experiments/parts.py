@@ -89,7 +89,7 @@ def main() -> None:
         checks.not_empty(args, "tasks")
         checks.known("tasks", args.tasks, TASKS)
         found, size = candidates(args)
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{args.out}.csv").parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(args.seed)
     drawn = [draw(rng, task) for _ in range(args.repeats) for task in args.tasks]
     with start_workers(size) as submit:

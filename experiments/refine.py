@@ -100,8 +100,8 @@ def read_rows(log: Path, args: Args, theta: dict) -> list[dict]:
         here = given(args, theta)
         changed = {key for row in rows for key, x in here.items() if row["given"][key] != x}
         for row in rows:
-            places(search.SCALES, row["numbers"])
-    except (ValueError, LookupError, TypeError) as error:
+            put(theta, row["numbers"], row["value"])
+    except (AttributeError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{log}: not a log of refine.py ({error}); another --out") from None
     if changed:
         raise ValueError(
@@ -153,6 +153,13 @@ def refine(args: Args, theta: dict, group: str, submit) -> tuple[dict, dict]:
     return put(theta, group, best), row
 
 
+def save(args: Args, theta: dict, trained: dict, done: list[str]) -> None:
+    """Write OUT.npz. trained: of the theta to start from; done: groups of numbers"""
+    trained = trained | {"refined": done, "refined_on": list(args.tasks)}
+    theta = jax.tree.map(jnp.float32, theta)
+    optimizers.save_theta(f"{args.out}.npz", theta, "adam4rl", {}, trained)
+
+
 def main() -> None:
     args = command_line.parse(Args, __doc__)
     with runs.bad_input():
@@ -161,13 +168,15 @@ def main() -> None:
         checks.seed(args)
         search.check_out(args)
         theta, trained = begin(args)
-        out, log = Path(f"{args.out}.npz"), Path(f"{args.out}.jsonl")
+        log = Path(f"{args.out}.jsonl")
         rows = read_rows(log, args, theta)
         log.parent.mkdir(parents=True, exist_ok=True)
     begun_with = given(args, theta)
     for row in rows:
         theta = put(theta, row["numbers"], row["value"])
     done = [row["numbers"] for row in rows]
+    if done:  # the last row may have been logged, and the program ended before it wrote theta
+        save(args, theta, trained, done)
     with start_workers(0) as submit:
         for group in (group for group in args.numbers if group not in done):
             theta, row = refine(args, theta, group, submit)
@@ -176,9 +185,8 @@ def main() -> None:
             shown = [" ".join(f"{x:.2f}" for x in row[key]) for key in ("from", "value", "ranks")]
             print("{}: {} -> {}; ranks {}".format(group, *shown), flush=True)
             done.append(group)
-            trained |= {"refined": done, "refined_on": list(args.tasks)}
-            optimizers.save_theta(out, jax.tree.map(jnp.float32, theta), "adam4rl", {}, trained)
-    print(f"written: {out}, {log}")
+            save(args, theta, trained, done)
+    print(f"written: {args.out}.npz, {log}")
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def main() -> None:
         check_out(args)
         space = search_space(args)
         strategy, rng, deck, means, rows = begin(args, space)
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{args.out}.npz").parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=args.generations, initial=strategy.countiter, unit="generation")
     with start_workers(args.network_size) as submit:
         while strategy.countiter < args.generations:

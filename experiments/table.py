@@ -106,7 +106,7 @@ def pairs(args: Args) -> dict:
     """(task, label of the row) -> the arguments of evaluate.py. Raises a one-line ValueError for a
     task without a size here or an optimizer that cannot be made."""
     found = {}
-    for env_name in args.env_name:
+    for env_name in dict.fromkeys(args.env_name):
         checks.known("env-name", [env_name], TASKS)
         sizes, rates = TASKS[env_name]
         sizes = sizes | ({"total_steps": args.total_steps} if args.total_steps else {})
@@ -200,6 +200,7 @@ def main() -> None:
     args = command_line.parse(Args, __doc__)
     with runs.bad_input():
         checks.positive(args, "num_seeds", "total_steps", "learning_rates")
+        checks.not_empty(args, "env_name", "optimizers")
         if args.total_steps and Path(args.out).resolve() == Path(Args.out).resolve():
             raise ValueError(f"--total-steps needs an --out: {args.out} has other numbers of steps")
         path = Path(args.out) / "scores.csv"

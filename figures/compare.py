@@ -119,10 +119,10 @@ def best_classical(scores: list[Scores], kind: str) -> Scores:
 
 def normalised(scores: list[Scores], kind: str) -> dict:
     """label -> [seeds], 0 at the first return of training and 1 at the mean of the best classical
-    optimizer. scores: of one environment"""
+    optimizer; empty if that is not above 0. scores: of one environment"""
     low = np.nanmean(np.concatenate([s.first for s in scores]))
     high = mean_of_kept(getattr(best_classical(scores, kind), kind))
-    return {s.label: (getattr(s, kind) - low) / (high - low) for s in scores}
+    return {s.label: (getattr(s, kind) - low) / (high - low) for s in scores if high > low}
 
 
 # --- Table and figure ---
@@ -260,19 +260,22 @@ def draw_probabilities(axis, by_env: dict, of: str) -> None:
 
 
 def draw_profiles(axis, by_env: dict, of: str) -> None:
-    """Of all optimizers that are in every environment."""
+    """Of all optimizers that are in every environment where a classical one learns."""
     values: dict = {}
-    for scores in by_env.values():
-        for label, x in normalised(scores, "final").items():
+    learned = [found for s in by_env.values() if (found := normalised(s, "final"))]
+    for found in learned:
+        for label, x in found.items():
             values.setdefault(label, []).append(x)
     at = np.linspace(0, 1.5, 200)
-    labels = [label for label, tasks in values.items() if len(tasks) == len(by_env)]
+    labels = [label for label, tasks in values.items() if len(tasks) == len(learned)]
     for label, look in zip(labels, report.looks(labels), strict=True):
         share = np.mean([[np.mean(x > y) for y in at] for x in values[label]], axis=0)
         axis.plot(at, share, label=report.short(label), **look, linewidth=2 if label == of else 1)
-    axis.set(title="optimizers that are on all tasks", ylabel="share of seeds above")
+    which = "all" if len(learned) == len(by_env) else f"{len(learned)} of {len(by_env)}"
+    axis.set(title=f"optimizers that are on {which} tasks", ylabel="share of seeds above")
     axis.set(xlabel="final return (0: start of training, 1: best classical mean)")
-    axis.legend(frameon=False)
+    if labels:
+        axis.legend(frameon=False)
     axis.grid(alpha=0.3)
 
 
@@ -316,7 +319,8 @@ def merged(parts: list[Scores]) -> Scores:
     seeds, count = np.unique(columns[0], return_counts=True)
     if (count > 1).any():
         name = "{1} at {2:g} on {0}".format(*parts[0][:3])
-        raise ValueError(f"{name}: seed {seeds[count > 1][0]:g} is there twice; leave out a folder")
+        seed = f"{seeds[count > 1][0]:.0f}"
+        raise ValueError(f"{name}: seed {seed} is there twice; leave out a folder")
     return Scores(*parts[0][:3], *columns)
 
 
@@ -332,7 +336,7 @@ def read(folders: tuple[str, ...]) -> dict:
 
 def write_scores(path: Path, scores: list[Scores]) -> None:
     rows = [
-        (s.env_name, s.label, f"{s.learning_rate:g}", f"{seed:g}", *(f"{x:.5g}" for x in values))
+        (s.env_name, s.label, f"{s.learning_rate:g}", f"{seed:.0f}", *(f"{x:.5g}" for x in values))
         for s in scores
         for seed, *values in zip(s.seeds, s.first, s.final, s.mean, strict=True)
     ]
@@ -375,9 +379,10 @@ def main() -> None:
                 raise ValueError(f"{name}: needs {needs}; has {', '.join(s.label for s in scores)}")
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-    with runs.interruptible():
+    with runs.interruptible() as interrupted:
         write_scores(out / "scores.csv", [s for scores in by_env.values() for s in scores])
         write(out, by_env, args.of, args.held_out)
+    sys.exit(interrupted())
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ class Args:
     learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     """the agents' learning rates, a run of meta-training each"""
     inner_updates: tuple[int, ...] = (4,)
-    """agent updates per meta-iteration, a run each; units live for as many updates in all of
-    them"""
+    """agent updates per meta-iteration, a run each; units live for about as many updates in
+    all of them"""
     meta_learning_rate: float = 3e-3
     """learning rate of Adam on theta"""
     num_iterations: int = 312

@@ -90,11 +90,9 @@ def draw(path: Path, all_seen: dict, title: str) -> None:
     )
     sizes = {pipeline: np.array(seen.sizes) for pipeline, seen in all_seen.items()}  # [T, N]
     oldest = max(np.max(seen.ages) for seen in all_seen.values())
-    # NaN: a unit that is not finite, until its reset in the next iteration.
-    limits = (
-        min(np.nanmin(x) for x in sizes.values()) - 0.1,
-        max(np.nanmax(x) for x in sizes.values()) + 0.1,
-    )
+    # A unit that is not finite has none, until its reset in the next iteration.
+    finite = np.concatenate([x[np.isfinite(x)] for x in sizes.values()])
+    limits = (finite.min() - 0.1, finite.max() + 0.1) if len(finite) else None
     for (left, right), (pipeline, seen) in zip(grid, all_seen.items(), strict=True):
         ages = np.array(seen.ages).T
         image = left.imshow(
@@ -118,7 +116,7 @@ def draw(path: Path, all_seen: dict, title: str) -> None:
             xlabel="meta-iteration",
             ylabel="log10 of mean |g|",
         )
-        right.set(xlim=(0, len(numbers) - 1), ylim=limits)
+        right.set(xlim=(0, max(1, len(numbers) - 1)), ylim=limits)
         right.grid(alpha=0.3)
     figure.suptitle(title, fontsize="medium")
     handles, labels = grid[0, 1].get_legend_handles_labels()
@@ -144,6 +142,8 @@ def main() -> None:
                 "this figure takes one environment and one process, and cannot be resumed: "
                 "no --resume"
             )
+        if not args.pipeline:
+            raise ValueError("this figure shows both: leave out --no-pipeline")
         args = train_optimizer.fill_in(args)
         mesh = devices.choose_devices(args.num_units, args.num_devices, process_id=args.process_id)
         all_tasks, learned, _ = train_optimizer.set_up(args)

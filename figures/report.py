@@ -194,7 +194,7 @@ def relative_table(results: list[Result]) -> str:
         if not (result and adam and len(result.kept) and len(adam.kept)):
             return "-"
         pairs = [(result.score(until), adam.score(until)) for until in (0.25, 1.0)]
-        return ", ".join(f"{ours / theirs:.2f}" if theirs > 0 else "-" for ours, theirs in pairs)
+        return ", ".join(f"{x / y:.2f}" if y > 0 and np.isfinite(x) else "-" for x, y in pairs)
 
     head = (f"relative to {REFERENCE}: at a quarter, at the end", *env_names)
     return markdown(head, [(x, *(cell(name, x) for name in env_names)) for x in labels])
@@ -398,9 +398,19 @@ SUMMARY_COLUMNS = (
 )
 
 
+def write_summary(path: Path, results: list[Result]) -> None:
+    """Write curves.csv. In each environment the order of optimizers stays; of an optimizer the best
+    learning rate comes first."""
+    first = {(r.env_name, r.label): i for i, r in reversed([*enumerate(results)])}
+    best_first = sorted(results, key=Result.rank, reverse=True)
+    ordered = sorted(best_first, key=lambda r: first[r.env_name, r.label])
+    rows = [row for result in ordered for row in summary_rows(result)]
+    runs.write_csv(path, SUMMARY_COLUMNS, rows)
+
+
 def read_summary(path: Path) -> list[Curve]:
-    """The curves in a curves.csv, each optimizer's at the learning rate with the fewest lost seeds,
-    and of these the best final score. Raises a one-line ValueError for another file."""
+    """The curves in a curves.csv, each optimizer's at the first learning rate, which is the best.
+    Raises a one-line ValueError for another file."""
     rows: dict = {}
     try:
         with open(path, newline="") as file:
@@ -411,13 +421,9 @@ def read_summary(path: Path) -> list[Curve]:
                 )
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(f"{path}: not a curves.csv of report.py ({error})") from None
-    curves = []
-    for name, rates in rows.items():
-        # [seeds, env_steps, mean, low, high; points] of each
-        by_rate = {rate: np.array(points).T for rate, points in rates.items()}
-        rate = max(by_rate, key=lambda rate: (by_rate[rate][0, 0], by_rate[rate][2, -2:].mean()))
-        curves.append(Curve(*name, rate, *by_rate[rate][1:]))
-    return curves
+    best = {name: next(iter(rates.items())) for name, rates in rows.items()}
+    # [points; seeds, env_steps, mean, low, high]
+    return [Curve(*name, rate, *np.array(points).T[1:]) for name, (rate, points) in best.items()]
 
 
 def write(folder: Path, results: list[Result], swept: list[Result]) -> None:
@@ -453,11 +459,7 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         summary = tables(results)
         draw(out / "curves.png", curves_of(results))
-        runs.write_csv(
-            out / "curves.csv",
-            SUMMARY_COLUMNS,
-            [row for result in results for row in summary_rows(result)],
-        )
+        write_summary(out / "curves.csv", results)
         runs.write_text(out / "table.md", summary)
     print(summary)
     print(f"written: {out}/table.md, curves.png, curves.csv")

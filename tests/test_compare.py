@@ -282,6 +282,38 @@ def test_seeds_of_several_evaluations_are_merged_and_refused_twice(tmp_path):
         compare.read_all((str(tmp_path / "a.csv"), str(tmp_path / "c.csv")))
 
 
+def test_large_seeds_keep_their_digits(tmp_path):
+    seeds = 1_000_001 + np.arange(3)
+    nothing = np.zeros(3)
+    scores = compare.Scores("ant", "adam", 0.1, seeds, nothing, np.arange(3.0), nothing)
+    compare.write_scores(tmp_path / "scores.csv", [scores])
+    (again,) = compare.read_all((str(tmp_path),))
+    assert again.seeds.tolist() == [1_000_001, 1_000_002, 1_000_003]
+
+
+def test_a_task_where_no_classical_optimizer_learns_is_not_in_the_profiles():
+    def scores(label, final):
+        first, seeds = np.full(4, 0.5), np.arange(4)
+        return compare.Scores("ant", label, 0.1, seeds, first, np.full(4, final), first)
+
+    assert compare.normalised([scores("adam", 0.4), scores(OURS, 0.3)], "final") == {}
+    assert compare.normalised([scores("adam", -np.inf), scores(OURS, 0.7)], "final") == {}
+    found = compare.normalised([scores("adam", 0.6), scores(OURS, 0.7)], "final")
+    np.testing.assert_allclose(found[OURS], 2)
+    np.testing.assert_allclose(found["adam"], 1)
+    none = {"hopper": [scores("adam", 0.4), scores(OURS, 0.3)]}
+    one = {"ant": [scores("adam", 0.6), scores(OURS, 0.7)]}
+    figure, axes = compare.plt.subplots(1, 2)
+    compare.draw_profiles(axes[0], one | none, OURS)
+    compare.draw_profiles(axes[1], one, OURS)
+    compare.plt.close(figure)
+    assert axes[0].get_title() == "optimizers that are on 1 of 2 tasks"
+    assert axes[1].get_title() == "optimizers that are on all tasks"
+    for line, same in zip(axes[0].lines, axes[1].lines, strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), same.get_ydata())
+    assert len(axes[0].lines) == 2
+
+
 def test_without_two_seeds_in_common_there_is_no_verdict(tmp_path):
     write_evaluation(tmp_path / "run", {("ant", OURS, 1.0): np.ones(4)})
     result = report.Result("ant", "adam", 0.1, np.arange(1, 3), np.ones((2, 2)), np.array([3, 4]))

@@ -590,6 +590,18 @@ def test_a_simulation_that_breaks_ends_its_seed_only():
     assert np.isnan(history["eval_return"][broken, -1]).all()
 
 
+def test_training_ends_when_no_seed_is_left_also_if_it_continues_from_there():
+    args = dataclasses.replace(PROBE, total_steps=5_120)
+    states = []
+    run = partial(ppo.train, args, probe_env(), optax.sgd(jnp.nan))
+    whole = run(lambda number, metrics, state: states.append(jax.tree.map(jnp.copy, state)))
+    assert [state.number for state in states] == [1] and not states[0].alive.any()
+    numbers = []
+    resumed = run(lambda number, *_: numbers.append(number), restore=lambda _: states[0])
+    assert numbers == []
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+
+
 @pytest.mark.parametrize(
     "name, backend", [("inverted_pendulum", "spring"), ("reacher", "generalized")]
 )

@@ -69,6 +69,10 @@ def test_each_number_goes_where_its_scores_are_highest_and_is_not_tried_again(
     assert trained["refined"] == ["rate.0", "shape.0", "squares.0"]
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["numbers"] for row in rows] == ["rate.0", "shape.0", "squares.0"]
+    (tmp_path / "out.npz").unlink()  # as if it had been interrupted before it was written
+    for name, x in main("rate.0", "shape.0", "squares.0").items():
+        np.testing.assert_array_equal(x, again[name])
+    assert len(tried) == 3
 
 
 @pytest.mark.parametrize(
@@ -91,16 +95,19 @@ def test_bad_input_is_one_line(flags, said, monkeypatch, capsys):
 
 
 GIVEN = refine.given(args := refine.Args(), refine.begin(args)[0])
+ROW = {"numbers": "rate.0", "value": [0.1]}
 
 
 @pytest.mark.parametrize(
     "line, said",
     [
-        (json.dumps({"given": GIVEN | {"theta": [0]}, "numbers": "rate.0"}), "another --theta"),
-        (json.dumps({"given": GIVEN | {"seed": 3}, "numbers": "rate.0"}), "another --seed"),
+        (json.dumps({"given": GIVEN | {"theta": [0]}, **ROW}), "another --theta"),
+        (json.dumps({"given": GIVEN | {"seed": 3}, **ROW}), "another --seed"),
         ('{"numbers": "rate.0"', "not a log of refine.py"),
         (json.dumps({"given": GIVEN, "numbers": "old.0"}), "not a log of refine.py"),
         ("[]", "not a log of refine.py"),
+        (json.dumps({"given": GIVEN, "numbers": "rate.0"}), "not a log of refine.py"),
+        (json.dumps({"given": GIVEN, "numbers": 3, "value": [1]}), "not a log of refine.py"),
     ],
 )
 def test_a_log_of_something_else_is_refused_in_one_line(line, said, tmp_path, monkeypatch, capsys):

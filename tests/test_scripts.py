@@ -573,8 +573,7 @@ def test_a_figure_has_the_mean_and_interval_of_the_best_rate_also_when_redrawn(t
         report.Result("pendulum", "adam", rate, steps, scale * returns, np.arange(2))
         for rate, scale in ((0.1, 0.5), (0.2, 1.0), (0.3, 0.7))
     ]
-    rows = [row for result in results for row in report.summary_rows(result)]
-    runs.write_csv(tmp_path / "curves.csv", report.SUMMARY_COLUMNS, rows)
+    report.write_summary(tmp_path / "curves.csv", results)
     for curves in (report.curves_of(results), report.read_summary(tmp_path / "curves.csv")):
         figure, axes = report.plt.subplots()
         report.draw_panel(axes, curves)
@@ -592,10 +591,27 @@ def test_a_redrawn_figure_has_the_rate_that_loses_fewest_seeds(tmp_path):
     steps, lost = np.array([1.0, 2.0]), np.full(2, np.nan)
     good = report.Result("catch", "adam", 1e-3, steps, np.array([[0, 0.5]] * 3), np.arange(3))
     high = good._replace(learning_rate=1e-1, returns=np.array([[0, 0.9], [0, 0.9], lost]))
-    rows = [row for result in (high, good) for row in report.summary_rows(result)]
-    runs.write_csv(tmp_path / "curves.csv", report.SUMMARY_COLUMNS, rows)
+    report.write_summary(tmp_path / "curves.csv", [high, good])
     (curve,) = report.read_summary(tmp_path / "curves.csv")
     assert curve.learning_rate == good.learning_rate == report.at_best_rate([high, good])[0][2]
+
+
+def test_a_redrawn_figure_has_the_best_rate_also_if_it_has_fewer_seeds(tmp_path):
+    steps = np.array([1.0, 2.0])
+    many = report.Result("catch", "adam", 1e-2, steps, np.full((10, 2), 0.5), np.arange(10))
+    few = many._replace(learning_rate=1e-3, returns=np.full((5, 2), 0.9), seeds=np.arange(5))
+    rmsprop = few._replace(label="rmsprop")
+    report.write_summary(tmp_path / "curves.csv", [many, rmsprop, few])
+    curves = report.read_summary(tmp_path / "curves.csv")
+    assert [(c.label, c.learning_rate) for c in curves] == [("adam", 1e-3), ("rmsprop", 1e-3)]
+    for mine, drawn in zip(curves, report.curves_of([many, rmsprop, few]), strict=True):
+        np.testing.assert_allclose(mine.mean, drawn.mean)
+
+
+def test_a_damaged_row_of_the_log_is_dropped_when_a_run_continues(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(b"update,loss\r\n1,0.5\r\n\xff,0.25\r\n3,0.1\r\n")
+    assert runs.rows_before(path, 3) == "update,loss\r\n1,0.5\r\n"
 
 
 def test_the_last_column_is_when_the_mean_reaches_nine_tenths_of_the_best():
