@@ -6,8 +6,8 @@ r"""Refine theta of adam4rl.py one number after the other, on the tasks of searc
 CMA-ES changes all numbers at once, so what one of them does is lost among the others. Here each is
 tried at OFFSETS, in steps of --step times search.SCALES, in lifetimes of every task with the same
 seeds for all, other seeds for each number. A parabola through their mean ranks, over the tasks
-where they differ, gives the best value; it is taken if it ranks higher by --least than where it
-was. Numbers that depend on each other are tried together, at all pairs of offsets.
+where they differ, gives the best value. The number moves there if the parabola gains --least or
+more. Numbers that depend on each other are tried together, at all pairs of offsets.
 
 Writes OUT.npz after each number, and OUT.jsonl: a line a number, with the mean ranks and every
 score of every task. Numbers that OUT.jsonl has are not tried again, so the same command

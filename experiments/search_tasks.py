@@ -29,7 +29,7 @@ class SearchTask(NamedTuple):
     """What candidates are trained on."""
 
     make_agent: Callable  # () -> a2c.Agent or ppo.Agent
-    metric: str  # "return", or "reward" (of a step) where episodes are as long as the training
+    metric: str  # "return", or on control tasks "reward", the mean of a step
     fewest: int  # updates
     most: int
 

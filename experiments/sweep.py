@@ -4,7 +4,7 @@
 
 Meta-trains Optim4RL at every meta-learning rate, with the task's learning rate of agents; then at
 the best meta-learning rate with every other learning rate of agents. Each theta is tested with
-seeds that no result shows. Writes runs/sweep/ENV.csv, the best first (with --num-units:
+seeds of its own. Writes runs/sweep/ENV.csv, the highest mean return first (with --num-units:
 ENV_UNITS.csv); a setting whose meta-training or agents diverge has -inf. What was run is not run
 again and what was interrupted continues, so the same command continues a sweep.
 """

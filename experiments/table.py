@@ -48,7 +48,7 @@ BRAX_SIZES = dict(
     num_evals=4,
 )
 GRID_RATES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)
-BIG_RATES = (3e-2, 1e-2, 3e-3)  # on big_dense_long 1e-1 and 1e-3 learn nothing in 4e6 steps
+BIG_RATES = (3e-2, 1e-2, 3e-3)  # on big_dense_long 1e-1 and 1e-3 learn little in 4e6 steps
 # task: arguments of evaluate.py, for sizes that two cores can run; learning rates of the sweep
 TASKS = {
     "catch": ({}, GRID_RATES),
