@@ -145,17 +145,11 @@ def rollout(
         env_state, obs, reward, done = env.step(key_step, stream.env_state, action)
         so_far = stream.episode_return + reward
         last_return = jnp.where(done, so_far, stream.last_return)
-        return Stream(env_state, obs, jnp.where(done, 0, so_far), last_return), (
-            stream.obs,
-            action,
-            reward,
-            done,
-        )
+        seen = (stream.obs, action, reward, done)
+        return Stream(env_state, obs, jnp.where(done, 0, so_far), last_return), seen
 
-    stream, (obs, action, reward, done) = jax.lax.scan(
-        step, stream, jax.random.split(key, num_steps)
-    )
-    return Batch(jnp.concatenate([obs, stream.obs[None]]), action, reward, done), stream
+    stream, (obs, *seen) = jax.lax.scan(step, stream, jax.random.split(key, num_steps))
+    return Batch(jnp.concatenate([obs, stream.obs[None]]), *seen), stream
 
 
 # --- Loss ---
@@ -266,15 +260,15 @@ def make_agent(env: Any, args: Args) -> Agent:
         updates, opt_state = update(grads, state.opt_state, state.params, **extra_args)
         params = optax.apply_updates(state.params, updates)
         state = state._replace(params=params, opt_state=opt_state)
-        # An agent whose parameters are not finite still acts, always in the same way.
+        # With parameters that are not finite it still acts, and its returns look like real ones.
         last_return = jnp.where(jnp.isfinite(loss), jnp.nanmean(state.streams.last_return), jnp.nan)
         metrics = {"return": last_return, "reward": reward, "loss": loss}
         return state, jax.tree.map(lambda x: x[None], (grads, extra_args)), metrics
 
     def loss(key, state):
-        constant = jax.lax.stop_gradient(state)._replace(params=state.params)
-        batches, _, state = fresh_batch(key, constant)
-        return mean_loss(state.params, batches), state
+        params = state.params
+        batches, _, state = fresh_batch(key, jax.lax.stop_gradient(state))
+        return mean_loss(params, batches), state._replace(params=params)
 
     return Agent(init, learn, loss)
 
@@ -345,7 +339,7 @@ def check(args: Args) -> None:
 
 
 def main() -> None:
-    import a2c
+    import a2c  # run as a script this file is __main__, not a key of train_agents.ARGS
     import train_agents
 
     train_agents.main(a2c)

@@ -3,11 +3,11 @@
     u = w_0 g + w_1 m_.5 + w_2 m_.9 + w_3 m_.99
     log r = sum_c a_c log(sqrt(v_c) + 1e-8)
     d = exp(o_0) u / r + o_1 sign(u), with u / r clipped to -150 .. 150
-    update = -c N^-alpha exp(schedule(f)) k D(d)
+    update = -lr exp(schedule(f)) k D(d)
 
     w = (0, 0, 1, 0) + momenta
     a = (squares_0, squares_1, 1 - squares_0 - squares_1), for v_.9, v_.99, v_.999
-    c N^-alpha = 9 / N exp(rate_0) (N / 1000)^-rate_1
+    lr = 9 / N exp(rate_0) (N / 1000)^-rate_1
     k = (widest / 64)^shape_0 (matrices / 6)^shape_1
 
 with bias-corrected running means m_b of the gradient g and v_c of g^2, the number N of updates of
@@ -93,17 +93,20 @@ def update_moments(g: jax.Array, moments: jax.Array) -> tuple:
     return m, v, jnp.concatenate([means, count])
 
 
-def inputs(relative: list, logs: list, shared: list) -> jax.Array:
+def inputs(relative: list, log_ratios: list, training: list) -> jax.Array:
     """What the network reads, all of the order of 1. relative: the gradient and its means as
-    multiples of sqrt(v_.99), positive where they agree with the update; logs: of the update's size,
-    of its signal to noise, of the change of v; shared: log(N / 1000), f -> [NUM_INPUTS, C]"""
-    shared = [jnp.full_like(logs[0], x) for x in shared]
-    relative, logs = jnp.clip(jnp.stack(relative), -3, 3), jnp.clip(jnp.stack(logs), -5, 5)
-    return jnp.concatenate([relative, logs / 2, jnp.stack(shared)])
+    multiples of sqrt(v_.99), positive where they agree with the update; log_ratios: of the update's
+    size, of its signal to noise, of the change of v; training: log(N / 1000), f
+    -> [NUM_INPUTS, C]"""
+    training = [jnp.full_like(log_ratios[0], x) for x in training]
+    relative = jnp.clip(jnp.stack(relative), -3, 3)
+    log_ratios = jnp.clip(jnp.stack(log_ratios), -5, 5)
+    return jnp.concatenate([relative, log_ratios / 2, jnp.stack(training)])
 
 
 def direction(shared: tuple, g: jax.Array, moments: jax.Array) -> tuple:
-    """d of a block. shared: theta, log(N / 1000), f; g: [C] -> d [C], moments"""
+    """d of a block. shared: what all blocks share, theta, log(N / 1000) and f; g: [C]
+    -> d [C], moments"""
     theta, log_n, fraction = shared
     g = jnp.clip(jax.lax.stop_gradient(g), -MOST_GRADIENT, MOST_GRADIENT)
     m, v, moments = update_moments(g, moments)
@@ -117,8 +120,8 @@ def direction(shared: tuple, g: jax.Array, moments: jax.Array) -> tuple:
     relative = [jnp.sign(u) * x * jnp.exp(-logs[1]) for x in (g, *m)]
     log_signal = jnp.log(jnp.abs(m[1]) + EPS) - logs[0]
     log_ratios = [jnp.log(jnp.abs(d) + EPS), log_signal, logs[0] - logs[2]]
-    factor, addend = readout(theta["network"], inputs(relative, log_ratios, [log_n, fraction]))
-    return d * jnp.exp(factor) + jnp.sign(u) * addend, moments
+    o_0, o_1 = readout(theta["network"], inputs(relative, log_ratios, [log_n, fraction]))
+    return d * jnp.exp(o_0) + jnp.sign(u) * o_1, moments
 
 
 def scaled_to(size: jax.Array, x: jax.Array) -> jax.Array:
@@ -166,8 +169,8 @@ def init_grams(params) -> tuple:
 
 
 @partial(jax.jit, inline=True)  # outside of jit, too, it is compiled once
-def whiten(weight: jax.Array, d, grams: tuple) -> tuple:
-    """-> D(d) for all tensors of the tree d, grams. weight: theta's whitening; grams: as of
+def whiten(whitening: jax.Array, d, grams: tuple) -> tuple:
+    """-> D(d) for all tensors of the tree d, grams. whitening: theta's, []; grams: as of
     init_grams"""
     leaves, treedef = jax.tree.flatten(d)
     new = []
@@ -179,7 +182,7 @@ def whiten(weight: jax.Array, d, grams: tuple) -> tuple:
         new.append(gram)
         size = rms(x)
         white = PRECISE_PRODUCT(inverse_root(gram), x)
-        x = scaled_to(size, (1 - weight) * x + weight * scaled_to(size, white))
+        x = scaled_to(size, (1 - whitening) * x + whitening * scaled_to(size, white))
         x = x.mT if tall else x
         for number, place in zip(numbers, unknown_to_xla([*range(len(numbers))], x), strict=True):
             leaves[number] = x[place].reshape(leaves[number].shape)
@@ -233,6 +236,7 @@ def make_adam4rl(network_size: int = 0) -> LearnedOptimizer:
         log_rate += jnp.interp(fraction, jnp.array(KNOTS), theta["schedule"])
         log_rate += log_shape_factor(theta, grads)
         factor = -learning_rate * jnp.exp(log_rate)
+        # In float32, also for gradients of bfloat16.
         d = from_blocks(d, jax.tree.map(lambda g: jnp.zeros(jnp.shape(g)), grads))
         d, grams = whiten(theta["whitening"][0], d, grams)
         return jax.tree.map(lambda d, g: (factor * d).astype(g.dtype), d, grads), (state, grams)

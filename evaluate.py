@@ -149,6 +149,7 @@ def plan(args: Args) -> list[Run]:
             label = name if label in labels else label
             labels.add(label)
             to_run.append(Run(env_name, label, name, rates_of(name, env_name, args)))
+    # `is`: a default learning rate may be the only one of --learning-rates.
     if args.learning_rates and not any(run.rates is args.learning_rates for run in to_run):
         raise ValueError(
             "--learning-rates is the sweep of classical optimizers, and none here has one"
@@ -187,19 +188,21 @@ def check_used(args: Args, learners: dict) -> None:
     """Raises a one-line ValueError for a flag that has no effect here."""
     if command_line.is_given(args, "sweep_seeds") and not args.learning_rates:
         raise ValueError("--sweep-seeds needs --learning-rates, which they choose from")
+    agents_args = [learner.args for learner in learners.values()]
     for name in AGENT_ARGS:
-        agents = [learner.args for learner in learners.values()]
-        if getattr(args, name) is not None and not any(hasattr(agent, name) for agent in agents):
+        if getattr(args, name) is not None and not any(hasattr(x, name) for x in agents_args):
             raise ValueError(f"--{name.replace('_', '-')} is PPO's, and no agent here is")
 
 
 def make_learner(args: Args, env_name: str) -> tasks.Learner:
-    """Raises a one-line ValueError for arguments that do not fit the environment."""
+    """Raises a one-line ValueError for arguments that do not fit the environment or this machine's
+    memory."""
     given = {name: getattr(args, name) for name in AGENT_ARGS}
     learner = tasks.make_learner(env_name, args.agent, args.backend, **given)
     steps = learner.agent.steps_per_update(learner.args)
     checks.total_steps(learner.args.total_steps, steps, "update")
     most = max(args.num_seeds, args.sweep_seeds if args.learning_rates else 0)
+    # SGD has no state: a lower bound for all optimizers.
     tasks.check_memory(learner, optimizers.make_optimizer("sgd", 1.0), most)
     return learner
 

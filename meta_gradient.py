@@ -29,7 +29,7 @@ from optim4rl import LearnedOptimizer, on_cpu, to_blocks, to_optax
 
 
 def inner_loop(key, state, age, theta, task, learned, inner_updates, lifetime):
-    """K updates of one unit, an agent's state. age, lifetime: in meta-iterations.
+    """K updates of one unit. state: its agent's; age, lifetime: in meta-iterations.
 
     -> state, inputs of the optimizer (grads, extra_args), each [K, S, ...], metrics [K]
     """
@@ -139,7 +139,7 @@ def streamed_replay_gradient(
         opt_state,
         -learning_rate * jax.vmap(to_blocks)(cotangent),  # [N, M, C]
     )
-    blocks = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)
+    blocks = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)  # [N M, ...]
 
     def moved(theta, block):
         """<cotangent, sum of the steps>: how far the block moves along the cotangent."""

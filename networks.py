@@ -1,5 +1,5 @@
 """The parts of PPO's agents: dense networks, action distributions, running statistics of
-observations.
+observations. all_finite is meta-training's, too.
 
 Legend: O observation size, A action size.
 """

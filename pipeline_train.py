@@ -9,9 +9,10 @@ A unit is an agent in its own environments with its own optimizer state. One met
     1. reset every unit that is due                                (schedule, reset_due)
     2. K updates of every unit with the optimizer theta            (meta_gradient.inner_loop)
     3. the meta-gradient of the agents' loss on one more rollout   (meta_gradient.py)
-    4. a step of Adam on theta with its mean over units and tasks  (meta_step)
+    4. its mean over units, clipped to the norm .5 (--meta-clip), and a step of Adam on theta with
+       the mean of these over tasks                                (meta_step)
 
-Flags that are not set take the paper's value for the environment, but on Brax's tasks 16 units of
+Flags that are not set take the paper's value for the environment, but where PPO learns 16 units of
 128 environments each; the script prints all values.
 
 Legend: N units, K inner updates, m reset interval.
@@ -43,6 +44,9 @@ from optim4rl import LearnedOptimizer, to_optax
 
 
 class Task(NamedTuple):
+    """What the units of an environment learn: the agent, which holds the environment and its
+    arguments, and the learning rate of the learned optimizer."""
+
     agent: a2c.Agent | ppo.Agent
     learning_rate: float
 
@@ -139,6 +143,7 @@ def meta_step(key, state: MetaState, all_tasks: list[Task], learned, args: "Args
         train = partial(train_group, task=task, learned=learned, args=args)
         plan = schedule(key_task, state.iteration, args)
         gradient, units, metrics = devices.mean_over_units(train, state.theta, plan, units, mesh)
+        # With NaN keep_if_finite keeps theta.
         gradient = optax.tree.scale(jnp.where(jnp.all(metrics["lost"]), jnp.nan, 1.0), gradient)
         gradients.append(gradient)
         all_units.append(units)
@@ -306,8 +311,8 @@ def meta_train(
     """
     key_init, key_train = jax.random.split(jax.random.key(args.seed))
     init, step = jit_meta_step(args, all_tasks, learned, mesh)
-    state, steps = restore(init(key_init)), tasks.steps_per_iteration(args)
-    done = int(state.iteration)
+    state = restore(init(key_init))
+    done, env_steps = int(state.iteration), tasks.steps_per_iteration(args)
     began = time.perf_counter()
     step = step.lower(key_train, state).compile()
     print(f"compiled in {time.perf_counter() - began:.1f} s")
@@ -319,7 +324,7 @@ def meta_train(
         state, metrics = jax.block_until_ready(step(key_train, state))
         if iteration == done + 1:
             runs.warn_if_long((time.perf_counter() - began) * (args.num_iterations - done), SHORTER)
-        row = {"env_steps": iteration * steps, "bad_updates": int(state.bad_updates)}
+        row = {"env_steps": iteration * env_steps, "bad_updates": int(state.bad_updates)}
         for task_name, values in zip(args.env_name, metrics, strict=True):
             row |= {
                 f"{name}_{task_name}" if len(all_tasks) > 1 else name: value

@@ -143,24 +143,26 @@ def start_stream(key: jax.Array, env: Env) -> Stream:
 
 def rollout(key, params, normaliser, stream, env: Env, num_steps: int, episode_length: int):
     """Act for T = num_steps in one environment. -> Batch [T, ...], Stream"""
-    actions = env.distribution
+    policy = env.distribution
 
     def step(carry, key):
         stream, final_obs = carry
         outputs = mlp(params["policy"], normalise(normaliser, stream.obs))
-        x = actions.sample(key, outputs)
-        key_env, action = jax.random.fold_in(key, 1), actions.to_action(x)
+        x = policy.sample(key, outputs)
+        key_env = jax.random.fold_in(key, 1)
+        action = policy.to_action(x)
         env_state, obs, reward, terminated = env.step(key_env, stream.env_state, action)
         truncated = (stream.steps + 1 >= episode_length) & ~terminated
         done = terminated | truncated
         final_obs = jnp.where(truncated, obs, final_obs)
-        seen = (stream.obs, x, actions.log_prob(outputs, x), reward, terminated, truncated)
+        seen = (stream.obs, x, policy.log_prob(outputs, x), reward, terminated, truncated)
         restart = truncated if env.resets_itself else done
         env_state, obs = jax.tree.map(partial(jnp.where, restart), stream.first, (env_state, obs))
         so_far = stream.episode_return + reward
         last_return = jnp.where(done, so_far, stream.last_return)
-        counts = jnp.where(done, 0, stream.steps + 1), jnp.where(done, 0, so_far)
-        return (Stream(env_state, obs, stream.first, *counts, last_return), final_obs), seen
+        steps = jnp.where(done, 0, stream.steps + 1)
+        so_far = jnp.where(done, 0, so_far)
+        return (Stream(env_state, obs, stream.first, steps, so_far, last_return), final_obs), seen
 
     start = (stream, jnp.zeros_like(stream.obs))
     (stream, final_obs), (obs, *seen) = jax.lax.scan(step, start, jax.random.split(key, num_steps))
@@ -204,19 +206,19 @@ def advantages_and_targets(params, normaliser, batch: Batch, values, args: Args)
     return advantages, values + advantages
 
 
-def ppo_loss(params, normaliser, batch: Batch, key, actions: Distribution, args: Args):
+def ppo_loss(params, normaliser, batch: Batch, key, policy: Distribution, args: Args):
     """Clipped policy objective, squared critic error, entropy bonus (Schulman et al. 2017, equation
     9); mean over rollouts [R, ...]. -> loss, an estimate of KL(the rollout's policy, this one)"""
     obs = normalise(normaliser, batch.obs[:, :-1])
     values, outputs = value(params, obs), mlp(params["policy"], obs)
     advantages, targets = advantages_and_targets(params, normaliser, batch, values, args)
-    log_ratio = actions.log_prob(outputs, batch.x) - batch.log_prob
+    log_ratio = policy.log_prob(outputs, batch.x) - batch.log_prob
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - args.clip_range, 1 + args.clip_range)
     advantages = (advantages - jnp.mean(advantages)) / (jnp.std(advantages) + 1e-8)
     losses = -jnp.minimum(ratio * advantages, clipped * advantages)
     losses += args.critic_weight * (targets - values) ** 2
-    losses -= args.entropy_weight * actions.entropy(key, outputs)
+    losses -= args.entropy_weight * policy.entropy(key, outputs)
     return jnp.mean(losses), jnp.mean(ratio - 1 - log_ratio)
 
 
@@ -227,13 +229,13 @@ class Agent(NamedTuple):
     """The functions that meta-training calls; a2c.py has the same.
 
     A state is a NamedTuple with params and opt_state, among others. The metrics of learn have
-    "return", a scalar, NaN before the first episode ends. The optimizer's inputs, (grads,
-    extra_args), have a leading axis of gradient steps.
+    "return", a scalar, NaN before the first episode ends; here also "healthy", whether all numbers
+    are finite.
     """
 
     init: Callable  # key, optimizer -> state
-    # key, state, optimizer, number, total -> state, (grads, extra_args), metrics; it is update
-    # `number`, from 0, of `total`
+    # key, state, optimizer, number, total -> state, (grads, extra_args) [gradient steps, ...],
+    # metrics; it is update `number`, from 0, of `total`
     learn: Callable
     loss: Callable  # key, state -> loss on a fresh rollout, state
 
@@ -275,14 +277,17 @@ def learn_epochs(key, state: AgentState, batch: Batch, optimizer, number, total,
     batch: [R, ...] -> state, the optimizer's inputs (grads, extra_args), each [E * M, ...]
     """
     update = optax.with_extra_args_support(optimizer).update
+    sizes = {"num_epochs": args.num_epochs, "num_minibatches": args.num_minibatches}
+    per_update = args.num_epochs * args.num_minibatches  # gradient steps
+    num_steps = jnp.float32(total * per_update)  # of the whole training
 
     def gradient_step(carry, minibatch):
         (params, opt_state), (batch, key, step) = carry, minibatch
         inputs = (state.normaliser, batch, key, env.distribution, args)
         (loss, kl), grads = jax.value_and_grad(ppo_loss, has_aux=True)(params, *inputs)
         grads = jax.tree.map(lambda g: jnp.clip(g, -args.grad_clip, args.grad_clip), grads)
-        extra_args = {"value": loss, "kl": kl, "iteration_step": step, "num_steps": total_steps}
-        extra_args |= {"fraction": (number * num_steps + step) / total_steps} | sizes
+        extra_args = {"value": loss, "kl": kl, "iteration_step": step, "num_steps": num_steps}
+        extra_args |= {"fraction": (number * per_update + step) / num_steps} | sizes
         updates, opt_state = update(grads, opt_state, params, **extra_args)
         return (optax.apply_updates(params, updates), opt_state), (grads, extra_args)
 
@@ -296,13 +301,11 @@ def learn_epochs(key, state: AgentState, batch: Batch, optimizer, number, total,
         keys = jax.random.split(key_entropy, args.num_minibatches)
         return jax.lax.scan(gradient_step, carry, (minibatches, keys, steps))
 
-    sizes = {"num_epochs": args.num_epochs, "num_minibatches": args.num_minibatches}
-    num_steps = args.num_epochs * args.num_minibatches
-    total_steps = jnp.float32(total * num_steps)  # of the whole training
-    steps = jnp.arange(num_steps).reshape(args.num_epochs, args.num_minibatches)
+    steps = jnp.arange(per_update).reshape(args.num_epochs, args.num_minibatches)
     keys = jax.random.split(key, args.num_epochs)
-    carry, recorded = jax.lax.scan(epoch, (state.params, state.opt_state), (keys, steps))
-    state = state._replace(params=carry[0], opt_state=carry[1])
+    carry = (state.params, state.opt_state)
+    (params, opt_state), recorded = jax.lax.scan(epoch, carry, (keys, steps))
+    state = state._replace(params=params, opt_state=opt_state)
     return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), recorded)
 
 
@@ -335,19 +338,20 @@ def make_agent(env: Env, args: Args) -> Agent:
     def learn(key, state, optimizer, number=0, total=1):
         key_collect, key_epochs = jax.random.split(key)
         batch, reward, state = collect(key_collect, state, env, args)
-        training = (optimizer, number, total, env, args)
-        state, recorded = learn_epochs(key_epochs, state, batch, *training)
+        state, (grads, extra_args) = learn_epochs(
+            key_epochs, state, batch, optimizer, number, total, env, args
+        )
         metrics = {
             "return": jnp.nanmean(state.streams.last_return),
             "reward": reward,
-            "loss": jnp.mean(recorded[1]["value"]),
+            "loss": jnp.mean(extra_args["value"]),
             "healthy": all_finite((batch.obs, batch.reward, state.params)),
         }
         if args.normalise_observations:
             # Only now: acting and learning use the same statistics, so the ratio starts at 1.
             normaliser = update_normaliser(state.normaliser, batch.obs[:, :-1])
             state = state._replace(normaliser=normaliser)
-        return state, recorded, metrics
+        return state, (grads, extra_args), metrics
 
     def loss(key, state):
         key_collect, key_entropy = jax.random.split(key)
@@ -362,7 +366,7 @@ def make_agent(env: Env, args: Args) -> Agent:
 def evaluate(key: jax.Array, state: AgentState, env: Env, args: Args) -> jax.Array:
     """Mean return of args.eval_envs whole episodes: the mean action of a Gaussian policy, sampled
     ones of a categorical policy. -> []"""
-    actions = env.distribution
+    policy = env.distribution
 
     def goes_on(episode):
         number, *_, terminated, _ = episode
@@ -373,7 +377,7 @@ def evaluate(key: jax.Array, state: AgentState, env: Env, args: Args) -> jax.Arr
             number, env_state, obs, _, total = episode
             key_action = jax.random.fold_in(key, number)
             outputs = mlp(state.params["policy"], normalise(state.normaliser, obs))
-            action = actions.to_action(actions.choose(key_action, outputs))
+            action = policy.to_action(policy.choose(key_action, outputs))
             key_env = jax.random.fold_in(key_action, 1)
             env_state, obs, reward, terminated = env.step(key_env, env_state, action)
             return number + 1, env_state, obs, terminated, total + reward
@@ -437,13 +441,14 @@ def train(args: Args, env: Env, optimizer, on_update: Callable, restore=lambda x
         returns = over_seeds(lambda seed: evaluate(*seed, env, args), (keys_eval, agents))
         return jnp.where(alive, returns, jnp.nan)
 
+    eval_at = [0, *sorted(eval_updates(args))]
+
     def with_eval(state):
         if state.number not in eval_at:
             return state
         returns = eval_seeds(state.agents, state.alive)
         return state._replace(evals=state.evals.at[:, eval_at.index(state.number)].set(returns))
 
-    eval_at = [0, *sorted(eval_updates(args))]
     agents = jax.jit(jax.vmap(partial(agent.init, optimizer=optimizer)))(keys_init)
     shape = (args.num_seeds, num_updates(args))
     history = {name: jnp.full(shape, jnp.nan) for name in ("return", "reward", "loss")}
@@ -453,8 +458,10 @@ def train(args: Args, env: Env, optimizer, on_update: Callable, restore=lambda x
     for number in range(state.number + 1, num_updates(args) + 1):
         if not state.alive.any():
             break
-        *changed, metrics = update(number, keys_learn, *state[1:4])
-        state = with_eval(TrainState(number, *changed, state.evals))
+        agents, alive, history, metrics = update(
+            number, keys_learn, state.agents, state.alive, state.history
+        )
+        state = with_eval(TrainState(number, agents, alive, history, state.evals))
         latest = sum(at <= number for at in eval_at) - 1
         metrics |= {"eval_return": state.evals[:, latest]}
         if on_update(number, metrics, state):
@@ -490,7 +497,7 @@ def check(args: Args) -> None:
 
 
 def main() -> None:
-    import ppo
+    import ppo  # run as a script this file is __main__, not a key of train_agents.ARGS
     import train_agents
 
     train_agents.main(ppo)

@@ -1,8 +1,8 @@
 """The settings of each environment, as data: the paper's (Lan et al. 2024), or Brax's usual ones.
 
-AGENT: training an agent, with the keys of a2c.Args and ppo.Args. META: meta-training an optimizer.
-Where the paper swept a value, one from its sweep. tasks.py reads these tables; environments without
-a row have the settings OTHER and META_OTHER.
+AGENT: training an agent, with the keys of a2c.Args or ppo.Args, and learning_rate. META:
+meta-training an optimizer. Where the paper swept a value, one from its sweep. tasks.py reads these
+tables; environments without a row have the settings OTHER and META_OTHER.
 """
 
 from typing import Literal
@@ -156,7 +156,8 @@ META = {
     "big_dense_short": GRID | dict(multitask=(3e-3, 1e1)),
     "big_dense_long": GRID | dict(multitask=(3e-3, 1.0)),
 }
-# Brax: the paper's 2048 environments, split over 16 units (in the paper one unit per device).
+# Where PPO learns: the paper's 2048 environments of Brax's tasks, split over 16 units (in the paper
+# one unit per device).
 META_OTHER = dict(
     num_units=16, total_steps=1e8, reset_interval=64, meta_learning_rate=3e-4, envs_per_unit=128
 )

@@ -210,10 +210,10 @@ def meta_settings(names: tuple[str, ...]) -> dict:
     """
     rows = [settings.META.get(name, settings.META_OTHER) for name in names]
     agents = [agent_settings(name) for name in names]
-    alone = [(agent["learning_rate"], agent.get("reward_scale", 1.0)) for agent in agents]
+    pairs = [(agent["learning_rate"], agent.get("reward_scale", 1.0)) for agent in agents]
     if len(names) > 1:
-        alone = [row.get("multitask", pair) for row, pair in zip(rows, alone, strict=True)]
-    learning_rate, reward_scale = zip(*alone, strict=True)
+        pairs = [row.get("multitask", alone) for row, alone in zip(rows, pairs, strict=True)]
+    learning_rate, reward_scale = zip(*pairs, strict=True)
     first = ("num_units", "reset_interval", "meta_learning_rate", "total_steps")
     return {name: rows[0][name] for name in first} | {
         "learning_rate": learning_rate,
