@@ -235,7 +235,7 @@ def test_loss_is_its_definition():
     normaliser = networks.Normaliser(
         jnp.float32(4), jnp.array([0.1, -0.2, 0.3]), jnp.array([4.0, 1.0, 9.0])
     )
-    loss = jax.jit(partial(ppo.ppo_loss, actions=networks.TANH_NORMAL, args=args))
+    loss = jax.jit(partial(ppo.ppo_loss, policy=networks.TANH_NORMAL, args=args))
     got, kl = loss(params, normaliser, batch, key)
 
     def norm(obs):
