@@ -126,9 +126,7 @@ def suite_optimizers(suite: str, env_name: str) -> list[str]:
     shipped = []
     for name in optimizers.pretrained_names():
         header = optimizers.header_in(name)
-        trained = header.get("trained")
-        # others' weights have none
-        trained_on = trained.get("env_name", ()) if isinstance(trained, dict) else ()
+        trained_on = optimizers.trained_with(header).get("env_name", ())  # others' have none
         if len(trained_on) > 1 or (suite == "paper" and env_name in trained_on):
             shipped += [name] if header["optimizer"] == "optim4rl" else [name, f"untrained:{name}"]
     return [*shipped, *Args.optimizers]
@@ -149,8 +147,7 @@ def plan(args: Args) -> list[Run]:
             label = name if label in labels else label
             labels.add(label)
             to_run.append(Run(env_name, label, name, rates_of(name, env_name, args)))
-    # `is`: a default learning rate may be the only one of --learning-rates.
-    if args.learning_rates and not any(run.rates is args.learning_rates for run in to_run):
+    if args.learning_rates and not any(is_swept(run.optimizer) for run in to_run):
         raise ValueError(
             "--learning-rates is the sweep of classical optimizers, and none here has one"
         )
@@ -165,13 +162,17 @@ def label_of(name: str, header: dict | None) -> str:
     return f"{optimizers.title(path, header)} ({'trained' if path == name else 'untrained'})"
 
 
+def is_swept(name: str) -> bool:
+    """Whether --learning-rates are for this optimizer: a classical one without one of its own."""
+    return name in optimizers.CLASSICAL and not optimizers.own_rate(name)
+
+
 def rates_of(name: str, env_name: str, args: Args) -> tuple:
     """The learning rates of a classical optimizer's sweep, if there is one. Else one: the
     optimizer's own, --learning-rate, or the default."""
-    own = optimizers.own_rate(name)
-    if name in optimizers.CLASSICAL and args.learning_rates and not own:
+    if args.learning_rates and is_swept(name):
         return args.learning_rates
-    agent = tasks.AGENTS[args.agent] if args.agent else None
+    own, agent = optimizers.own_rate(name), tasks.AGENTS[args.agent] if args.agent else None
     return (own or args.learning_rate or tasks.default_rate(env_name, agent, name),)
 
 

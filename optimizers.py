@@ -240,10 +240,15 @@ def initial_theta(learned: LearnedOptimizer, seed: int) -> Any:
     return learned.init_theta(jax.random.split(key)[0])
 
 
+def trained_with(header: dict) -> dict:
+    """The arguments of meta-training, from a theta file's header; empty if it has none."""
+    trained = header.get("trained")
+    return trained if isinstance(trained, dict) else {}
+
+
 def seed_of(header: dict) -> int:
     """The seed of meta-training, from a theta file's header; 0 if it has none."""
-    trained = header.get("trained")
-    seed = trained.get("seed") if isinstance(trained, dict) else None
+    seed = trained_with(header).get("seed")
     return seed if type(seed) is int and abs(seed) < 2**31 else 0
 
 

@@ -1,8 +1,7 @@
 """All agents of an environment in one program, whatever their optimizer and learning rate, for an
 accelerator (experiments/table.py uses it there).
 
-An accelerator trains many small agents side by side faster than one after the other, and compiles
-one program for them instead of one for each pair of optimizer and learning rate.
+It compiles one program, instead of one for each pair of optimizer and learning rate.
 
 A lane is an agent with its own optimizer, learning rate and seed.
 """

@@ -92,22 +92,21 @@ def begin(args: Args) -> tuple[dict, dict]:
     return {name: np.array(x, float) for name, x in theta.items()}, trained
 
 
-def read_rows(log: Path, args: Args, theta: dict) -> list[dict]:
-    """What was logged before. Raises a one-line ValueError for a file that was begun with other
-    arguments or another theta, or that is not this script's."""
+def read_rows(log: Path, begun_with: dict, theta: dict) -> tuple[list[dict], dict]:
+    """What was logged before, theta with these numbers. Raises a one-line ValueError for a file
+    that was begun with other arguments or another theta, or that is not this script's."""
     try:
         rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        here = given(args, theta)
-        changed = {key for row in rows for key, x in here.items() if row["given"][key] != x}
+        changed = {key for row in rows for key, x in begun_with.items() if row["given"][key] != x}
         for row in rows:
-            put(theta, row["numbers"], row["value"])
+            theta = put(theta, row["numbers"], row["value"])
     except (AttributeError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{log}: not a log of refine.py ({error}); another --out") from None
     if changed:
         raise ValueError(
             f"{log} was begun with another --{min(changed)}; give that or another --out"
         )
-    return rows
+    return rows, theta
 
 
 def given(args: Args, theta: dict) -> dict:
@@ -168,12 +167,9 @@ def main() -> None:
         checks.seed(args)
         search.check_out(args)
         theta, trained = begin(args)
-        log = Path(f"{args.out}.jsonl")
-        rows = read_rows(log, args, theta)
+        begun_with, log = given(args, theta), Path(f"{args.out}.jsonl")
+        rows, theta = read_rows(log, begun_with, theta)
         log.parent.mkdir(parents=True, exist_ok=True)
-    begun_with = given(args, theta)
-    for row in rows:
-        theta = put(theta, row["numbers"], row["value"])
     done = [row["numbers"] for row in rows]
     if done:  # the last row may have been logged, and the program ended before it wrote theta
         save(args, theta, trained, done)

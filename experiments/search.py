@@ -112,8 +112,7 @@ def load(path: str) -> tuple[dict, int, dict]:
     _, theta, header = optimizers.load_learned(path)
     if header["optimizer"] != "adam4rl":
         raise ValueError(f"{path}: of {header['optimizer']}, not of adam4rl")
-    trained = header.get("trained")
-    return theta, network_size(theta), trained if isinstance(trained, dict) else {}
+    return theta, network_size(theta), optimizers.trained_with(header)
 
 
 def search_space(args: Args) -> Space:
@@ -129,11 +128,7 @@ def search_space(args: Args) -> Space:
         start |= theta
     scale = {name: jnp.array(x) * (not args.only_network) for name, x in SCALES.items()}
     if args.network_size:
-        hidden, output = untrained["network"]["0"], untrained["network"]["1"]
-        scale["network"] = {
-            "0": jax.tree.map(lambda x: jnp.full(x.shape, 0.3), hidden),
-            "1": jax.tree.map(lambda x: jnp.full(x.shape, 0.3), output),
-        }
+        scale["network"] = jax.tree.map(lambda x: jnp.full(x.shape, 0.3), untrained["network"])
     vectors = [np.asarray(ravel_pytree(tree)[0], float) for tree in (untrained, start, scale)]
     return Space(*vectors, ravel_pytree(untrained)[1])
 

@@ -116,7 +116,7 @@ def pairs(args: Args) -> dict:
         for name in names:
             swept = [LARGER_RATES.get(name, 1) * rate for rate in args.learning_rates or rates]
             given = dict(env_name=(env_name,), optimizers=(name,), num_seeds=args.num_seeds)
-            if name in optimizers.CLASSICAL:
+            if evaluate.is_swept(name):
                 given["learning_rates"] = tuple(swept)
             given = evaluate.Args(**given, **sizes)
             (row,) = evaluate.plan(given)

@@ -399,12 +399,10 @@ SUMMARY_COLUMNS = (
 
 
 def write_summary(path: Path, results: list[Result]) -> None:
-    """Write curves.csv. In each environment the order of optimizers stays; of an optimizer the best
-    learning rate comes first."""
-    first = {(r.env_name, r.label): i for i, r in reversed([*enumerate(results)])}
-    best_first = sorted(results, key=Result.rank, reverse=True)
-    ordered = sorted(best_first, key=lambda r: first[r.env_name, r.label])
-    rows = [row for result in ordered for row in summary_rows(result)]
+    """Write curves.csv, first each optimizer at its best learning rate, then the others."""
+    best = at_best_rate(results)
+    others = [result for result in results if all(result is not x for x in best)]
+    rows = [row for result in (*best, *others) for row in summary_rows(result)]
     runs.write_csv(path, SUMMARY_COLUMNS, rows)
 
 

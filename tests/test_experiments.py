@@ -22,6 +22,7 @@ import authors
 import evaluate
 import gridworld
 import lanes
+import optimizers
 import ppo
 import sweep
 import table
@@ -398,3 +399,12 @@ def test_an_accelerator_makes_a_table_task_by_task(tmp_path, monkeypatch):
     made.clear()
     table.main()
     assert not made
+
+
+def test_of_the_tables_optimizers_those_with_a_learning_rate_to_choose_are_swept():
+    found = table.pairs(table.Args(env_name=("catch", "ant")))
+    swept = {label for (_, label), given in found.items() if given.learning_rates}
+    everything = {label for _, label in found}
+    assert swept == {*optimizers.CLASSICAL} - {"rmsprop_auto", "sgd"}
+    assert {"rmsprop_auto", "untrained", "pretrained/adam4rl (trained)"} <= everything - swept
+    assert found["ant", "muon_linear"].learning_rates == pytest.approx((1e-1, 3e-2, 1e-2, 3e-3))

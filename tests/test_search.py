@@ -62,9 +62,8 @@ def test_points_of_the_search_are_multiples_of_the_scales_from_the_start(tmp_pat
     untrained = make_adam4rl(3).init_theta(jax.random.key(args.seed))
     for name in search.SCALES:
         np.testing.assert_allclose(moved[name], theta[name], rtol=1e-6)
-    for layer, scale in (("0", 0.3), ("1", 0.3)):
-        change = jax.tree.map(jnp.subtract, moved["network"][layer], untrained["network"][layer])
-        jax.tree.map(lambda x, s=scale: np.testing.assert_allclose(x, -s, atol=1e-6), change)
+    change = jax.tree.map(jnp.subtract, moved["network"], untrained["network"])
+    jax.tree.map(lambda x: np.testing.assert_allclose(x, -0.3, atol=1e-6), change)
 
 
 def test_theta_is_the_average_over_the_last_third_of_generations():
